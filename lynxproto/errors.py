@@ -1,0 +1,184 @@
+"""Every error that lynxproto raises, and the codes that cross the wire.
+
+Two sides are told apart, as in h11: a :class:`LocalError` means this program misused the library; a
+:class:`RemoteError` means the peer, or the link, broke the rules. Each message says what is wrong, where
+(byte offset, transfer, layer, chunk) and, where there is one, what to do.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = [
+    "AuthenticationError",
+    "CacheFileError",
+    "CodecError",
+    "ConfigError",
+    "ConnectionClosedError",
+    "CorruptFrameError",
+    "DeadlineError",
+    "DigestError",
+    "ErrorCode",
+    "LimitError",
+    "LocalError",
+    "LynxError",
+    "MissingDependencyError",
+    "NotFoundError",
+    "PayloadError",
+    "PeerError",
+    "ProtocolError",
+    "RejectedError",
+    "RemoteError",
+    "SpecError",
+    "TransferCancelledError",
+    "TransportError",
+    "UnknownCodecError",
+    "VersionError",
+]
+
+
+class ErrorCode(IntEnum):
+    """Wire error codes (ERROR, REJECT, GOAWAY frames); spec/wire-format.md, "Error codes"."""
+
+    NO_ERROR = 0
+    INTERNAL = 1
+    PROTOCOL = 2
+    VERSION = 3
+    FRAME_CORRUPT = 4
+    FRAME_TOO_LARGE = 5
+    UNKNOWN_CRITICAL = 6
+    AUTHENTICATION = 7
+    IDENTITY = 8
+    UNSUPPORTED = 9
+    MISSING_TABLE = 10
+    LIMIT = 11
+    FLOW_CONTROL = 12
+    DIGEST = 13
+    TIMEOUT = 14
+    CANCELLED = 15
+    NOT_FOUND = 16
+    SHUTDOWN = 17
+    PAYLOAD = 18
+    STATE = 19
+
+
+class LynxError(Exception):
+    """Base of all errors raised by lynxproto."""
+
+
+class LocalError(LynxError):
+    """This side misused the library, or its machine lacks something."""
+
+
+class RemoteError(LynxError):
+    """The peer or the link broke the rules; ``code`` is the wire code that describes it."""
+
+    code: ErrorCode = ErrorCode.PROTOCOL
+
+
+class SpecError(LocalError, ValueError):
+    """A ChunkSpec, token set or array that does not describe a chunk, or does not match it."""
+
+
+class ConfigError(LocalError, ValueError):
+    """A configuration value that makes no sense."""
+
+
+class CacheFileError(LocalError):
+    """A file that does not hold a KV cache, or holds a broken one."""
+
+
+class MissingDependencyError(LocalError, ImportError):
+    """An optional package or the native module is absent; the message names what to install."""
+
+
+class CodecError(LynxError):
+    """Base of codec failures."""
+
+
+class UnknownCodecError(CodecError, LookupError):
+    """No codec is registered under this id."""
+
+
+class PayloadError(CodecError, RemoteError, ValueError):
+    """A codec payload that is truncated, padded, corrupt or hostile. The output is not usable."""
+
+    code = ErrorCode.PAYLOAD
+
+
+class TransportError(RemoteError, OSError):
+    """The link could not be made, or broke."""
+
+
+class ConnectionClosedError(TransportError):
+    """The connection ended (peer hung up, or it was closed) before the work was done."""
+
+
+class ProtocolError(RemoteError):
+    """The peer sent something the protocol does not allow."""
+
+    def __init__(self, message: str, code: ErrorCode | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+
+class CorruptFrameError(ProtocolError):
+    """Bad magic, or a header or payload whose CRC32C does not match."""
+
+    code = ErrorCode.FRAME_CORRUPT
+
+
+class VersionError(ProtocolError):
+    """No protocol version is common to both sides."""
+
+    code = ErrorCode.VERSION
+
+
+class LimitError(ProtocolError):
+    """A negotiated limit (frame size, transfers, memory, tokens...) was exceeded."""
+
+    code = ErrorCode.LIMIT
+
+
+class AuthenticationError(ProtocolError):
+    """The peer did not prove who it is."""
+
+    code = ErrorCode.AUTHENTICATION
+
+
+class PeerError(RemoteError):
+    """The peer reported an error; ``code`` is what it sent."""
+
+    def __init__(self, message: str, code: ErrorCode) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RejectedError(PeerError):
+    """The peer refused a transfer before any data moved; ``code`` says why."""
+
+
+class NotFoundError(PeerError):
+    """The peer holds no cache under the key that was fetched."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ErrorCode.NOT_FOUND)
+
+
+class DigestError(RemoteError):
+    """A reconstructed tile differs from what the sender had, even after it was sent again whole."""
+
+    code = ErrorCode.DIGEST
+
+
+class DeadlineError(RemoteError, TimeoutError):
+    """A level, or the peer, did not arrive in time."""
+
+    code = ErrorCode.TIMEOUT
+
+
+class TransferCancelledError(RemoteError):
+    """The transfer was cancelled, by this side or the other."""
+
+    code = ErrorCode.CANCELLED

@@ -1,0 +1,1 @@
+"""Transports: byte streams that a connection can run over."""
