@@ -1,5 +1,52 @@
-"""lynxproto: a KV cache that is usable before it has arrived, and bit-exact when it has."""
+"""lynxproto: a KV cache that is usable before it has arrived, and bit-exact when it has.
+
+The names below are the public ones; sessions (``connect``, ``listen``) are imported when first used, so that
+codecs alone stay light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lynxproto.chunk import ChunkSpec, Tile, TokenSet
 from lynxproto.codecs import Codec, get_codec
+from lynxproto.errors import LynxError
 
-__all__ = ["ChunkSpec", "Codec", "Tile", "TokenSet", "get_codec"]
+if TYPE_CHECKING:
+    from lynxproto.config import Config
+    from lynxproto.manifest import Identity, LayerSpec, Manifest
+    from lynxproto.policy import Policy
+    from lynxproto.session import connect, listen
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChunkSpec",
+    "Codec",
+    "Config",
+    "Identity",
+    "LayerSpec",
+    "LynxError",
+    "Manifest",
+    "Policy",
+    "Tile",
+    "TokenSet",
+    "connect",
+    "get_codec",
+    "listen",
+]
+
+_LAZY = {
+    "Config": "config",
+    "Identity": "manifest",
+    "LayerSpec": "manifest",
+    "Manifest": "manifest",
+    "Policy": "policy",
+    "connect": "session",
+    "listen": "session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"lynxproto.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'lynxproto' has no attribute {name!r}")

