@@ -7,7 +7,8 @@ level of one tile as a codec encodes it. Vocabulary: spec/wire-format.md, "Tiles
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final, Literal, cast, get_args
 
 import numpy as np
@@ -52,7 +53,7 @@ class TokenSet:
             p = self.positions
             if not p or p[0] != self.start or p[-1] != self.stop - 1:
                 raise SpecError("token positions do not span [start, stop)")
-            if any(b <= a for a, b in zip(p, p[1:], strict=False)):
+            if any(b <= a for a, b in pairwise(p)):
                 raise SpecError("token positions must be strictly ascending")
 
     @classmethod
@@ -100,7 +101,7 @@ class ChunkSpec:
     head_dim: int
     layer: int | None = None
     head_start: int = 0
-    token_set: TokenSet | None = field(default=None)
+    token_set: TokenSet | None = None
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
