@@ -30,6 +30,8 @@ __all__ = [
     "RejectedError",
     "RemoteError",
     "SpecError",
+    "SpeculationError",
+    "StreamClosedError",
     "TransferCancelledError",
     "TransportError",
     "UnknownCodecError",
@@ -90,6 +92,14 @@ class CacheFileError(LocalError):
 
 class MissingDependencyError(LocalError, ImportError):
     """An optional package or the native module is absent; the message names what to install."""
+
+
+class StreamClosedError(LocalError):
+    """This side closed a stream, session or transfer, and then used it."""
+
+
+class SpeculationError(LocalError):
+    """A drafting engine broke its contract, or a phase of drafting and verification came out of order."""
 
 
 class CodecError(LynxError):

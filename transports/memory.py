@@ -1,0 +1,84 @@
+"""``memory://name``: streams inside one process, between any threads and event loops. For tests and examples.
+
+The kernel's socket pairs do the work, so that two event loops need no lock between them and the bytes in flight stay
+bounded as on a real link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from threading import Lock
+
+from lynxproto.errors import StreamClosedError, TransportError
+from lynxproto.transports._socket import SocketStream
+from lynxproto.transports.abc import ByteStream, Listener
+from lynxproto.transports.tcp import UNSENT_BYTES
+
+__all__ = ["connect_memory", "listen_memory", "memory_pair"]
+
+_lock = Lock()
+_listeners: dict[str, _MemoryListener] = {}
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    pair = socket.socketpair()
+    for sock in pair:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNSENT_BYTES)
+    return pair
+
+
+def memory_pair() -> tuple[ByteStream, ByteStream]:
+    """Two connected streams on the running loop."""
+    a, b = _socketpair()
+    return SocketStream(a, "memory://pair"), SocketStream(b, "memory://pair")
+
+
+class _MemoryListener(Listener):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.loop = asyncio.get_running_loop()
+        self.accepted: asyncio.Queue[socket.socket | None] = asyncio.Queue()
+        self._closed = False
+
+    @property
+    def url(self) -> str:
+        return f"memory://{self.name}"
+
+    async def accept(self) -> ByteStream:
+        sock = None if self._closed else await self.accepted.get()
+        if sock is None:
+            raise StreamClosedError(f"{self.url} was closed by this side")
+        return SocketStream(sock, self.url)
+
+    async def aclose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with _lock:
+            del _listeners[self.name]
+        while not self.accepted.empty():
+            sock = self.accepted.get_nowait()
+            if sock is not None:
+                sock.close()
+        self.accepted.put_nowait(None)
+
+
+async def connect_memory(name: str) -> ByteStream:
+    """Connect to the listener called ``name``. Raises :class:`~lynxproto.errors.TransportError` if there is none."""
+    with _lock:
+        listener = _listeners.get(name)
+        if listener is None:
+            raise TransportError(f"cannot connect to memory://{name}: nobody in this process listens there")
+        mine, theirs = _socketpair()
+        listener.loop.call_soon_threadsafe(listener.accepted.put_nowait, theirs)
+    return SocketStream(mine, listener.url)
+
+
+async def listen_memory(name: str) -> Listener:
+    """Listen under ``name``. Raises :class:`~lynxproto.errors.TransportError` if the name is taken."""
+    with _lock:
+        if name in _listeners:
+            raise TransportError(f"cannot listen on memory://{name}: the name is taken")
+        listener = _listeners[name] = _MemoryListener(name)
+    return listener
