@@ -346,6 +346,7 @@ class Speculation:
         self._engine.crop(self._base)
         if install is not None:
             install()
+            self._engine.crop(self._base)  # the prompt's own last token is fed again if there was no RESULT
         self._stepwise = self._base
         draft, kept = self._draft, self._draft_logits
         self._draft, self._draft_logits = [], []

@@ -44,6 +44,7 @@ class ToyEngine:
     def install(self) -> None:
         assert len(self.cache) <= len(self.prompt), "KV after the prompt must be dropped first"
         self.approximate = False
+        self.cache = [(token, False) for token in self.prompt]
 
     def _logits(self, batched: bool) -> Logits:
         tokens = bytes(token for token, _ in self.cache)

@@ -1,0 +1,1 @@
+"""Adapters for inference engines; each is imported by name and needs its engine."""
