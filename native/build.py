@@ -1,7 +1,29 @@
 """Builds lynxproto._native from the C library in this folder (cffi, API mode, stable ABI)."""
 
+import re
+from pathlib import Path
+
 from cffi import FFI
 
+_HERE = Path("native")  # setuptools runs this from the project's root and wants relative paths
+
+
+def _declarations(header: str) -> str:
+    """The header without what cffi's parser does not know: comments, conditionals, linkage."""
+    text = re.sub(r" */\*.*?\*/", "", header, flags=re.DOTALL)
+    text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.DOTALL)
+    keep = [line for line in text.splitlines() if not line.startswith("#") or re.match(r"#define \w+ \d+$", line)]
+    return "\n".join(keep)
+
+
 ffi = FFI()
-ffi.cdef("int lynx_abi_version(void);")
-ffi.set_source("lynxproto._native", "static int lynx_abi_version(void) { return 1; }", py_limited_api=True)
+ffi.cdef(_declarations((_HERE / "include" / "lynxproto.h").read_text()))
+ffi.set_source(
+    "lynxproto._native",
+    '#include "lynxproto.h"',
+    sources=sorted(str(path) for path in (_HERE / "src").glob("*.c")),
+    include_dirs=[str(_HERE / "include")],
+    depends=sorted(str(path) for path in _HERE.glob("*/*.h")),
+    extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-Wall"],
+    py_limited_api=True,
+)

@@ -1,0 +1,76 @@
+/* Which kernels run: the best that the machine has, unless LYNXPROTO_ISA or lynx_isa_select says otherwise. */
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "isa.h"
+
+static _Atomic(const lynx_kernels *) current;
+
+static const lynx_kernels *kernels_of(int isa) {
+    switch (isa) {
+    case LYNX_ISA_SCALAR:
+        return &lynx_scalar;
+#if defined(LYNX_HAVE_AVX2)
+    case LYNX_ISA_AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")
+                   ? &lynx_avx2
+                   : NULL;
+#endif
+    default:
+        return NULL;
+    }
+}
+
+int lynx_isa_best(void) {
+    return kernels_of(LYNX_ISA_AVX2) != NULL ? LYNX_ISA_AVX2 : LYNX_ISA_SCALAR;
+}
+
+const lynx_kernels *lynx_current(void) {
+    const lynx_kernels *kernels = atomic_load_explicit(&current, memory_order_acquire);
+    if (kernels == NULL) {
+        const char *wish = getenv("LYNXPROTO_ISA");
+        kernels = kernels_of(wish != NULL && strcmp(wish, "scalar") == 0 ? LYNX_ISA_SCALAR : lynx_isa_best());
+        atomic_store_explicit(&current, kernels, memory_order_release);
+    }
+    return kernels;
+}
+
+int lynx_isa(void) {
+    return lynx_current() == &lynx_scalar ? LYNX_ISA_SCALAR : LYNX_ISA_AVX2;
+}
+
+int lynx_isa_select(int isa) {
+    const lynx_kernels *kernels = kernels_of(isa);
+    if (kernels == NULL) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    atomic_store_explicit(&current, kernels, memory_order_release);
+    return LYNX_OK;
+}
+
+int lynx_abi_version(void) {
+    return LYNX_ABI_VERSION;
+}
+
+const char *lynx_strerror(int error) {
+    switch (error) {
+    case LYNX_OK:
+        return "no error";
+    case LYNX_ERR_ARGUMENT:
+        return "an argument describes no tile";
+    case LYNX_ERR_SPACE:
+        return "a buffer is too small";
+    case LYNX_ERR_TRUNCATED:
+        return "truncated";
+    case LYNX_ERR_PADDED:
+        return "longer than its content";
+    case LYNX_ERR_PARAMETER:
+        return "a group parameter is out of range";
+    case LYNX_ERR_CODE:
+        return "a code is outside the range of its width";
+    case LYNX_ERR_RANK:
+        return "ranks do not match the codes";
+    default:
+        return "unknown error";
+    }
+}

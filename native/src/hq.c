@@ -1,0 +1,626 @@
+/* Hierarchical quantisation: blocks, parameters and checks around the kernels. spec/codec-hq.md is the format. */
+#include "isa.h"
+#include "words.h"
+
+#define RAW_PARAMS 0xff   /* parameter header: both widths; s and z follow in full */
+#define RAW_RANKS 0xffff  /* rank table: size of stream A; the block's words follow */
+#define MAX_ZERO_POINT 1024
+
+typedef struct {
+    uint8_t range;   /* R: steps between a group's extremes, all but the rounding */
+    uint8_t offset;  /* o: added to a code before it is stored */
+    uint8_t base;    /* the anchor's integer for the lowest code; code 2^(8-b) further up is 2^(8-b) more */
+} lynx_width;
+
+/* spec/codec-hq.md, "Widths". Widths 1 and 2 of keys are inset: their anchor levels lie inside the range. */
+static const lynx_width KEY_WIDTHS[9] = {{254, 0, 127}, {254, 0, 64}, {211, 22, 10}, {224, 16, 0}, {240, 8, 0},
+                                         {248, 4, 0},   {252, 2, 0},  {253, 1, 0},   {254, 0, 0}};
+static const lynx_width VALUE_WIDTHS[9] = {{254, 0, 127}, {254, 0, 64}, {192, 32, 0}, {224, 16, 0}, {240, 8, 0},
+                                           {248, 4, 0},   {252, 2, 0},  {253, 1, 0},  {254, 0, 0}};
+
+static const lynx_width *width_of(int part, uint8_t bits) {
+    return part == LYNX_KEY ? &KEY_WIDTHS[bits] : &VALUE_WIDTHS[bits];
+}
+
+/* Per dtype: the least and largest scale as bfloat16 words, and the ordered word from which on a value is special
+ * (not finite, or so large that sums and products could overflow). */
+static const struct {
+    uint16_t least, largest;
+    int16_t special;
+} DTYPES[2] = {
+    [LYNX_BFLOAT16] = {0x0580 /* 2^-116 */, 0x7e00 /* 2^125 */, 0x7e80 /* 2^126 */},
+    [LYNX_FLOAT16] = {0x3380 /* 2^-24 */, 0x4480 /* 2^10 */, 0x7c00 /* infinity */},
+};
+
+typedef struct {
+    lynx_planes planes;
+    lynx_params params;
+    uint32_t planes_head, planes_first; /* which block's planes are set up; heads + 1 at first */
+    int16_t low[ROW], high[ROW];
+    uint16_t words[BLOCK_VALUES];
+    uint8_t codes[BLOCK_VALUES];
+    uint8_t anchor[8 * 8 * ROW + SLACK], rest[8 * 8 * ROW + SLACK];
+    lynx_streams streams;
+} lynx_scratch;
+
+size_t lynx_hq_scratch_size(void) {
+    return sizeof(lynx_scratch) + 64;
+}
+
+static lynx_scratch *aligned(void *scratch) {
+    return (lynx_scratch *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+}
+
+static bool tile_is_bad(const lynx_hq_tile *tile) {
+    if ((tile->dtype != LYNX_BFLOAT16 && tile->dtype != LYNX_FLOAT16) ||
+        (tile->part != LYNX_KEY && tile->part != LYNX_VALUE) || tile->heads == 0 || tile->tokens == 0 ||
+        tile->head_dim == 0 || tile->widths == NULL) {
+        return true;
+    }
+    if (tile->heads > 1u << 24 || tile->tokens > 1u << 28 || tile->head_dim > 1u << 20 ||
+        (uint64_t)tile->heads * tile->tokens > (uint64_t)(1ull << 44) / tile->head_dim) {
+        return true;
+    }
+    const uint64_t n = (uint64_t)tile->heads * tile->head_dim;
+    for (uint64_t i = 0; i < n; i++) {
+        const uint64_t in_block = i % tile->head_dim % LYNX_BLOCK;
+        if (tile->widths[i] > 8 || (tile->part == LYNX_VALUE && tile->widths[i] != tile->widths[i - in_block])) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A walk over blocks in order, with the places of a block's planes. */
+typedef struct {
+    uint64_t index;
+    uint32_t head, token, channel; /* of the block's first value */
+    int tokens, channels, octets, groups;
+    uint32_t width_sum;            /* sum of its channels' widths */
+} lynx_block;
+
+static void measure_block(const lynx_hq_tile *tile, lynx_block *block) {
+    const uint32_t tokens = tile->tokens - block->token, channels = tile->head_dim - block->channel;
+    block->tokens = tokens < ROW ? (int)tokens : ROW;
+    block->channels = channels < ROW ? (int)channels : ROW;
+    block->octets = (block->tokens + 7) / 8;
+    block->groups = tile->part == LYNX_KEY ? block->channels : block->tokens;
+    const uint8_t *widths = tile->widths + (uint64_t)block->head * tile->head_dim + block->channel;
+    block->width_sum = 0;
+    for (int c = 0; c < block->channels; c++) {
+        block->width_sum += widths[c];
+    }
+}
+
+static void next_block(const lynx_hq_tile *tile, lynx_block *block) {
+    block->index++;
+    block->channel += ROW;
+    if (block->channel >= tile->head_dim) {
+        block->channel = 0;
+        block->token += ROW;
+        if (block->token >= tile->tokens) {
+            block->token = 0;
+            block->head++;
+        }
+    }
+    if (block->head < tile->heads) {
+        measure_block(tile, block);
+    }
+}
+
+static uint64_t count_blocks(const lynx_hq_tile *tile) {
+    return (uint64_t)tile->heads * ((tile->tokens + ROW - 1) / ROW) * ((tile->head_dim + ROW - 1) / ROW);
+}
+
+static void add_block(const lynx_block *block, lynx_hq_sizes *sizes) {
+    sizes->blocks++;
+    sizes->groups += (uint64_t)block->groups;
+    sizes->anchor += (uint64_t)block->octets * block->width_sum;
+    sizes->rest += (uint64_t)block->octets * (8u * (uint32_t)block->channels - block->width_sum);
+    sizes->max_params += 4u * (uint64_t)block->groups;
+    sizes->max_rank += 2u * (uint64_t)block->tokens * (uint64_t)block->channels;
+}
+
+static void walk(const lynx_hq_tile *tile, uint64_t first, uint64_t last, lynx_hq_sizes *sizes, lynx_block *block) {
+    *sizes = (lynx_hq_sizes){0};
+    *block = (lynx_block){0};
+    measure_block(tile, block);
+    while (block->index < first) {
+        next_block(tile, block);
+    }
+    while (block->index < last) {
+        add_block(block, sizes);
+        next_block(tile, block);
+    }
+}
+
+int lynx_hq_measure_range(const lynx_hq_tile *tile, uint64_t first, uint64_t last, lynx_hq_sizes *sizes) {
+    if (tile_is_bad(tile) || first > last || last > count_blocks(tile)) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    lynx_block block;
+    walk(tile, first, last, sizes, &block);
+    return LYNX_OK;
+}
+
+int lynx_hq_measure(const lynx_hq_tile *tile, lynx_hq_sizes *sizes) {
+    if (tile_is_bad(tile)) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    return lynx_hq_measure_range(tile, 0, count_blocks(tile), sizes);
+}
+
+/* Set up `planes` for the block's channels, unless they are still there from the block before. */
+static void set_planes(const lynx_hq_tile *tile, const lynx_block *block, lynx_scratch *s) {
+    if (s->planes_head == block->head && s->planes_first == block->channel) {
+        return;
+    }
+    s->planes_head = block->head;
+    s->planes_first = block->channel;
+    lynx_planes *planes = &s->planes;
+    planes->channels = block->channels;
+    planes->anchor_octet = (uint16_t)block->width_sum;
+    planes->rest_octet = (uint16_t)(8 * block->channels - (int)block->width_sum);
+    memset(planes->widths, 255, sizeof planes->widths);
+    memcpy(planes->widths, tile->widths + (uint64_t)block->head * tile->head_dim + block->channel,
+           (size_t)block->channels);
+    planes->uniform = block->channels == ROW;
+    for (int c = 1; c < ROW; c++) {
+        planes->uniform &= planes->widths[c] == planes->widths[0];
+    }
+    for (int p = 0; p < 8; p++) {
+        uint8_t anchor = 0, rest = 0;
+        for (int c = 0; c < ROW; c++) {
+            if (c % 16 == 0) {
+                planes->anchor_rank[p][c / 16] = anchor;
+                planes->rest_rank[p][c / 16] = rest;
+            }
+            planes->anchor_shuffle[p][c] = planes->rest_shuffle[p][c] = 0x80;
+            if (c < block->channels && p < planes->widths[c]) {
+                planes->anchor_shuffle[p][c] = (uint8_t)(anchor++ - planes->anchor_rank[p][c / 16]);
+            } else if (c < block->channels) {
+                planes->rest_shuffle[p][c] = (uint8_t)(rest++ - planes->rest_rank[p][c / 16]);
+            }
+        }
+    }
+}
+
+static uint8_t group_width(const lynx_planes *planes, int part, int group) {
+    return planes->widths[part == LYNX_KEY ? group : 0];
+}
+
+/* Parameters from s and z, for bytes that are full codes (`full`) or anchors with zeros below. */
+static void set_group(lynx_params *params, int g, const lynx_width *width, uint16_t s, int z, bool full) {
+    params->s[g] = s;
+    params->z[g] = (int16_t)z;
+    params->scale[g] = bits_float((uint32_t)s << 16);
+    params->offset[g] = (int16_t)(full ? z + width->offset : z - width->base);
+    params->low[g] = width->offset;
+    params->high[g] = (uint8_t)(width->offset + width->range + 1);
+}
+
+/* --- encoder ------------------------------------------------------------------------------------------------- */
+
+static int quantised(float value, float inverse) {
+    const int magnitude = (int)((value < 0 ? -value : value) * inverse + 0.5f);
+    return value < 0 ? -magnitude : magnitude;
+}
+
+/* Extremes of a group that holds special words: over the others; 0 if there are none. */
+static void finite_range(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const lynx_block *block, int g,
+                         int16_t *low, int16_t *high) {
+    const int n = part == LYNX_KEY ? block->tokens : block->channels;
+    bool any = false;
+    for (int i = 0; i < n; i++) {
+        const uint16_t word = part == LYNX_KEY ? rows[i * stride + g] : rows[g * stride + i];
+        if ((word & 0x7fff) < DTYPES[dtype].special) {
+            const int16_t o = ordered(word);
+            *low = !any || o < *low ? o : *low;
+            *high = !any || o > *high ? o : *high;
+            any = true;
+        }
+    }
+    if (!any) {
+        *low = *high = 0;
+    }
+}
+
+/* Choose s and z of every group from its extremes. Returns whether the block holds a special word outside constant
+ * groups. */
+static bool choose_params(const lynx_hq_tile *tile, const lynx_block *block, const uint16_t *rows, ptrdiff_t stride,
+                          lynx_scratch *s) {
+    lynx_params *params = &s->params;
+    bool special = false;
+    memset(params, 0, sizeof *params);
+    for (int g = 0; g < block->groups; g++) {
+        const lynx_width *width = width_of(tile->part, group_width(&s->planes, tile->part, g));
+        int16_t low = s->low[g], high = s->high[g];
+        if (low == high) {
+            params->constant |= 1ull << g;
+            params->word[g] = from_ordered(low);
+            set_group(params, g, width, 0, 0, true);
+            continue;
+        }
+        if (high >= DTYPES[tile->dtype].special || low < -DTYPES[tile->dtype].special) {
+            special = true;
+            finite_range(tile->part, tile->dtype, rows, stride, block, g, &low, &high);
+        }
+        const float least = word_value(tile->dtype, from_ordered(low));
+        const float largest = word_value(tile->dtype, from_ordered(high));
+        const float magnitude = -least > largest ? -least : largest;
+        float step = (largest - least) / (float)width->range;
+        step = step > magnitude * 0x1p-10f ? step : magnitude * 0x1p-10f;
+        uint32_t word = (float_bits(step) + 0xffffu) >> 16;
+        word = word > DTYPES[tile->dtype].least ? word : DTYPES[tile->dtype].least;
+        params->inverse[g] = 1.0f / bits_float(word << 16) * (1.0f + 0x1.8p-22f);
+        const int k_low = quantised(least, params->inverse[g]), k_high = quantised(largest, params->inverse[g]);
+        set_group(params, g, width, (uint16_t)word, k_low == 0 && k_high == 0 ? width->base : -k_low, true);
+    }
+    return special;
+}
+
+static int bit_length(uint32_t x) {
+    return x == 0 ? 0 : floor_log2(x) + 1;
+}
+
+static uint64_t write_params(const lynx_params *params, int groups, uint8_t *header, uint8_t *out) {
+    int s_low = INT32_MAX, s_high = INT32_MIN, z_low = INT32_MAX, z_high = INT32_MIN;
+    for (int g = 0; g < groups; g++) {
+        s_low = params->s[g] < s_low ? params->s[g] : s_low;
+        s_high = params->s[g] > s_high ? params->s[g] : s_high;
+        z_low = params->z[g] < z_low ? params->z[g] : z_low;
+        z_high = params->z[g] > z_high ? params->z[g] : z_high;
+    }
+    const int s_bits = bit_length((uint32_t)(s_high - s_low)), z_bits = bit_length((uint32_t)(z_high - z_low));
+    if (params->constant != 0) {
+        store16(header, 0);
+        store16(header + 2, 0);
+        header[4] = header[5] = RAW_PARAMS;
+        for (int g = 0; g < groups; g++) {
+            store16(out + 4 * g, params->s[g]);
+            store16(out + 4 * g + 2, params->constant >> g & 1 ? params->word[g] : (uint16_t)params->z[g]);
+        }
+        return 4 * (uint64_t)groups;
+    }
+    store16(header, (uint32_t)s_low);
+    store16(header + 2, (uint32_t)z_low);
+    header[4] = (uint8_t)s_bits;
+    header[5] = (uint8_t)z_bits;
+    const int bits = s_bits + z_bits;
+    uint64_t pending = 0;
+    int filled = 0;
+    uint8_t *p = out;
+    for (int g = 0; g < groups; g++) {
+        pending |= ((uint64_t)(params->s[g] - s_low) | (uint64_t)(params->z[g] - z_low) << s_bits) << filled;
+        for (filled += bits; filled >= 8; filled -= 8) {
+            *p++ = (uint8_t)pending;
+            pending >>= 8;
+        }
+    }
+    if (filled > 0) {
+        *p++ = (uint8_t)pending;
+    }
+    return (uint64_t)(p - out);
+}
+
+static uint64_t rank_bytes(const lynx_streams *streams) {
+    return (streams->a_bits + 7) / 8 + (streams->b_bits + 7) / 8 + (12 * streams->w_count + 7) / 8 +
+           2 * (uint64_t)streams->x_count;
+}
+
+static uint64_t write_ranks(const lynx_streams *streams, uint8_t *table, uint8_t *out) {
+    const uint32_t a = (streams->a_bits + 7) / 8, b = (streams->b_bits + 7) / 8, w = (12 * streams->w_count + 7) / 8;
+    store16(table, a);
+    store16(table + 2, b);
+    store16(table + 4, w);
+    store16(table + 6, 2 * streams->x_count);
+    memcpy(out, streams->a, a);
+    memcpy(out + a, streams->b, b);
+    memcpy(out + a + b, streams->w, w);
+    for (uint32_t i = 0; i < streams->x_count; i++) {
+        store16(out + a + b + w + 2 * i, streams->x[i]);
+    }
+    return a + b + w + 2 * (uint64_t)streams->x_count;
+}
+
+int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
+                   uint64_t first, uint64_t last, lynx_hq_encoded *out, void *scratch) {
+    if (tile_is_bad(tile) || first > last || last > count_blocks(tile)) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    const lynx_kernels *kernels = lynx_current();
+    lynx_scratch *s = aligned(scratch);
+    s->planes_head = UINT32_MAX;
+    uint8_t *anchor = out->anchor, *rest = out->rest, *headers = out->param_headers, *params = out->params;
+    uint8_t *table = out->rank_table, *ranks = out->rank;
+    out->rank_bound = 0;
+    lynx_hq_sizes skipped;
+    lynx_block block;
+    walk(tile, first, first, &skipped, &block);
+    for (; block.index < last; next_block(tile, &block)) {
+        set_planes(tile, &block, s);
+        const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
+        const uint16_t *rows = words + (ptrdiff_t)block.head * head_stride + (ptrdiff_t)block.token * token_stride +
+                               block.channel;
+        ptrdiff_t stride = token_stride;
+        if (block.channels < ROW) { /* kernels see 64 channels; repeats do not change a group's extremes */
+            for (int t = 0; t < block.tokens; t++) {
+                for (int c = 0; c < ROW; c++) {
+                    s->words[t * ROW + c] = rows[t * stride + (c < block.channels ? c : 0)];
+                }
+            }
+            rows = s->words;
+            stride = ROW;
+        }
+        kernels->range(tile->part, rows, stride, block.tokens, s->low, s->high);
+        const bool special = choose_params(tile, &block, rows, stride, s);
+        const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
+        quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, &s->params, s->codes);
+        if (anchor != NULL || rest != NULL) {
+            kernels->pack(&s->planes, s->codes, block.tokens, anchor, rest);
+        }
+        if (anchor != NULL) {
+            anchor += (uint32_t)block.octets * s->planes.anchor_octet;
+        }
+        if (headers != NULL) {
+            params += write_params(&s->params, block.groups, headers, params);
+            headers += LYNX_HQ_PARAM_HEADER;
+        }
+        if (rest != NULL) {
+            rest += (uint32_t)block.octets * s->planes.rest_octet;
+        }
+        uint64_t size = 2 * values;
+        if (table == NULL && !special && kernels->rank_bound != NULL && s->params.constant == 0 &&
+            tile->dtype == LYNX_BFLOAT16) {
+            size = (kernels->rank_bound(tile->part, s->codes, block.tokens, block.channels, &s->params) + 7) / 8 + 4;
+        } else if (!special) {
+            quantiser->rank(tile->part, tile->dtype, rows, stride, s->codes, block.tokens, block.channels, &s->params,
+                          &s->streams);
+            size = rank_bytes(&s->streams);
+        }
+        const bool raw = size >= 2 * values;
+        out->rank_bound += LYNX_HQ_RANK_HEADER + (raw ? 2 * values : size);
+        if (table == NULL) {
+            continue;
+        }
+        if (raw) {
+            store64(table, RAW_RANKS);
+            for (int t = 0; t < block.tokens; t++) {
+                for (int c = 0; c < block.channels; c++, ranks += 2) {
+                    store16(ranks, rows[t * stride + c]);
+                }
+            }
+        } else {
+            ranks += write_ranks(&s->streams, table, ranks);
+        }
+        table += LYNX_HQ_RANK_HEADER;
+    }
+    out->params_size = params == NULL ? 0 : (uint64_t)(params - out->params);
+    out->rank_size = ranks == NULL ? 0 : (uint64_t)(ranks - out->rank);
+    return LYNX_OK;
+}
+
+/* --- decoder ------------------------------------------------------------------------------------------------- */
+
+static int fail(lynx_hq_fault *fault, int error, int section, uint64_t block, uint64_t offset) {
+    *fault = (lynx_hq_fault){section, block, offset};
+    return error;
+}
+
+/* Bytes of a block's parameters, or -1 for a header that says what cannot be. */
+static int64_t params_bytes(const uint8_t *header, int groups) {
+    if (header[4] == RAW_PARAMS && header[5] == RAW_PARAMS) {
+        return 4 * (int64_t)groups;
+    }
+    if (header[4] > 15 || header[5] > 12) {
+        return -1;
+    }
+    return ((int64_t)groups * (header[4] + header[5]) + 7) / 8;
+}
+
+/* Bytes of a block's ranks, or -1 for a table entry that says what cannot be. */
+static int64_t ranks_bytes(const uint8_t *entry, const lynx_block *block) {
+    const uint32_t a = load16(entry), b = load16(entry + 2), w = load16(entry + 4), x = load16(entry + 6);
+    const int64_t values = (int64_t)block->tokens * block->channels;
+    if (a == RAW_RANKS) {
+        return b == 0 && w == 0 && x == 0 ? 2 * values : -1;
+    }
+    if (a > A_MAX || b > B_MAX || w > W_MAX || x > X_MAX || x % 2 != 0) {
+        return -1;
+    }
+    const int64_t size = (int64_t)a + b + w + x;
+    return size < 2 * values ? size : -1;
+}
+
+int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_hq_fault *fault) {
+    *fault = (lynx_hq_fault){0};
+    if (tile_is_bad(tile) || levels->anchor == NULL || levels->param_headers == NULL) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    const uint64_t blocks = count_blocks(tile);
+    uint64_t params = 0, ranks = 0;
+    lynx_block block = {0};
+    measure_block(tile, &block);
+    for (; block.index < blocks; next_block(tile, &block)) {
+        const int64_t size = params_bytes(levels->param_headers + LYNX_HQ_PARAM_HEADER * block.index, block.groups);
+        if (size < 0) {
+            return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
+        }
+        params += (uint64_t)size;
+        if (params > levels->params_size) {
+            return fail(fault, LYNX_ERR_TRUNCATED, 0, block.index, levels->params_size);
+        }
+        if (levels->rank_table == NULL) {
+            continue;
+        }
+        const int64_t more = ranks_bytes(levels->rank_table + LYNX_HQ_RANK_HEADER * block.index, &block);
+        if (more < 0) {
+            return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
+        }
+        ranks += (uint64_t)more;
+        if (ranks > levels->rank_size) {
+            return fail(fault, LYNX_ERR_TRUNCATED, 2, block.index, levels->rank_size);
+        }
+    }
+    if (params != levels->params_size) {
+        return fail(fault, LYNX_ERR_PADDED, 0, blocks, params);
+    }
+    if (levels->rank_table != NULL && ranks != levels->rank_size) {
+        return fail(fault, LYNX_ERR_PADDED, 2, blocks, ranks);
+    }
+    return LYNX_OK;
+}
+
+static bool read_params(const lynx_hq_tile *tile, const lynx_block *block, const uint8_t *header, const uint8_t *in,
+                        uint64_t size, bool full, lynx_scratch *s) {
+    lynx_params *params = &s->params;
+    memset(params, 0, sizeof *params);
+    const bool raw = header[4] == RAW_PARAMS;
+    const int s_bits = header[4], z_bits = header[5], bits = s_bits + z_bits;
+    const int s_low = load16(header), z_low = (int16_t)load16(header + 2);
+    if (raw && (s_low != 0 || z_low != 0)) {
+        return false;
+    }
+    uint8_t padded[4 * ROW + 8] = {0}; /* fields are read 8 bytes at a time */
+    memcpy(padded, in, size);
+    for (int g = 0; g < block->groups; g++) {
+        int scale, zero;
+        if (raw) {
+            scale = load16(padded + 4 * g);
+            zero = (int16_t)load16(padded + 4 * g + 2);
+        } else {
+            const uint32_t position = (uint32_t)(g * bits);
+            const uint64_t field = load64(padded + position / 8) >> position % 8;
+            scale = s_low + (int)(field & ((1u << s_bits) - 1));
+            zero = z_low + (int)(field >> s_bits & ((1u << z_bits) - 1));
+        }
+        const lynx_width *width = width_of(tile->part, group_width(&s->planes, tile->part, g));
+        if (raw && scale == 0) {
+            params->constant |= 1ull << g;
+            params->word[g] = (uint16_t)zero;
+            zero = 0;
+        } else if (scale < DTYPES[tile->dtype].least || scale > DTYPES[tile->dtype].largest || zero < -MAX_ZERO_POINT ||
+                   zero > MAX_ZERO_POINT) {
+            return false;
+        }
+        set_group(params, g, width, (uint16_t)scale, zero, full);
+    }
+    return true;
+}
+
+static void read_ranks(const uint8_t *entry, const uint8_t *in, lynx_streams *streams) {
+    const uint32_t a = load16(entry), b = load16(entry + 2), w = load16(entry + 4), x = load16(entry + 6);
+    memcpy(streams->a, in, a);
+    memset(streams->a + a, 0, SLACK);
+    memcpy(streams->b, in + a, b);
+    memset(streams->b + b, 0, SLACK);
+    memcpy(streams->w, in + a + b, w);
+    memset(streams->w + w, 0, SLACK);
+    for (uint32_t i = 0; i < x / 2; i++) {
+        streams->x[i] = load16(in + a + b + w + 2 * i);
+    }
+}
+
+static bool ranks_fit(const lynx_streams *streams, const uint8_t *entry) {
+    return (streams->a_bits + 7) / 8 == load16(entry) && (streams->b_bits + 7) / 8 == load16(entry + 2) &&
+           (12 * streams->w_count + 7) / 8 == load16(entry + 4) && 2 * streams->x_count == load16(entry + 6);
+}
+
+static void write_constants(int part, const lynx_block *block, const lynx_params *params, uint16_t *rows,
+                            ptrdiff_t stride) {
+    for (int g = 0; g < block->groups; g++) {
+        if (params->constant >> g & 1) {
+            const int n = part == LYNX_KEY ? block->tokens : block->channels;
+            for (int i = 0; i < n; i++) {
+                rows[part == LYNX_KEY ? i * stride + g : g * stride + i] = params->word[g];
+            }
+        }
+    }
+}
+
+int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint16_t *words, ptrdiff_t head_stride,
+                   ptrdiff_t token_stride, uint64_t first, uint64_t last, void *scratch, lynx_hq_fault *fault) {
+    *fault = (lynx_hq_fault){0};
+    if (tile_is_bad(tile) || first > last || last > count_blocks(tile) || levels->anchor == NULL ||
+        levels->param_headers == NULL || (levels->rank_table != NULL && levels->rest == NULL)) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    const lynx_kernels *kernels = lynx_current();
+    lynx_scratch *s = aligned(scratch);
+    s->planes_head = UINT32_MAX;
+    memset(&s->streams, 0, sizeof s->streams);
+    const uint8_t *anchor = levels->anchor, *rest = levels->rest;
+    uint64_t params = 0, ranks = 0;
+    lynx_block block = {0};
+    measure_block(tile, &block);
+    for (; block.index < last; next_block(tile, &block)) {
+        const uint8_t *header = levels->param_headers + LYNX_HQ_PARAM_HEADER * block.index;
+        const uint8_t *entry =
+            levels->rank_table == NULL ? NULL : levels->rank_table + LYNX_HQ_RANK_HEADER * block.index;
+        const uint32_t anchor_size = (uint32_t)block.octets * block.width_sum;
+        const uint32_t rest_size = (uint32_t)block.octets * (8u * (uint32_t)block.channels - block.width_sum);
+        const int64_t params_size = params_bytes(header, block.groups);
+        const int64_t ranks_size = entry == NULL ? 0 : ranks_bytes(entry, &block);
+        if (params_size < 0 || params + (uint64_t)params_size > levels->params_size) {
+            return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
+        }
+        if (ranks_size < 0 || ranks + (uint64_t)ranks_size > levels->rank_size) {
+            return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
+        }
+        if (block.index >= first) {
+            set_planes(tile, &block, s);
+            if (!read_params(tile, &block, header, levels->params + params, (uint64_t)params_size, rest != NULL, s)) {
+                return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
+            }
+            uint16_t *rows = words + (ptrdiff_t)block.head * head_stride + (ptrdiff_t)block.token * token_stride +
+                             block.channel;
+            if (entry != NULL && load16(entry) == RAW_RANKS) {
+                const uint8_t *in = levels->rank + ranks;
+                for (int t = 0; t < block.tokens; t++) {
+                    for (int c = 0; c < block.channels; c++, in += 2) {
+                        rows[t * token_stride + c] = load16(in);
+                    }
+                }
+            } else {
+                const bool padded = block.channels < ROW;
+                uint16_t *to = padded ? s->words : rows;
+                const ptrdiff_t stride = padded ? ROW : token_stride;
+                memcpy(s->anchor, anchor, anchor_size); /* room for wide reads beyond the end */
+                if (rest != NULL) {
+                    memcpy(s->rest, rest, rest_size);
+                }
+                kernels->unpack(&s->planes, s->anchor, rest == NULL ? NULL : s->rest, block.tokens, s->codes);
+                if (rest != NULL &&
+                    !kernels->check(tile->part, s->codes, block.tokens, block.channels, &s->params)) {
+                    return fail(fault, LYNX_ERR_CODE, 1, block.index, (uint64_t)(rest - levels->rest));
+                }
+                if (entry == NULL) {
+                    kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, to, stride);
+                } else {
+                    read_ranks(entry, levels->rank + ranks, &s->streams);
+                    const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar;
+                    if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,
+                                       &s->streams, to, stride) != LYNX_OK ||
+                        !ranks_fit(&s->streams, entry)) {
+                        return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
+                    }
+                }
+                if (padded) {
+                    for (int t = 0; t < block.tokens; t++) {
+                        memcpy(rows + t * token_stride, s->words + t * ROW, 2 * (size_t)block.channels);
+                    }
+                }
+                if (s->params.constant != 0) {
+                    write_constants(tile->part, &block, &s->params, rows, token_stride);
+                }
+            }
+        }
+        params += (uint64_t)params_size;
+        ranks += (uint64_t)ranks_size;
+        anchor += anchor_size;
+        if (rest != NULL) {
+            rest += rest_size;
+        }
+    }
+    return LYNX_OK;
+}

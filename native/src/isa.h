@@ -1,0 +1,89 @@
+/* The kernels that an instruction set provides, and their dispatch. One table per instruction set; the drivers in
+ * bitplane.c and hq.c do everything else. A new instruction set is one new file with one new table. */
+#ifndef LYNX_ISA_H
+#define LYNX_ISA_H
+
+#include <stdbool.h>
+#include <string.h>
+
+#include "lynxproto.h"
+
+#define ROW LYNX_BLOCK
+#define BLOCK_VALUES (ROW * ROW)
+
+/* Which planes of a block's codes lie in the anchor section, which in the rest: one byte per 8 tokens (an octet),
+ * plane and channel. Channels of width b have planes 0..b-1 in the anchor. Within a section, octet and plane,
+ * channels follow in ascending order. */
+typedef struct {
+    int channels;             /* 1..64 */
+    bool uniform;             /* all channels have the same width, and there are 64 */
+    uint8_t widths[ROW];      /* 255 beyond `channels` */
+    uint16_t anchor_octet;    /* bytes of an octet in the anchor section: the sum of the widths */
+    uint16_t rest_octet;      /* 8 * channels - anchor_octet */
+    uint8_t anchor_rank[8][4]; /* how many channels of plane p come before channel 16 q */
+    uint8_t anchor_shuffle[8][ROW]; /* per lane of 16 channels: the byte's place in the lane, or 0x80 if absent */
+    uint8_t rest_rank[8][4];
+    uint8_t rest_shuffle[8][ROW];
+} lynx_planes;
+
+/* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
+typedef struct {
+    float scale[ROW];    /* s; 0 for constant groups */
+    float inverse[ROW];  /* 1/s, a little more (encoder only) */
+    int16_t offset[ROW]; /* integer = byte - offset */
+    uint8_t low[ROW];    /* least and largest valid code */
+    uint8_t high[ROW];
+    uint16_t s[ROW];     /* s as a bfloat16 word */
+    int16_t z[ROW];
+    uint16_t word[ROW];  /* of a constant group */
+    uint64_t constant;   /* bit per group */
+} lynx_params;
+
+/* Level 2 of a block in four streams. The sizes bound what 4096 values can need, plus slack for wide accesses. */
+#define A_MAX (BLOCK_VALUES * 10 / 8)
+#define B_MAX (BLOCK_VALUES / 8)
+#define W_MAX (BLOCK_VALUES * 12 / 8)
+#define X_MAX (BLOCK_VALUES * 2)
+#define SLACK 64
+
+typedef struct {
+    uint32_t a_bits, b_bits, w_count, x_count;
+    uint8_t a[A_MAX + SLACK];
+    uint8_t b[B_MAX + SLACK];
+    uint8_t w[W_MAX + SLACK];
+    uint16_t x[BLOCK_VALUES + SLACK];
+} lynx_streams;
+
+typedef struct {
+    /* Extremes of each group in the ordered-integer domain, w ^ ((w >> 15) & 0x7fff), where -0 differs from +0. */
+    void (*range)(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
+    /* Codes of finite words. `codes` has rows of 64. */
+    void (*quantise)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_params *params,
+                     uint8_t *codes);
+    void (*pack)(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest);
+    /* Bytes of codes; planes of `rest` null are zeros. Both sections may be read 64 bytes beyond their end. */
+    void (*unpack)(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
+    bool (*check)(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
+    void (*dequantise)(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params, uint16_t *rows,
+                       ptrdiff_t stride);
+    /* Level 2. `unrank` returns LYNX_OK or LYNX_ERR_RANK; it leaves in the streams' counters what it has used. */
+    void (*rank)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                 int channels, const lynx_params *params, lynx_streams *streams);
+    int (*unrank)(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride);
+    /* An upper bound on the bits of level 2, cheap. Null where there is none. */
+    uint64_t (*rank_bound)(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
+
+    /* One row of words to and from planes; `count` is a multiple of 8 except in the last row. */
+    void (*pack_row)(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes);
+    void (*unpack_row)(int word_bytes, const uint8_t *const *planes, size_t count, void *words);
+} lynx_kernels;
+
+extern const lynx_kernels lynx_scalar;
+#if defined(LYNX_HAVE_AVX2)
+extern const lynx_kernels lynx_avx2;
+#endif
+
+const lynx_kernels *lynx_current(void);
+
+#endif

@@ -1,0 +1,284 @@
+/* Portable kernels: the meaning of every other instruction set's. */
+#include "isa.h"
+#include "words.h"
+
+static inline int group_of(int part, int token, int channel) {
+    return part == LYNX_KEY ? channel : token;
+}
+
+static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
+    for (int g = 0; g < ROW; g++) {
+        low[g] = INT16_MAX;
+        high[g] = INT16_MIN;
+    }
+    for (int t = 0; t < tokens; t++) {
+        for (int c = 0; c < ROW; c++) {
+            const int g = group_of(part, t, c);
+            const int16_t o = ordered(rows[t * stride + c]);
+            low[g] = o < low[g] ? o : low[g];
+            high[g] = o > high[g] ? o : high[g];
+        }
+    }
+}
+
+static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
+                     const lynx_params *params, uint8_t *codes) {
+    for (int t = 0; t < tokens; t++) {
+        for (int c = 0; c < ROW; c++) {
+            const int g = group_of(part, t, c);
+            const uint16_t word = rows[t * stride + c];
+            float scaled = word_magnitude(dtype, word) * params->inverse[g] + 0.5f;
+            scaled = scaled < 4095.0f ? scaled : 4095.0f; /* also for NaN */
+            const int magnitude = (int)scaled;
+            int code = (word & 0x8000 ? -magnitude : magnitude) + params->offset[g];
+            code = code < params->low[g] ? params->low[g] : code; /* only infinities, NaN and overflows get here */
+            code = code > params->high[g] ? params->high[g] : code;
+            codes[t * ROW + c] = (uint8_t)code;
+        }
+    }
+}
+
+static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
+    for (int first = 0; first < tokens; first += 8) {
+        uint8_t bits[8][ROW];
+        for (int c = 0; c < planes->channels; c++) {
+            uint64_t matrix = 0;
+            for (int t = 0; t < 8 && first + t < tokens; t++) {
+                matrix |= (uint64_t)codes[(first + t) * ROW + c] << 8 * t;
+            }
+            matrix = transpose8x8(matrix);
+            for (int p = 0; p < 8; p++) {
+                bits[p][c] = (uint8_t)(matrix >> 8 * (7 - p));
+            }
+        }
+        for (int p = 0; p < 8; p++) {
+            for (int c = 0; c < planes->channels; c++) {
+                if (p < planes->widths[c]) {
+                    if (anchor != NULL) {
+                        *anchor++ = bits[p][c];
+                    }
+                } else if (rest != NULL) {
+                    *rest++ = bits[p][c];
+                }
+            }
+        }
+    }
+}
+
+static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes) {
+    for (int first = 0; first < tokens; first += 8) {
+        uint64_t matrix[ROW] = {0};
+        for (int p = 0; p < 8; p++) {
+            for (int c = 0; c < planes->channels; c++) {
+                if (p < planes->widths[c]) {
+                    matrix[c] |= (uint64_t)*anchor++ << 8 * (7 - p);
+                } else if (rest != NULL) {
+                    matrix[c] |= (uint64_t)*rest++ << 8 * (7 - p);
+                }
+            }
+        }
+        for (int c = 0; c < ROW; c++) {
+            const uint64_t bytes = transpose8x8(matrix[c]);
+            for (int t = 0; t < 8; t++) {
+                codes[(first + t) * ROW + c] = (uint8_t)(bytes >> 8 * t);
+            }
+        }
+    }
+}
+
+static bool check(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
+    bool good = true;
+    for (int t = 0; t < tokens; t++) {
+        for (int c = 0; c < channels; c++) {
+            const int g = group_of(part, t, c);
+            const uint8_t code = codes[t * ROW + c];
+            good &= code >= params->low[g] && code <= params->high[g];
+        }
+    }
+    return good;
+}
+
+static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       uint16_t *rows, ptrdiff_t stride) {
+    for (int t = 0; t < tokens; t++) {
+        for (int c = 0; c < ROW; c++) {
+            const int g = group_of(part, t, c);
+            const float value = (float)(codes[t * ROW + c] - params->offset[g]) * params->scale[g];
+            rows[t * stride + c] = dtype == LYNX_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+        }
+    }
+}
+
+typedef struct {
+    uint32_t low, count; /* the cell's least magnitude word and number of words */
+} cell;
+
+static inline cell cell_of(int dtype, int magnitude, float half_scale) {
+    const uint32_t low = ceil_word(dtype, (float)(2 * magnitude - 1) * half_scale);
+    const uint32_t high = ceil_word(dtype, (float)(2 * magnitude + 1) * half_scale);
+    return (cell){low, high - low};
+}
+
+static inline void put_bits(uint8_t *stream, uint32_t position, uint32_t value) {
+    uint8_t *p = stream + (position >> 3);
+    store64(p, load64(p) | (uint64_t)value << (position & 7));
+}
+
+static inline uint32_t get_bits(const uint8_t *stream, uint32_t position, int width) {
+    return (uint32_t)(load64(stream + (position >> 3)) >> (position & 7)) & ((1u << width) - 1);
+}
+
+#define ZERO_WORD 2046   /* W codes: the word is +0 or -0 */
+#define ZERO_ESCAPE 2047 /* the word is in stream X */
+
+static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                 int channels, const lynx_params *params, lynx_streams *streams) {
+    memset(streams, 0, sizeof *streams);
+    for (int t = 0; t < tokens; t++) {
+        for (int c = 0; c < channels; c++) {
+            const int g = group_of(part, t, c);
+            if (params->constant >> g & 1) {
+                continue;
+            }
+            const uint16_t word = rows[t * stride + c];
+            const uint32_t magnitude = word & 0x7fff;
+            const int k = codes[t * ROW + c] - params->offset[g];
+            const int a = k < 0 ? -k : k;
+            const float half_scale = params->scale[g] * 0.5f;
+            if (a == 0 && dtype == LYNX_BFLOAT16) {
+                uint32_t code = ceil_word(dtype, half_scale) - 1 - magnitude;
+                if (magnitude == 0) {
+                    code = ZERO_WORD;
+                } else if (code >= ZERO_WORD) {
+                    code = ZERO_ESCAPE;
+                    streams->x[streams->x_count++] = word;
+                }
+                put_bits(streams->w, 12 * streams->w_count++, code | (uint32_t)(word >> 15) << 11);
+            } else if (a == 0) {
+                streams->x[streams->x_count++] = word;
+            } else {
+                const cell in = cell_of(dtype, a, half_scale);
+                const uint32_t r = magnitude - in.low;
+                const int width = floor_log2(in.count);
+                const uint32_t low_bits = r & ((1u << width) - 1);
+                put_bits(streams->a, streams->a_bits, low_bits);
+                streams->a_bits += (uint32_t)width;
+                if (low_bits < in.count - (1u << width)) {
+                    put_bits(streams->b, streams->b_bits++, r >> width);
+                }
+            }
+        }
+    }
+}
+
+static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+    streams->a_bits = streams->b_bits = streams->w_count = streams->x_count = 0;
+    for (int t = 0; t < tokens; t++) {
+        for (int c = 0; c < channels; c++) {
+            const int g = group_of(part, t, c);
+            uint16_t *out = rows + t * stride + c;
+            if (params->constant >> g & 1) {
+                *out = params->word[g];
+                continue;
+            }
+            const int k = codes[t * ROW + c] - params->offset[g];
+            const int a = k < 0 ? -k : k;
+            const float half_scale = params->scale[g] * 0.5f;
+            if (a == 0 && dtype == LYNX_BFLOAT16) {
+                const uint32_t field = get_bits(streams->w, 12 * streams->w_count++, 12);
+                const uint32_t code = field & 2047;
+                const uint32_t top = ceil_word(dtype, half_scale) - 1;
+                if (code == ZERO_ESCAPE) {
+                    *out = streams->x[streams->x_count++];
+                } else if (code == ZERO_WORD) {
+                    *out = (uint16_t)(field >> 11 << 15);
+                } else if (code < top) {
+                    *out = (uint16_t)((top - code) | field >> 11 << 15);
+                } else {
+                    return LYNX_ERR_RANK;
+                }
+            } else if (a == 0) {
+                *out = streams->x[streams->x_count++];
+            } else {
+                const cell in = cell_of(dtype, a, half_scale);
+                if (in.count == 0) {
+                    return LYNX_ERR_RANK;
+                }
+                const int width = floor_log2(in.count);
+                uint32_t r = get_bits(streams->a, streams->a_bits, width);
+                streams->a_bits += (uint32_t)width;
+                if (r < in.count - (1u << width)) {
+                    r |= get_bits(streams->b, streams->b_bits++, 1) << width;
+                }
+                *out = (uint16_t)((in.low + r) | (k < 0 ? 0x8000u : 0u));
+            }
+        }
+    }
+    return LYNX_OK;
+}
+
+static inline uint32_t load_word(int word_bytes, const uint8_t *words, size_t i) {
+    switch (word_bytes) {
+    case 1:
+        return words[i];
+    case 2:
+        return load16(words + 2 * i);
+    default:
+        return load32(words + 4 * i);
+    }
+}
+
+static void pack_row(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes) {
+    const int bits = 8 * word_bytes;
+    for (size_t i = 0; i < count; i += 8) {
+        const size_t n = count - i < 8 ? count - i : 8;
+        for (int byte = 0; byte < word_bytes; byte++) {
+            uint64_t matrix = 0;
+            for (size_t j = 0; j < n; j++) {
+                matrix |= (uint64_t)(load_word(word_bytes, words, i + j) >> 8 * byte & 255) << 8 * j;
+            }
+            matrix = transpose8x8(matrix);
+            for (int bit = 0; bit < 8; bit++) {
+                const int plane = bits - 1 - 8 * byte - bit;
+                if (plane >= first && plane < last) {
+                    planes[plane][i / 8] = (uint8_t)(matrix >> 8 * bit);
+                }
+            }
+        }
+    }
+}
+
+static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t count, void *words) {
+    const int bits = 8 * word_bytes;
+    uint8_t *out = words;
+    for (size_t i = 0; i < count; i += 8) {
+        const size_t n = count - i < 8 ? count - i : 8;
+        for (int byte = 0; byte < word_bytes; byte++) {
+            uint64_t matrix = 0;
+            for (int bit = 0; bit < 8; bit++) {
+                const uint8_t *plane = planes[bits - 1 - 8 * byte - bit];
+                if (plane != NULL) {
+                    matrix |= (uint64_t)plane[i / 8] << 8 * bit;
+                }
+            }
+            matrix = transpose8x8(matrix);
+            for (size_t j = 0; j < n; j++) {
+                out[(i + j) * (size_t)word_bytes + (size_t)byte] = (uint8_t)(matrix >> 8 * j);
+            }
+        }
+    }
+}
+
+const lynx_kernels lynx_scalar = {
+    .range = range,
+    .quantise = quantise,
+    .pack = pack,
+    .unpack = unpack,
+    .check = check,
+    .dequantise = dequantise,
+    .rank = rank,
+    .unrank = unrank,
+    .pack_row = pack_row,
+    .unpack_row = unpack_row,
+};

@@ -1,0 +1,128 @@
+/* Words as numbers, and numbers as words, by integer arithmetic: the same on every machine and in every FP mode. */
+#ifndef LYNX_WORDS_H
+#define LYNX_WORDS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "lynxproto.h"
+
+static inline uint32_t float_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+static inline float bits_float(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+static inline int16_t ordered(uint16_t word) {
+    return (int16_t)(word ^ (((int16_t)word >> 15) & 0x7fff));
+}
+
+static inline uint16_t from_ordered(int16_t o) {
+    return (uint16_t)(o ^ ((o >> 15) & 0x7fff));
+}
+
+/* The magnitude of a float16 word, exact: subnormals are integers times 2^-24. */
+static inline float half_magnitude(uint16_t magnitude) {
+    if (magnitude < 0x400) {
+        return (float)magnitude * 0x1p-24f;
+    }
+    if (magnitude >= 0x7c00) {
+        return bits_float(0x7f800000u | (uint32_t)(magnitude & 0x3ff) << 13);
+    }
+    return bits_float(((uint32_t)magnitude << 13) + 0x38000000u);
+}
+
+static inline float word_magnitude(int dtype, uint16_t word) {
+    const uint16_t magnitude = word & 0x7fff;
+    return dtype == LYNX_BFLOAT16 ? bits_float((uint32_t)magnitude << 16) : half_magnitude(magnitude);
+}
+
+static inline float word_value(int dtype, uint16_t word) {
+    const float m = word_magnitude(dtype, word);
+    return word & 0x8000 ? -m : m;
+}
+
+/* bfloat16: nearest, ties away from zero. */
+static inline uint16_t to_bfloat16(float x) {
+    return (uint16_t)((float_bits(x) + 0x8000u) >> 16);
+}
+
+/* float16: nearest, ties to even, saturating at the largest finite value. */
+static inline uint16_t to_float16(float x) {
+    const uint32_t bits = float_bits(x);
+    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    const uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude >= 0x477fe000u) { /* 65504 and above */
+        return sign | 0x7bff;
+    }
+    if (magnitude < 0x38800000u) { /* below 2^-14: an integer number of 2^-24, at most 1024 */
+        const float scaled = bits_float(magnitude) * 0x1p24f;
+        uint32_t n = (uint32_t)scaled;
+        const float rest = scaled - (float)n;
+        n += rest > 0.5f || (rest == 0.5f && (n & 1));
+        return (uint16_t)(sign | n);
+    }
+    const uint32_t rebased = magnitude - 0x38000000u;
+    return (uint16_t)(sign | ((rebased + 0xfffu + (rebased >> 13 & 1)) >> 13));
+}
+
+/* The smallest word whose magnitude is at least x (x positive; infinity when there is none). */
+static inline uint32_t ceil_word(int dtype, float x) {
+    const uint32_t bits = float_bits(x);
+    if (dtype == LYNX_BFLOAT16) {
+        return (bits + 0xffffu) >> 16;
+    }
+    if (bits < 0x38800000u) {
+        const float scaled = x * 0x1p24f;
+        const uint32_t n = (uint32_t)scaled;
+        return n + ((float)n < scaled);
+    }
+    const uint32_t word = (bits - 0x38000000u + 0x1fffu) >> 13;
+    return word < 0x7c00 ? word : 0x7c00;
+}
+
+static inline int floor_log2(uint32_t n) {
+    return 31 - __builtin_clz(n);
+}
+
+/* Unaligned little-endian accesses; the compilers make one instruction of each on little-endian machines. */
+static inline uint16_t load16(const uint8_t *p) {
+    return (uint16_t)(p[0] | p[1] << 8);
+}
+
+static inline uint32_t load32(const uint8_t *p) {
+    return (uint32_t)load16(p) | (uint32_t)load16(p + 2) << 16;
+}
+
+static inline uint64_t load64(const uint8_t *p) {
+    return (uint64_t)load32(p) | (uint64_t)load32(p + 4) << 32;
+}
+
+static inline void store16(uint8_t *p, uint32_t v) {
+    p[0] = (uint8_t)v;
+    p[1] = (uint8_t)(v >> 8);
+}
+
+static inline void store64(uint8_t *p, uint64_t v) {
+    for (int i = 0; i < 8; i++) {
+        p[i] = (uint8_t)(v >> 8 * i);
+    }
+}
+
+/* Bits of a 64-bit word seen as an 8 x 8 matrix (byte = row), transposed: bit j of byte i becomes bit i of byte j. */
+static inline uint64_t transpose8x8(uint64_t x) {
+    uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aaull;
+    x ^= t ^ t << 7;
+    t = (x ^ x >> 14) & 0x0000cccc0000ccccull;
+    x ^= t ^ t << 14;
+    t = (x ^ x >> 28) & 0x00000000f0f0f0f0ull;
+    return x ^ t ^ t << 28;
+}
+
+#endif
