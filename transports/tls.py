@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from lynxproto.errors import AuthenticationError, ConfigError, TransportError
 from lynxproto.transports.abc import ByteStream, Listener
@@ -109,7 +110,7 @@ class TLSStream(ByteStream):
             await self.handshake()
         while True:
             try:
-                return self._tls.read(buffer.nbytes, buffer)  # type: ignore[arg-type]  # typeshed wants a bytearray
+                return cast(int, self._tls.read(buffer.nbytes, cast(bytearray, buffer)))  # typeshed knows less
             except ssl.SSLWantReadError:
                 await self._flush()
                 if not await self._fill():

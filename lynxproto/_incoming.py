@@ -1,0 +1,438 @@
+"""The receiving side of a transfer: chunks are decoded straight into the destination. Lives on the I/O thread.
+
+Each tile has at most one job on a worker at a time; payloads that arrive meanwhile are taken together by the next
+job, so that a receiver slower than its link skips the levels that nobody would see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lynxproto import events
+from lynxproto._io import Signal
+from lynxproto._options import Deadline, Options
+from lynxproto._outgoing import part_words, tile_view
+from lynxproto._stats import Progress, Result, TransferStats
+from lynxproto.chunk import ChunkSpec, Part, Tile
+from lynxproto.codecs import Codec, DecodeState, get_codec
+from lynxproto.config import MAX_LEVELS
+from lynxproto.digest import tile_digest
+from lynxproto.errors import (
+    DeadlineError,
+    ErrorCode,
+    LocalError,
+    LynxError,
+    NotFoundError,
+    PayloadError,
+    SpecError,
+    TransferCancelledError,
+)
+from lynxproto.manifest import LayerSpec, Manifest
+
+if TYPE_CHECKING:
+    from lynxproto._peer import Peer
+
+__all__ = ["Incoming"]
+
+
+@dataclass(slots=True, eq=False)
+class _Tile:
+    """Where a tile stands. ``decoded`` is the level its decoder has, ``shown`` the level its destination holds."""
+
+    tile: Tile
+    layer: LayerSpec
+    spec: ChunkSpec
+    codec: Codec
+    words: NDArray[Any]
+    last: int
+    attempt: int = 0
+    state: DecodeState | None = None
+    decoded: int = -1
+    shown: int = -1
+    pending: list[events.ChunkReceived] = field(default_factory=list)
+    running: bool = False
+    digest: bytes | None = None
+    verified: bool = False
+
+    def show(self, decode: Callable[[NDArray[Any]], DecodeState]) -> DecodeState:
+        """Let ``decode`` write the tile's words; an explicit token set is scattered into the destination."""
+        if self.tile.tokens.is_range:
+            return decode(tile_view(self.words, self.layer, self.tile))
+        words = np.empty(self.spec.shape, self.spec.word_dtype)
+        state = decode(words)
+        head = self.tile.head_start - self.layer.head_start
+        positions = np.asarray(self.tile.tokens.positions) - self.layer.token_start
+        self.words[head : head + self.tile.heads, positions] = words
+        return state
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    state: DecodeState | None
+    shown: bool
+    digest: bytes | None
+
+
+def _decode(
+    tile: _Tile, state: DecodeState | None, payloads: Sequence[memoryview], show: bool, digest: bool
+) -> _Outcome:
+    """On a worker: add levels to the decoder, put the words into place if ``show``, and digest them if ``digest``."""
+    spec, codec = tile.spec, tile.codec
+
+    def decode(out: NDArray[Any] | None) -> DecodeState:
+        if state is None:
+            return codec.decode(spec, payloads, out)
+        if not payloads:
+            return codec.decode(spec, state.payloads, out)
+        now = state
+        for payload in payloads[:-1]:
+            now = codec.refine(spec, now, now.level + 1, payload, None)
+        return codec.refine(spec, now, now.level + 1, payloads[-1], out)
+
+    after = tile.show(decode) if show else decode(None)
+    return _Outcome(after, show, tile_digest(spec, tile_view(tile.words, tile.layer, tile.tile)) if digest else None)
+
+
+def _verify(tile: _Tile) -> _Outcome:
+    return _Outcome(tile.state, False, tile_digest(tile.spec, tile_view(tile.words, tile.layer, tile.tile)))
+
+
+class Incoming:
+    """One incoming transfer."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        transfer: int,
+        manifest: Manifest,
+        arrays: Mapping[tuple[int, Part], Any],
+        options: Options,
+    ) -> None:
+        self.id = transfer
+        self.manifest = manifest
+        self.arrays = arrays
+        self.stats = TransferStats(opened=time.monotonic())
+        self.error: LynxError | None = None
+        self.released = False
+        self.complete = False
+        self.late: set[int] = set()
+        self.degraded: int | None = None
+        self.final: int | None = None
+        self.on_progress: Callable[[Progress], object] | None = None
+        self.changed = Signal()
+        self._peer = peer
+        self._intermediate = options.intermediate
+        self._codecs = [get_codec(config) for config in manifest.codecs]
+        self._words: dict[tuple[int, Part], NDArray[Any]] = {}
+        for layer in manifest.layers:
+            for part in layer.parts:
+                if (layer.index, part) not in arrays:
+                    raise SpecError(f"allocate() gave no array for layer {layer.index}, {part}")
+                self._words[layer.index, part] = part_words(
+                    manifest, layer, part, arrays[layer.index, part], writable=True
+                )
+        self._tiles: dict[Tile, _Tile] = {}
+        self._plans: dict[int, list[_Tile]] = {}
+        self._behind: dict[int, Counter[int]] = {}  # layer -> level -> tiles that have not reached it
+        self._awaited: Counter[tuple[int, int | None]] = Counter()
+        self._result: Result | None = None
+        loop = asyncio.get_running_loop()
+        self._timers = [loop.call_later(d.seconds, self._on_deadline, d) for d in options.deadlines]
+
+    # --- called by the user, on the I/O thread
+
+    async def ready(self, level: int, layer: int | None) -> None:
+        """Return when every tile (of ``layer``) holds ``level``, or its last level if that is lower."""
+        if not 0 <= level < MAX_LEVELS:
+            raise LocalError(f"there is no level {level}; levels are 0 to {MAX_LEVELS - 1}")
+        if layer is not None:
+            self.manifest.layer(layer)
+        self._awaited[level, layer] += 1
+        try:
+            for tile in list(self._tiles.values()):
+                self._advance(tile)
+            await self.changed.until(lambda: self._check_ready(level, layer))
+        finally:
+            self._awaited[level, layer] -= 1
+            self._awaited += Counter()  # forgets levels that nobody awaits any more
+
+    def is_ready(self, level: int, layer: int | None) -> bool:
+        """Whether :meth:`ready` would return at once."""
+        layers = [spec.index for spec in self.manifest.layers] if layer is None else [layer]
+        return all(index in self._plans and self._behind[index][level] == 0 for index in layers)
+
+    def _check_ready(self, level: int, layer: int | None) -> bool:
+        if self.is_ready(level, layer):
+            return True
+        if self.final is not None and level > self.final:
+            raise self._final_error()
+        self._check()
+        return False
+
+    async def exact(self) -> None:
+        """Return when every word is there and verified; raise why that will not happen."""
+        if self.manifest.lossy:
+            raise LocalError(f"transfer {self.id:032x} is lossy: no level of it is exact; wait for ready() instead")
+
+        def done() -> bool:
+            if self.final is not None and any(tile.last > self.final for tile in self._tiles.values()):
+                raise self._final_error()
+            if self.complete:
+                return True
+            self._check()
+            return False
+
+        await self.changed.until(done)
+
+    async def result(self) -> Result:
+        """Prefill's result, once it has arrived."""
+
+        def done() -> bool:
+            if self._result is None:
+                self._check()
+                if self.released:
+                    raise NotFoundError(f"the sender of transfer {self.id:032x} told no result")
+            return self._result is not None
+
+        await self.changed.until(done)
+        assert self._result is not None
+        return self._result
+
+    def urgent(self) -> None:
+        """Ask for this transfer's residual ahead of others."""
+        self._peer.connection.urgent(self.id, time.monotonic())
+        self._peer.pump()
+
+    async def cancel(self, above_level: int | None) -> None:
+        """Cancel; nothing writes to the destination (above that level) when this returns."""
+        self._peer.connection.cancel(self.id, time.monotonic(), above_level)
+        self._peer.pump()
+        if above_level is None:
+            await self.wait_released()
+        else:
+            await self.changed.until(lambda: self.released or self.final is not None)
+
+    async def wait_released(self) -> None:
+        """Return when nothing writes to the destination any more."""
+        await self.changed.until(lambda: self.released)
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self.released and not self.complete:
+            raise TransferCancelledError(f"transfer {self.id:032x} was cancelled")
+
+    def _final_error(self) -> LynxError:
+        if self.degraded is not None:
+            return DeadlineError(
+                f"transfer {self.id:032x} missed a deadline and was degraded to level {self.degraded}: it is not exact"
+            )
+        return TransferCancelledError(f"levels above {self.final} of transfer {self.id:032x} were cancelled")
+
+    # --- events
+
+    def on_plan(self, event: events.PlanReceived) -> None:
+        """The tiles of a layer."""
+        layer = self.manifest.layer(event.layer)
+        behind = self._behind[layer.index] = Counter()
+        plan = self._plans[layer.index] = []
+        for tile, levels in zip(event.tiles, event.levels, strict=True):
+            if levels == 0:
+                continue
+            state = _Tile(
+                tile=tile,
+                layer=layer,
+                spec=tile.spec(self.manifest.dtype, layer.head_dim(tile.part)),
+                codec=self._codecs[tile.codec],
+                words=self._words[tile.layer, tile.part],
+                last=levels - 1,
+            )
+            plan.append(state)
+            self._tiles[tile] = state
+            self.stats.plan(levels)
+            behind.update(range(MAX_LEVELS))
+        self.changed.notify()
+
+    def on_chunk(self, event: events.ChunkReceived) -> None:
+        """A chunk to decode."""
+        tile = self._tiles[event.tile]
+        if event.attempt > tile.attempt:
+            self._restart(tile, event.attempt)
+        elif event.attempt < tile.attempt:
+            return  # the rest of an attempt that failed
+        now = time.monotonic()
+        level = self.stats.count(event.level, event.payload.nbytes, now)
+        tile.pending.append(event)
+        self._advance(tile)
+        if self.on_progress is not None:
+            progress = Progress(now, event.level, level.chunks, level.bytes, level.total_chunks)
+            self._peer.call_user(self.on_progress, progress)
+
+    def on_layer_ended(self, event: events.LayerEnded, planned: tuple[Tile, ...]) -> None:
+        """Digests of a layer's tiles."""
+        for tile, digest in zip(planned, event.digests, strict=True):
+            state = self._tiles.get(tile)
+            if state is not None:
+                state.digest = digest
+                self._advance(state)
+
+    def on_result(self, event: events.ResultReceived) -> None:
+        """Prefill's result."""
+        self._result = Result(event.first_token, event.logit_gap)
+        self.changed.notify()
+
+    def on_levels_cancelled(self, level: int) -> None:
+        """Levels above ``level`` will not come."""
+        self.final = level if self.final is None else min(self.final, level)
+        for tile in self._tiles.values():
+            tile.pending = [chunk for chunk in tile.pending if chunk.level <= self.final]
+            self._advance(tile)
+        self.changed.notify()
+
+    def on_complete(self) -> None:
+        """Everything wanted is here and verified."""
+        self.complete = True
+        self.changed.notify()
+
+    def fail(self, error: LynxError) -> None:
+        """The transfer is over because of ``error``; release follows."""
+        if self.error is None:
+            self.error = error
+
+    async def release(self, complete: bool) -> None:
+        """Nothing more will arrive: stop writing to the destination."""
+        for timer in self._timers:
+            timer.cancel()
+        if complete:
+            await self._peer.workers.settle(self)
+        else:
+            await self._peer.workers.drop(self)
+            self._tiles.clear()
+        self.released = True
+        self.stats.released = time.monotonic()
+        self.changed.notify()
+
+    def _on_deadline(self, deadline: Deadline) -> None:
+        if self.released or self.complete or self.is_ready(deadline.level, None):
+            return
+        text = f"level {deadline.level} of transfer {self.id:032x} was not ready within {deadline.seconds:g} s"
+        connection, now = self._peer.connection, time.monotonic()
+        if deadline.policy == "wait":
+            self.late.add(deadline.level)
+        elif deadline.policy == "degrade" and self.is_ready(0, None):
+            self.degraded = max(level for level in range(deadline.level) if self.is_ready(level, None))
+            connection.cancel(self.id, now, self.degraded, code=ErrorCode.TIMEOUT, text=text)
+        else:
+            self.fail(DeadlineError(text))
+            connection.cancel(self.id, now, code=ErrorCode.TIMEOUT, text=text)
+        self._peer.pump()
+        self.changed.notify()
+
+    # --- tiles
+
+    def _last(self, tile: _Tile) -> int:
+        return tile.last if self.final is None else min(tile.last, self.final)
+
+    def _wanted(self, tile: _Tile, level: int) -> bool:
+        """Whether ``level`` of ``tile``, just decoded, should be put into the destination."""
+        if level in (0, self._last(tile)) or self._intermediate:
+            return True
+        return any(
+            tile.shown < awaited <= level
+            for (awaited, layer) in self._awaited
+            if layer is None or layer == tile.layer.index
+        )
+
+    def _advance(self, tile: _Tile) -> None:
+        """Start the tile's next job, if there is one and none is running."""
+        if tile.running:
+            return
+        last = self._last(tile)
+        chunks = tile.pending
+        level = chunks[-1].level if chunks else tile.decoded
+        if chunks or (level > tile.shown and self._wanted(tile, level)):
+            tile.pending = []
+            payloads = [chunk.payload for chunk in chunks]
+            show = self._wanted(tile, level)
+            digest = level == tile.last and bool(tile.digest)
+            state = tile.state
+            self._run(tile, level, chunks, lambda: _decode(tile, state, payloads, show, digest))
+        elif tile.shown == last == tile.last and tile.digest and not tile.verified:
+            self._run(tile, level, [], lambda: _verify(tile))
+
+    def _run(
+        self, tile: _Tile, level: int, chunks: Sequence[events.ChunkReceived], work: Callable[[], _Outcome]
+    ) -> None:
+        tile.running = True
+        attempt = tile.attempt
+        self._peer.workers.run(
+            self,
+            (max(level, 0), tile.layer.index),
+            work,
+            lambda future: self._done(tile, attempt, level, chunks, future),
+        )
+
+    def _done(
+        self, tile: _Tile, attempt: int, level: int, chunks: Sequence[events.ChunkReceived], future: Future[_Outcome]
+    ) -> None:
+        tile.running = False
+        if attempt != tile.attempt:
+            self._advance(tile)
+            return
+        connection, now = self._peer.connection, time.monotonic()
+        error = future.exception()
+        if isinstance(error, PayloadError):
+            self._fail_tile(tile, ErrorCode.PAYLOAD, str(error))
+            return
+        if error is not None:
+            self.fail(error if isinstance(error, LynxError) else LocalError(f"decoding failed: {error!r}"))
+            connection.cancel(self.id, now, code=ErrorCode.INTERNAL, text="the receiver could not decode a chunk")
+            self._peer.pump()
+            return
+        outcome = future.result()
+        tile.decoded = level
+        if outcome.shown:
+            self._show(tile, level)
+        tile.state = outcome.state if level < self._last(tile) else None
+        for chunk in chunks:
+            connection.applied(self.id, tile.tile, chunk.level, now)
+        if outcome.digest is not None:
+            if outcome.digest != tile.digest:
+                self._fail_tile(tile, ErrorCode.DIGEST, "the words do not match the digest in END")
+                return
+            tile.verified = True
+            connection.tile_verified(self.id, tile.tile, now)
+        self._advance(tile)
+        self.changed.notify()
+        self._peer.pump()
+
+    def _fail_tile(self, tile: _Tile, code: ErrorCode, text: str) -> None:
+        self._restart(tile, tile.attempt + 1)
+        self._peer.connection.tile_failed(self.id, tile.tile, time.monotonic(), code, text)
+        self._peer.pump()
+
+    def _restart(self, tile: _Tile, attempt: int) -> None:
+        tile.attempt = attempt
+        tile.state = None
+        tile.decoded = -1
+        tile.pending = []
+        tile.verified = False
+        if tile.shown >= 0:
+            reached = range(MAX_LEVELS) if tile.shown == tile.last else range(tile.shown + 1)
+            self._behind[tile.layer.index].update(reached)
+            tile.shown = -1
+
+    def _show(self, tile: _Tile, level: int) -> None:
+        """The destination holds ``level`` now."""
+        stop = MAX_LEVELS if level == tile.last else level + 1
+        self._behind[tile.layer.index].subtract(range(tile.shown + 1, stop))
+        tile.shown = level

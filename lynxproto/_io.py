@@ -1,0 +1,159 @@
+"""The threads of a session: one for I/O with its own event loop, a few for codecs; and waiting on state.
+
+Everything that a connection owns lives on the I/O thread. Callers from other threads and event loops hand it a
+coroutine and wait for the outcome; codec work leaves it and comes back as a callback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import threading
+from collections.abc import Callable, Coroutine, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from lynxproto.errors import StreamClosedError
+
+__all__ = ["IOThread", "Signal", "Workers"]
+
+T = TypeVar("T")
+
+
+class IOThread:
+    """A daemon thread that runs an event loop until :meth:`stop`."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+        finally:
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.close()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run ``coroutine`` on the I/O thread; cancelling the future cancels it."""
+        if self.loop.is_closed():
+            coroutine.close()
+            raise StreamClosedError("the session was closed by this side")
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Run ``function``, which must be short, on the I/O thread and return its result."""
+        if threading.current_thread() is self._thread:
+            return function(*args)
+
+        async def run() -> T:
+            return function(*args)
+
+        return self.submit(run()).result()
+
+    def stop(self) -> None:
+        """End the loop and the thread. Idempotent. Must not be called from the I/O thread."""
+        if self._thread.is_alive():
+            try:
+                self.loop.call_soon_threadsafe(self.loop.stop)
+            except RuntimeError:  # another thread stopped it at the same moment
+                pass
+            self._thread.join()
+
+
+class Signal:
+    """Wakes coroutines of one loop to look at a condition again."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def notify(self) -> None:
+        """Something changed."""
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Return once ``condition()`` is true; what it raises is raised here."""
+        while not condition():
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.add(future)
+            try:
+                await future
+            finally:
+                self._waiting.discard(future)
+
+
+class _Job:
+    __slots__ = ("done", "dropped", "key", "owner", "work")
+
+    def __init__(
+        self, key: tuple[int, int, int], owner: Hashable, work: Callable[[], Any], done: Callable[[Future[Any]], None]
+    ) -> None:
+        self.key = key
+        self.owner = owner
+        self.work = work
+        self.done = done
+        self.dropped = False
+
+    def __lt__(self, other: _Job) -> bool:
+        return self.key < other.key
+
+
+class Workers:
+    """Runs codec work on ``threads`` threads, the most urgent first. To be used from one event loop."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="lynxproto-codec")
+        self._queue: list[_Job] = []
+        self._running: set[_Job] = set()
+        self._number = itertools.count()
+        self._loop = asyncio.get_running_loop()
+        self._finished = Signal()
+
+    def run(
+        self,
+        owner: Hashable,
+        urgency: tuple[int, int],
+        work: Callable[[], T],
+        done: Callable[[Future[T]], None],
+    ) -> None:
+        """Run ``work()`` on a thread, lower ``urgency`` first, then call ``done`` with its future on the loop."""
+        heapq.heappush(self._queue, _Job((*urgency, next(self._number)), owner, work, done))
+        self._start()
+
+    async def drop(self, owner: Hashable) -> None:
+        """Forget all work of ``owner``: when this returns no thread runs it any more, and no ``done`` will follow."""
+        self._queue = [job for job in self._queue if job.owner != owner]
+        heapq.heapify(self._queue)
+        running = {job for job in self._running if job.owner == owner}
+        for job in running:
+            job.dropped = True
+        await self._finished.until(lambda: not running & self._running)
+
+    async def settle(self, owner: Hashable) -> None:
+        """Return when all work of ``owner`` is done."""
+        await self._finished.until(lambda: all(job.owner != owner for job in [*self._queue, *self._running]))
+
+    def stop(self) -> None:
+        """Drop queued work, and wait for what runs. Blocks: call it when nothing runs, or not on the loop."""
+        self._queue.clear()
+        self._executor.shutdown(wait=True)
+
+    def _start(self) -> None:
+        while self._queue and len(self._running) < self.threads:
+            job = heapq.heappop(self._queue)
+            self._running.add(job)
+            future = self._executor.submit(job.work)
+            future.add_done_callback(lambda f, job=job: self._loop.call_soon_threadsafe(self._end, job, f))  # type: ignore[misc]
+
+    def _end(self, job: _Job, future: Future[Any]) -> None:
+        self._running.discard(job)
+        self._start()
+        if not job.dropped:
+            job.done(future)
+        self._finished.notify()

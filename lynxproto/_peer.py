@@ -1,0 +1,432 @@
+"""Drives one :class:`~lynxproto.connection.Connection` over byte streams: the thin shell. Lives on the I/O thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from lynxproto import events
+from lynxproto._incoming import Incoming
+from lynxproto._io import Signal, Workers
+from lynxproto._options import Options
+from lynxproto._outgoing import Outgoing
+from lynxproto.chunk import Tile
+from lynxproto.config import Config
+from lynxproto.connection import Connection
+from lynxproto.errors import (
+    ConnectionClosedError,
+    ErrorCode,
+    LynxError,
+    RejectedError,
+    RemoteError,
+    StreamClosedError,
+    TransferCancelledError,
+)
+from lynxproto.manifest import FetchKey, Manifest, Want
+from lynxproto.policy import Policy
+from lynxproto.transports import ByteStream
+
+__all__ = ["Dial", "Peer"]
+
+_log = logging.getLogger("lynxproto")
+
+Dial = Callable[[], Coroutine[Any, Any, ByteStream]]
+
+#: Bytes asked of the connection at once: what a more urgent frame may have to wait for, besides the kernel's share.
+_SEND_BYTES: Final = 64 << 10
+#: Seconds that a stream which is to be closed may take to send its last words.
+_LINGER_S: Final = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class _Stripe:
+    number: int
+    stream: ByteStream
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    closing: bool = False
+    linger: asyncio.TimerHandle | None = None
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+
+class Peer:
+    """One session with one peer."""
+
+    def __init__(
+        self,
+        config: Config,
+        workers: Workers,
+        options: Options,
+        offer: Callable[[Incoming], None],
+        on_over: Callable[[Peer], None],
+        *,
+        dial: Dial | None = None,
+    ) -> None:
+        self.config = config
+        self.workers = workers
+        self.connection = Connection(config, client=dial is not None)
+        self.name = "the peer"
+        self.error: LynxError | None = None
+        self.established = False
+        self.over = False
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.changed = Signal()
+        self.outgoing: dict[int, Outgoing] = {}
+        self.incoming: dict[int, Incoming] = {}
+        self._options = options
+        self._offer = offer
+        self._on_over = on_over
+        self._dial = dial
+        self._stripes: dict[int, _Stripe] = {}
+        self._plans: dict[tuple[int, int], tuple[Tile, ...]] = {}
+        self._offered: set[int] = set()
+        self._fetches: dict[int, asyncio.Future[Incoming]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._redialing: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._pumping = False
+
+    # --- byte streams
+
+    def attach(self, stream: ByteStream, received: bytes = b"") -> None:
+        """Run the session over ``stream``; ``received`` are bytes already read from it."""
+        if self.over:
+            self._track(stream.aclose())
+            return
+        now = time.monotonic()
+        stripe = _Stripe(self.connection.open_stripe(now), stream)
+        self._stripes[stripe.number] = stripe
+        self.name = stream.name
+        if received:
+            self.bytes_received += len(received)
+            self.connection.receive_data(received, now, stripe.number)
+        stripe.tasks = [
+            self._loop.create_task(self._receive(stripe), name=f"receive {stream.name}"),
+            self._loop.create_task(self._send(stripe), name=f"send {stream.name}"),
+        ]
+        self.pump()
+
+    async def establish(self) -> None:
+        """Client: connect and shake hands; raises what prevents it."""
+        assert self._dial is not None
+        self.attach(await self._dial())
+        await self.changed.until(lambda: self.established or self.over)
+        if not self.established:
+            raise self.error or ConnectionClosedError(f"{self.name} closed the session during the handshake")
+        self._redial()
+
+    async def _receive(self, stripe: _Stripe) -> None:
+        error: RemoteError = ConnectionClosedError(f"{stripe.stream.name} hung up")
+        try:
+            while True:
+                count = await stripe.stream.receive_into(self.connection.get_buffer(stripe.number))
+                if count == 0:
+                    break
+                self.bytes_received += count
+                self.connection.buffer_updated(count, time.monotonic(), stripe.number)
+                self.pump()
+        except StreamClosedError:
+            return
+        except RemoteError as broken:
+            error = broken
+        self._lost(stripe, error)
+
+    async def _send(self, stripe: _Stripe) -> None:
+        try:
+            while True:
+                stripe.wake.clear()
+                data = self.connection.data_to_send(time.monotonic(), stripe.number, _SEND_BYTES)
+                if data:
+                    await stripe.stream.send(data)
+                    self.bytes_sent += sum(part.nbytes for part in data)
+                    self.pump()
+                elif stripe.closing:
+                    break
+                else:
+                    await stripe.wake.wait()
+        except StreamClosedError:
+            return
+        except RemoteError as error:
+            self._lost(stripe, error)
+            return
+        await self._hang_up(stripe)
+
+    def _lost(self, stripe: _Stripe, error: RemoteError) -> None:
+        self.connection.stripe_lost(stripe.number, time.monotonic(), error)
+        self._track(self._hang_up(stripe))
+        if not self.established:
+            self._end(error)
+        self.pump()
+
+    async def _hang_up(self, stripe: _Stripe) -> None:
+        if stripe.linger is not None:
+            stripe.linger.cancel()
+        await stripe.stream.aclose()
+        for task in stripe.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        if self._stripes.pop(stripe.number, None) is not None:
+            self._redial()
+            self.changed.notify()
+
+    def _close_stripe(self, stripe: _Stripe) -> None:
+        """Send what is left to say, for a bounded time, then hang up."""
+        if not stripe.closing:
+            stripe.closing = True
+            stripe.wake.set()
+            stripe.linger = self._loop.call_later(_LINGER_S, lambda: self._track(self._hang_up(stripe)))
+
+    def _redial(self) -> None:
+        if self._dial is None or self.over or not self.established or self._redialing is not None:
+            return
+        if len(self._stripes) < self._options.stripes:
+            self._redialing = self._loop.create_task(self._redial_until_done(self._dial))
+
+    async def _redial_until_done(self, dial: Dial) -> None:
+        delay = 0.0
+        try:
+            while not self.over and len(self._stripes) < self._options.stripes:
+                await asyncio.sleep(delay)
+                delay = min(max(2 * delay, self.config.retry_interval), self.config.retry_limit)
+                try:
+                    stream = await dial()
+                except LynxError as error:
+                    _log.info("cannot reach %s again yet: %s", self.name, error)
+                    continue
+                self.attach(stream)
+        finally:
+            self._redialing = None
+
+    # --- the pump
+
+    def pump(self) -> None:
+        """After anything happened: deliver events, ask for chunks, wake senders, set the timer."""
+        if self._pumping:
+            return  # an event's handler called back; the loop below goes on
+        self._pumping = True
+        try:
+            while (event := self.connection.next_event()) is not None:
+                self._handle(event)
+            self._encode()
+        finally:
+            self._pumping = False
+        for stripe in self._stripes.values():
+            stripe.wake.set()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self.connection.next_timer()
+        if due is not None:
+            self._timer = self._loop.call_at(due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.connection.handle_timer(time.monotonic())
+        self.pump()
+
+    def _encode(self) -> None:
+        encoding = sum(transfer.encoding for transfer in self.outgoing.values())
+        while encoding < self.workers.threads:
+            request = self.connection.next_chunk(time.monotonic())
+            if request is None:
+                return
+            self.outgoing[request.transfer].encode(request)
+            encoding += 1
+
+    def _handle(self, event: events.Event) -> None:
+        match event:
+            case events.ChunkReceived():
+                self._incoming_of(event.transfer, lambda transfer: transfer.on_chunk(event))
+            case events.PlanReceived():
+                self._plans[event.transfer, event.layer] = event.tiles
+                self._incoming_of(event.transfer, lambda transfer: transfer.on_plan(event))
+            case events.LayerEnded():
+                planned = self._plans[event.transfer, event.layer]
+                self._incoming_of(event.transfer, lambda transfer: transfer.on_layer_ended(event, planned))
+            case events.ResultReceived():
+                self._incoming_of(event.transfer, lambda transfer: transfer.on_result(event))
+            case events.TransferComplete():
+                self._incoming_of(event.transfer, lambda transfer: transfer.on_complete())
+            case events.LevelsCancelled():
+                self._incoming_of(event.transfer, lambda transfer: transfer.on_levels_cancelled(event.level))
+            case events.TransferOffered():
+                self._offered.add(event.transfer)
+                self._track(self._consider(event))
+            case events.TransferAccepted():
+                self.outgoing[event.transfer].on_accepted()
+            case events.TransferRejected():
+                text = f"{self.name} refused transfer {event.transfer:032x}: {event.text}"
+                self.outgoing[event.transfer].fail(RejectedError(text, event.code))
+            case events.TransferFailed():
+                self._fail_transfer(event.transfer, event.error)
+            case events.Cancelled():
+                by = f"by {self.name}" if event.by_peer else "by this side"
+                text = f"transfer {event.transfer:032x} was cancelled {by}{': ' + event.text if event.text else ''}"
+                self._fail_transfer(event.transfer, TransferCancelledError(text))
+            case events.TransferReleased():
+                self._track(self._release(event.transfer, event.complete))
+            case events.FetchRequested():
+                self._track(self._serve(event))
+            case events.FetchFailed():
+                fetch = self._fetches.pop(event.request, None)
+                if fetch is not None and not fetch.done():
+                    fetch.set_exception(event.error)
+            case events.HandshakeCompleted():
+                self.established = True
+                self.changed.notify()
+            case events.StripeClosed():
+                stripe = self._stripes.get(event.stripe)
+                if stripe is not None:
+                    self._close_stripe(stripe)
+                if not self.established:
+                    self._end(event.error)
+            case events.ConnectionFailed():
+                self._end(event.error)
+            case events.ConnectionClosed():
+                text = f": {event.text}" if event.text else ""
+                self._end(ConnectionClosedError(f"{self.name} closed the session{text}") if event.by_peer else None)
+            case events.UnknownFrame():
+                _log.debug("%s sent a frame of unknown type %#x; skipped", self.name, event.type)
+            case events.StripeReady() | events.ChunksResumed() | events.UrgentReceived():
+                _log.debug("%s: %s", self.name, event)
+
+    def _incoming_of(self, transfer: int, deliver: Callable[[Incoming], None]) -> None:
+        incoming = self.incoming.get(transfer)
+        if incoming is not None:
+            deliver(incoming)
+
+    def _fail_transfer(self, transfer: int, error: LynxError) -> None:
+        side = self.outgoing.get(transfer) or self.incoming.get(transfer)
+        if side is not None:
+            side.fail(error)
+
+    async def _release(self, transfer: int, complete: bool) -> None:
+        self._offered.discard(transfer)
+        side = self.outgoing.pop(transfer, None) or self.incoming.pop(transfer, None)
+        self._plans = {key: tiles for key, tiles in self._plans.items() if key[0] != transfer}
+        if side is not None:
+            await side.release(complete)
+
+    def _end(self, error: LynxError | None) -> None:
+        """The session is over."""
+        if self.over:
+            return
+        self.over = True
+        self.error = error
+        for fetch in self._fetches.values():
+            if not fetch.done():
+                fetch.set_exception(error or StreamClosedError("the session was closed by this side"))
+        self._fetches.clear()
+        for stripe in list(self._stripes.values()):
+            self._close_stripe(stripe)
+        self.changed.notify()
+        self._on_over(self)
+
+    async def aclose(self) -> None:
+        """Close in order: no transfer touches its user's memory, and no task is left, when this returns."""
+        self.connection.close(time.monotonic())
+        self.pump()
+        self._end(None)
+        await self.changed.until(lambda: not self._stripes)
+        if self._redialing is not None:
+            self._redialing.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- transfers
+
+    def open(self, manifest: Manifest, policy: Policy | None, deadline: float, fetch: int | None = None) -> Outgoing:
+        """Offer a transfer."""
+        if self.over:
+            raise self.error or StreamClosedError("the session was closed by this side")
+        policy = policy or self._options.policy
+        manifest = replace(manifest, codecs=policy.codecs, lossy=policy.lossy)
+        transfer = self.connection.open(manifest, time.monotonic(), deadline=deadline, fetch=fetch)
+        outgoing = self.outgoing[transfer] = Outgoing(self, transfer, manifest, policy)
+        self.pump()
+        return outgoing
+
+    async def fetch(self, key: FetchKey, wants: Sequence[Want] | None, lease: float) -> Incoming:
+        """Ask for a cache by key; returns once the peer offers it and memory is ready."""
+        if self.over:
+            raise self.error or StreamClosedError("the session was closed by this side")
+        request = self.connection.fetch(key, time.monotonic(), wants, lease)
+        future: asyncio.Future[Incoming] = self._loop.create_future()
+        self._fetches[request] = future
+        self.pump()
+        try:
+            return await future
+        finally:
+            self._fetches.pop(request, None)
+
+    async def _consider(self, event: events.TransferOffered) -> None:
+        """Let the user allocate (on a thread: it may take its time), then accept."""
+        transfer, options = event.transfer, self._options
+        waiting = self._fetches.get(event.fetch) if event.fetch is not None else None
+        refused: Exception | None = None
+        try:
+            arrays = await asyncio.to_thread(options.allocate, event.manifest)
+            wants = None if options.wants is None else await asyncio.to_thread(options.wants, event.manifest)
+            if transfer not in self._offered:  # the sender changed its mind meanwhile
+                raise TransferCancelledError(f"transfer {transfer:032x} was cancelled by {self.name}")
+            incoming = Incoming(self, transfer, event.manifest, arrays, options)
+        except Exception as error:  # whatever the user's callbacks raise
+            refused = error
+        if refused is not None:
+            _log.warning("transfer %032x is refused: %s", transfer, refused)
+            text = str(refused) if isinstance(refused, LynxError) else "the receiver has no memory for it"
+            self.connection.reject(transfer, ErrorCode.INTERNAL, text, time.monotonic())
+        else:
+            self.incoming[transfer] = incoming
+            self.connection.accept(transfer, time.monotonic(), wants)
+        if waiting is not None:
+            if waiting.done():  # nobody waits any more
+                pass
+            elif refused is not None:
+                waiting.set_exception(refused)
+            else:
+                waiting.set_result(incoming)
+        elif refused is None:
+            self._offer(incoming)
+        self.pump()
+
+    async def _serve(self, event: events.FetchRequested) -> None:
+        """Let the user look the key up (on a thread), then send what it found."""
+        on_fetch = self._options.on_fetch
+        cache = None
+        if on_fetch is not None:
+            try:
+                cache = await asyncio.to_thread(on_fetch, event.key, event.wants)
+            except Exception:  # whatever the user's callback raises
+                _log.exception("on_fetch failed; the peer is told that nothing was found")
+        if cache is None:
+            self.connection.not_found(event.request, time.monotonic())
+            self.pump()
+            return
+        try:
+            outgoing = self.open(cache.manifest, None, float("inf"), event.request)
+            await outgoing.send_cache(cache)
+        except LynxError as error:
+            _log.warning("a fetched cache was not delivered: %s", error)
+
+    # --- helpers
+
+    def call_user(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call the user's callback; what it raises is its own affair."""
+        try:
+            callback(*args)
+        except Exception:  # see above
+            _log.exception("a callback failed")
+
+    def _track(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,542 @@
+"""Sessions: :func:`connect` and :func:`listen`, and the transfers that run over them.
+
+I/O runs on a thread of its own with its own event loop, codecs on a few more; so the methods here may be awaited on
+any asyncio loop, and a busy engine never makes its peer believe that it is gone. :mod:`lynxproto.blocking` has the same
+names for programs without asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from lynxproto._incoming import Incoming
+from lynxproto._io import IOThread, Signal, Workers
+from lynxproto._options import Allocate, Deadline, OnFetch, Options, Wants, allocate_arrays
+from lynxproto._outgoing import Outgoing, borrow
+from lynxproto._peer import Peer
+from lynxproto._stats import LevelStats, Progress, Result, TransferStats
+from lynxproto.cachefile import Cache
+from lynxproto.chunk import Part
+from lynxproto.config import Config
+from lynxproto.connection import hello_session
+from lynxproto.errors import LynxError, StreamClosedError, TransportError
+from lynxproto.manifest import FetchKey, Manifest, Want
+from lynxproto.policy import Policy
+from lynxproto.transports import ByteStream, Listener, TokenBucket, open_listener, open_stream
+
+__all__ = [
+    "Deadline",
+    "IncomingTransfer",
+    "LevelStats",
+    "OutgoingTransfer",
+    "Progress",
+    "Receiver",
+    "Released",
+    "Result",
+    "Sender",
+    "TransferStats",
+    "connect",
+    "listen",
+]
+
+T = TypeVar("T")
+_log = logging.getLogger("lynxproto")
+#: Bytes of a HELLO at most, before a listener knows which session it belongs to.
+_HELLO_BYTES: Final = (16 << 10) + 64
+
+
+class _Endpoint:
+    """What both ends have: the I/O thread, the codec threads, the peers, and the transfers they offer."""
+
+    def __init__(self, url: str, config: Config | None, options: Options) -> None:
+        self.url = url
+        self.config = config or Config()
+        self.options = options
+        self.io: IOThread | None = None
+        self.peers: set[Peer] = set()
+        self.closed = False
+        self._offers: deque[Incoming] = deque()
+        self._changed: Signal
+
+    def start(self) -> None:
+        """Start the threads."""
+        if self.io is not None or self.closed:
+            raise StreamClosedError("a session can be entered only once; call connect() or listen() again")
+        self.io = IOThread("lynxproto-io")
+        self.io.call(self._prepare)
+
+    def _prepare(self) -> None:
+        self.workers = Workers(self.options.threads or os.cpu_count() or 1)
+        self._changed = Signal()
+
+    def thread(self) -> IOThread:
+        """The I/O thread. Raises :class:`~lynxproto.errors.StreamClosedError` outside ``with``."""
+        if self.io is None or self.closed:
+            raise StreamClosedError("the session is not open: use it inside `with`")
+        return self.io
+
+    def offer(self, incoming: Incoming) -> None:
+        """A transfer was accepted: hand it to whoever iterates."""
+        self._offers.append(incoming)
+        self._changed.notify()
+
+    def on_over(self, peer: Peer) -> None:
+        """A session ended."""
+        self._changed.notify()
+
+    async def next(self) -> Incoming | None:
+        """The next incoming transfer; None once this side is closed or all that could offer one is over."""
+        await self._changed.until(lambda: bool(self._offers) or self.exhausted())
+        return self._offers.popleft() if self._offers else None
+
+    def exhausted(self) -> bool:
+        """Whether no more transfers can come."""
+        return self.closed
+
+    async def shut(self) -> None:
+        """Close the peers (on the I/O thread)."""
+        self.closed = True
+        self._changed.notify()
+        await asyncio.gather(*(peer.aclose() for peer in self.peers))
+        self.peers.clear()
+
+    def stop(self) -> None:
+        """End the threads (not on the I/O thread)."""
+        if self.io is not None:
+            self.workers.stop()
+            self.io.stop()
+            self.io = None
+
+
+class _Client(_Endpoint):
+    """The end that connects."""
+
+    peer: Peer
+
+    async def _dial(self) -> ByteStream:
+        options = self.options
+        try:
+            async with asyncio.timeout(options.connect_timeout):
+                return await open_stream(self.url, tls=options.tls, link=options.link)
+        except TimeoutError as error:
+            raise TransportError(
+                f"cannot connect to {self.url}: no answer within {options.connect_timeout:g} s; "
+                "check host, port and firewall"
+            ) from error
+
+    async def open(self) -> None:
+        """Connect and shake hands."""
+        self.peer = Peer(self.config, self.workers, self.options, self.offer, self.on_over, dial=self._dial)
+        self.peers.add(self.peer)
+        await self.peer.establish()
+
+    def exhausted(self) -> bool:
+        return self.closed or self.peer.over
+
+
+class _Server(_Endpoint):
+    """The end that listens."""
+
+    def __init__(self, url: str, config: Config | None, options: Options) -> None:
+        super().__init__(url, config, options)
+        self._listener: Listener
+        self._accepting: asyncio.Task[None] | None = None
+        self._greeting: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Listen."""
+        self._listener = await open_listener(self.url, tls=self.options.tls, link=self.options.link)
+        self.url = self._listener.url
+        self._accepting = asyncio.get_running_loop().create_task(self._accept())
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                stream = await self._listener.accept()
+            except StreamClosedError:
+                return
+            except TransportError as error:  # out of file descriptors, for example: others may still be served
+                _log.warning("%s", error)
+                await asyncio.sleep(0.1)
+                continue
+            task = asyncio.get_running_loop().create_task(self._greet(stream))
+            self._greeting.add(task)
+            task.add_done_callback(self._greeting.discard)
+
+    async def _greet(self, stream: ByteStream) -> None:
+        """Read a HELLO, to learn which session the stream belongs to."""
+        received = bytearray()
+        buffer = memoryview(bytearray(_HELLO_BYTES))
+        try:
+            async with asyncio.timeout(self.config.peer_timeout):
+                while (session := hello_session(received)) is None:
+                    count = await stream.receive_into(buffer[len(received) :])
+                    if count == 0:
+                        await stream.aclose()
+                        return
+                    received += buffer[len(received) : len(received) + count]
+        except (LynxError, TimeoutError) as error:
+            _log.warning("%s did not introduce itself: %s", stream.name, error or "no HELLO in time")
+            await stream.aclose()
+            return
+        except BaseException:
+            await stream.aclose()
+            raise
+        peer = next((p for p in self.peers if session and p.connection.session == session), None)
+        if peer is None:
+            if session:
+                _log.warning("%s wants to resume a session that is over", stream.name)
+                await stream.aclose()
+                return
+            peer = Peer(self.config, self.workers, self.options, self.offer, self.on_over)
+            self.peers.add(peer)
+        peer.attach(stream, bytes(received))
+
+    def on_over(self, peer: Peer) -> None:
+        if peer.error is not None and not self.closed:
+            _log.warning("session with %s: %s", peer.name, peer.error)
+        if not self.closed:
+            task = asyncio.get_running_loop().create_task(self._forget(peer))
+            self._greeting.add(task)
+            task.add_done_callback(self._greeting.discard)
+
+    async def _forget(self, peer: Peer) -> None:
+        await peer.aclose()
+        self.peers.discard(peer)
+
+    async def shut(self) -> None:
+        self.closed = True
+        if self._accepting is not None:
+            await self._listener.aclose()
+            await self._accepting
+            for task in list(self._greeting):
+                task.cancel()
+            await asyncio.gather(*self._greeting, return_exceptions=True)
+        await super().shut()
+
+
+class Released:
+    """Fires when a transfer touches its arrays no more: confirmed, cancelled, failed, or its lease ran out."""
+
+    def __init__(self, io: IOThread, side: Outgoing | Incoming) -> None:
+        self._io = io
+        self._side = side
+
+    def is_set(self) -> bool:
+        """Whether it has fired."""
+        return self._side.released
+
+    async def wait(self) -> None:
+        """Return once it has fired."""
+        if not self._side.released:
+            await asyncio.wrap_future(self._io.submit(self._side.wait_released()))
+
+
+class _Transfer:
+    """What both directions have."""
+
+    def __init__(self, io: IOThread, side: Outgoing | Incoming) -> None:
+        self._io = io
+        self._base = side
+        self.released = Released(io, side)
+
+    @property
+    def id(self) -> int:
+        """The transfer's 128-bit id."""
+        return self._base.id
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it carries."""
+        return self._base.manifest
+
+    @property
+    def stats(self) -> TransferStats:
+        """Chunks, bytes and times so far, by level."""
+        return self._base.stats
+
+    async def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(self._io.submit(coroutine))
+
+
+class OutgoingTransfer(_Transfer):
+    """A cache on its way out; made by :meth:`Sender.open`."""
+
+    def __init__(self, io: IOThread, side: Outgoing) -> None:
+        super().__init__(io, side)
+        self._side = side
+
+    async def write(self, layer: int, *arrays: Any, copy: bool = False) -> None:
+        """Send one layer: its keys and its values (in general: one array for each part in the manifest's order).
+
+        Arrays have shape ``[kv_heads, tokens, head_dim]`` and hold words, or values of the manifest's dtype (NumPy,
+        ml_dtypes, torch on the CPU). They are borrowed, not copied: leave them alone until :attr:`released` fires, or
+        pass ``copy=True``. Returns at once; layers may come in any order, while prefill still runs.
+
+        Raises :class:`~lynxproto.errors.SpecError` for arrays that do not match the manifest, and the transfer's own
+        error if it is over (:class:`~lynxproto.errors.RejectedError`...).
+        """
+        words = borrow(self._side.manifest, layer, arrays, copy=copy)
+        self._io.call(self._side.write, layer, words)
+
+    def result(self, first_token: int, logit_gap: float | None = None) -> None:
+        """Tell the receiver the first token (and the gap between its two largest logits): prefill knows it already."""
+        self._io.call(self._side.result, first_token, logit_gap)
+
+    async def accepted(self) -> None:
+        """Return when the receiver has its memory ready. Raises :class:`~lynxproto.errors.RejectedError` if not."""
+        await self._run(self._side.wait_accepted())
+
+    async def finish(self) -> None:
+        """Return when the receiver has confirmed everything; all layers must be written.
+
+        Raises what prevented it: :class:`~lynxproto.errors.RejectedError`,
+        :class:`~lynxproto.errors.TransferCancelledError`, :class:`~lynxproto.errors.DigestError`,
+        :class:`~lynxproto.errors.TransportError`...
+        """
+        await self._run(self._side.finish())
+
+    async def send(self, cache: Cache) -> None:
+        """Write all layers of ``cache`` and its result, and finish."""
+        await self._run(self._side.send_cache(cache))
+
+    async def cancel(self, above_level: int | None = None) -> None:
+        """Cancel the transfer, or only its levels above ``above_level``.
+
+        When the whole was cancelled, no thread reads the borrowed arrays after this returns.
+        """
+        await self._run(self._side.cancel(above_level))
+
+
+class IncomingTransfer(_Transfer):
+    """A cache on its way in; yielded by :class:`Receiver`, or returned by ``fetch``."""
+
+    def __init__(self, io: IOThread, side: Incoming) -> None:
+        super().__init__(io, side)
+        self._side = side
+
+    @property
+    def arrays(self) -> Mapping[tuple[int, Part], Any]:
+        """``(layer, part)`` -> the array that ``allocate`` gave, ``[kv_heads, tokens, head_dim]``."""
+        return self._side.arrays
+
+    @property
+    def late(self) -> frozenset[int]:
+        """Levels that missed a deadline with the policy ``wait``."""
+        return frozenset(self._side.late)
+
+    @property
+    def degraded(self) -> int | None:
+        """The level that this transfer ends at because of a missed deadline with the policy ``degrade``, or None."""
+        return self._side.degraded
+
+    @property
+    def on_progress(self) -> Callable[[Progress], object] | None:
+        """Called for every chunk that arrives, on the I/O thread: it must be quick and must not wait."""
+        return self._side.on_progress
+
+    @on_progress.setter
+    def on_progress(self, callback: Callable[[Progress], object] | None) -> None:
+        self._side.on_progress = callback
+
+    async def ready(self, level: int = 0, layer: int | None = None) -> None:
+        """Return when the arrays (of one layer, or all) hold ``level``, or a tile's last level if that is lower.
+
+        Raises why that will not happen: :class:`~lynxproto.errors.TransferCancelledError`,
+        :class:`~lynxproto.errors.DeadlineError`, :class:`~lynxproto.errors.TransportError`...
+        """
+        await self._run(self._side.ready(level, layer))
+
+    def is_ready(self, level: int = 0, layer: int | None = None) -> bool:
+        """Whether :meth:`ready` would return at once."""
+        return self._io.call(self._side.is_ready, level, layer)
+
+    async def exact(self) -> None:
+        """Return when every word is in place and every digest matched; else raise, also for a degraded transfer."""
+        await self._run(self._side.exact())
+
+    async def result(self) -> Result:
+        """Prefill's first token, once it has arrived.
+
+        Raises :class:`~lynxproto.errors.NotFoundError` if the transfer ended and the sender never told one.
+        """
+        return await self._run(self._side.result())
+
+    def urgent(self) -> None:
+        """Ask the sender to prefer this transfer's residual: drafting is close to its limit."""
+        self._io.call(self._side.urgent)
+
+    async def cancel(self, above_level: int | None = None) -> None:
+        """Cancel the transfer, or only its levels above ``above_level`` (bytes not yet sent never will be).
+
+        When the whole was cancelled, no thread writes to the arrays after this returns.
+        """
+        await self._run(self._side.cancel(above_level))
+
+
+class _Session:
+    """An open endpoint: iterate over it to receive transfers."""
+
+    def __init__(self, endpoint: _Client | _Server) -> None:
+        self._endpoint = endpoint
+
+    @property
+    def url(self) -> str:
+        """Where it is connected to, or listens (with the real port)."""
+        return self._endpoint.url
+
+    async def __aenter__(self) -> Self:
+        endpoint = self._endpoint
+        endpoint.start()
+        try:
+            await asyncio.wrap_future(endpoint.thread().submit(endpoint.open()))
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close: unfinished transfers are cancelled, and no thread touches their arrays when this returns."""
+        endpoint = self._endpoint
+        if endpoint.io is None or endpoint.closed:
+            return
+        await asyncio.shield(asyncio.wrap_future(endpoint.io.submit(endpoint.shut())))
+        await asyncio.to_thread(endpoint.stop)
+
+    async def __aiter__(self) -> AsyncIterator[IncomingTransfer]:
+        io = self._endpoint.thread()
+        while (incoming := await asyncio.wrap_future(io.submit(self._endpoint.next()))) is not None:
+            yield IncomingTransfer(io, incoming)
+
+
+class Sender(_Session):
+    """A connected session; made by :func:`connect`. Sends, fetches, and (iterated over) receives too."""
+
+    _endpoint: _Client
+
+    def open(
+        self, manifest: Manifest, policy: Policy | None = None, *, deadline: float = float("inf")
+    ) -> OutgoingTransfer:
+        """Offer a transfer; write to it at once, while the peer still makes room.
+
+        ``policy`` cuts it into tiles and chooses codecs (default: the session's); the manifest's ``codecs`` and
+        ``lossy`` follow from it. ``deadline`` (``time.monotonic()``) decides between anchors of several transfers.
+
+        Raises :class:`~lynxproto.errors.LocalError` for what this side or the handshake rules out, and the session's
+        error if it is over.
+        """
+        io = self._endpoint.thread()
+        return OutgoingTransfer(io, io.call(self._endpoint.peer.open, manifest, policy, deadline))
+
+    async def fetch(
+        self, key: FetchKey, wants: Sequence[Want] | None = None, *, lease: float = 0.0
+    ) -> IncomingTransfer:
+        """Ask the peer for a cache; returns when it is on its way and memory is ready.
+
+        ``wants`` is what this side lacks (default: all); ``lease``: seconds that the peer should keep it afterwards.
+
+        Raises :class:`~lynxproto.errors.NotFoundError` if the peer does not hold it.
+        """
+        io = self._endpoint.thread()
+        incoming = await asyncio.wrap_future(io.submit(self._endpoint.peer.fetch(key, wants, lease)))
+        return IncomingTransfer(io, incoming)
+
+
+class Receiver(_Session):
+    """A listening endpoint; made by :func:`listen`. ``async for transfer in receiver`` yields what peers send."""
+
+    _endpoint: _Server
+
+
+def connect(
+    url: str,
+    config: Config | None = None,
+    *,
+    policy: Policy | None = None,
+    allocate: Allocate = allocate_arrays,
+    wants: Wants | None = None,
+    on_fetch: OnFetch | None = None,
+    deadlines: Sequence[Deadline] = (),
+    intermediate: bool = False,
+    tls: ssl.SSLContext | None = None,
+    link: TokenBucket | None = None,
+    stripes: int = 1,
+    threads: int | None = None,
+    connect_timeout: float = 10.0,
+) -> Sender:
+    """Connect to a peer: ``async with connect("tcps://decode:7411") as sender``.
+
+    Entering shakes hands. A session whose link breaks is resumed, with growing pauses, for at most
+    ``config.session_timeout`` seconds; only what is missing is sent again.
+
+    ``tls`` (for ``tcps://``): see :func:`lynxproto.transports.client_context`. ``link`` slows this side's sending down
+    to a given speed. ``stripes``: parallel byte streams. ``threads``: codec threads (default: all CPUs). The others
+    are as in :func:`listen`.
+
+    Entering raises :class:`~lynxproto.errors.ConfigError` for a bad URL, :class:`~lynxproto.errors.TransportError` when
+    the peer cannot be reached, :class:`~lynxproto.errors.AuthenticationError`, :class:`~lynxproto.errors.VersionError`
+    or :class:`~lynxproto.errors.ProtocolError` when the handshake fails.
+    """
+    options = Options(
+        policy=policy or Policy(),
+        allocate=allocate,
+        wants=wants,
+        on_fetch=on_fetch,
+        deadlines=deadlines,
+        intermediate=intermediate,
+        tls=tls,
+        link=link,
+        stripes=stripes,
+        threads=threads,
+        connect_timeout=connect_timeout,
+    )
+    return Sender(_Client(url, config, options))
+
+
+def listen(
+    url: str,
+    config: Config | None = None,
+    *,
+    policy: Policy | None = None,
+    allocate: Allocate = allocate_arrays,
+    wants: Wants | None = None,
+    on_fetch: OnFetch | None = None,
+    deadlines: Sequence[Deadline] = (),
+    intermediate: bool = False,
+    tls: ssl.SSLContext | None = None,
+    link: TokenBucket | None = None,
+    threads: int | None = None,
+) -> Receiver:
+    """Listen for peers: ``async with listen("tcp://0.0.0.0:7411") as receiver``. Port 0 takes a free one.
+
+    ``allocate(manifest)`` returns the arrays to decode into: ``{(layer, part): array}``, writable, of words or values
+    of the manifest's dtype, ``[kv_heads, tokens, head_dim]`` with any strides over heads and tokens; it runs on a
+    thread, and refuses a transfer by raising a :class:`~lynxproto.errors.LynxError`. ``wants(manifest)`` tells what
+    this side lacks (None: everything). ``on_fetch(key, wants)`` returns the :class:`~lynxproto.cachefile.Cache` that a
+    peer asks for, or None; it is sent by ``policy``. ``deadlines``: see :class:`Deadline`. ``intermediate``: decode
+    every level as it arrives, not only the first, the last and those that somebody waits for.
+    """
+    options = Options(
+        policy=policy or Policy(),
+        allocate=allocate,
+        wants=wants,
+        on_fetch=on_fetch,
+        deadlines=deadlines,
+        intermediate=intermediate,
+        tls=tls,
+        link=link,
+        threads=threads,
+    )
+    return Receiver(_Server(url, config, options))
