@@ -10,7 +10,7 @@ static const lynx_kernels *kernels_of(int isa) {
     switch (isa) {
     case LYNX_ISA_SCALAR:
         return &lynx_scalar;
-#if defined(LYNX_HAVE_AVX2)
+#if defined(__x86_64__)
     case LYNX_ISA_AVX2:
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")
                    ? &lynx_avx2

@@ -168,20 +168,29 @@ static void set_planes(const lynx_hq_tile *tile, const lynx_block *block, lynx_s
     for (int c = 1; c < ROW; c++) {
         planes->uniform &= planes->widths[c] == planes->widths[0];
     }
-    for (int p = 0; p < 8; p++) {
+    memset(planes->anchor_expand, 0x80, sizeof planes->anchor_expand);
+    memset(planes->anchor_compress, 0x80, sizeof planes->anchor_compress);
+    memset(planes->rest_expand, 0x80, sizeof planes->rest_expand);
+    memset(planes->rest_compress, 0x80, sizeof planes->rest_compress);
+    for (int p = 0; p < 8 && !planes->uniform; p++) {
         uint8_t anchor = 0, rest = 0;
-        for (int c = 0; c < ROW; c++) {
-            if (c % 16 == 0) {
-                planes->anchor_rank[p][c / 16] = anchor;
-                planes->rest_rank[p][c / 16] = rest;
+        for (int lane = 0; lane < ROW; lane += 16) {
+            planes->anchor_rank[p][lane / 16] = anchor;
+            planes->rest_rank[p][lane / 16] = rest;
+            uint8_t in_anchor = 0, in_rest = 0;
+            for (uint8_t c = 0; c < 16 && lane + c < block->channels; c++) {
+                if (p < planes->widths[lane + c]) {
+                    planes->anchor_expand[p][lane + c] = in_anchor;
+                    planes->anchor_compress[p][lane + in_anchor++] = c;
+                } else {
+                    planes->rest_expand[p][lane + c] = in_rest;
+                    planes->rest_compress[p][lane + in_rest++] = c;
+                }
             }
-            planes->anchor_shuffle[p][c] = planes->rest_shuffle[p][c] = 0x80;
-            if (c < block->channels && p < planes->widths[c]) {
-                planes->anchor_shuffle[p][c] = (uint8_t)(anchor++ - planes->anchor_rank[p][c / 16]);
-            } else if (c < block->channels) {
-                planes->rest_shuffle[p][c] = (uint8_t)(rest++ - planes->rest_rank[p][c / 16]);
-            }
+            anchor = (uint8_t)(anchor + in_anchor);
+            rest = (uint8_t)(rest + in_rest);
         }
+        planes->anchor_count[p] = anchor;
     }
 }
 
@@ -323,6 +332,34 @@ static uint64_t write_ranks(const lynx_streams *streams, uint8_t *table, uint8_t
     return a + b + w + 2 * (uint64_t)streams->x_count;
 }
 
+/* Pack the block's codes and move the sections' ends. Only uniform planes can be written in place: kernels overrun the
+ * end of others, where another thread's block may begin. */
+static void pack_planes(const lynx_kernels *kernels, const lynx_block *block, lynx_scratch *s, uint8_t **anchor,
+                        uint8_t **rest) {
+    if (*anchor == NULL && *rest == NULL) {
+        return;
+    }
+    const size_t anchor_size = (size_t)block->octets * s->planes.anchor_octet;
+    const size_t rest_size = (size_t)block->octets * s->planes.rest_octet;
+    if (s->planes.uniform) {
+        kernels->pack(&s->planes, s->codes, block->tokens, *anchor, *rest);
+    } else {
+        kernels->pack(&s->planes, s->codes, block->tokens, s->anchor, s->rest);
+    }
+    if (*anchor != NULL) {
+        if (!s->planes.uniform) {
+            memcpy(*anchor, s->anchor, anchor_size);
+        }
+        *anchor += anchor_size;
+    }
+    if (*rest != NULL) {
+        if (!s->planes.uniform) {
+            memcpy(*rest, s->rest, rest_size);
+        }
+        *rest += rest_size;
+    }
+}
+
 int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
                    uint64_t first, uint64_t last, lynx_hq_encoded *out, void *scratch) {
     if (tile_is_bad(tile) || first > last || last > count_blocks(tile)) {
@@ -356,18 +393,11 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
         const bool special = choose_params(tile, &block, rows, stride, s);
         const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
         quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, &s->params, s->codes);
-        if (anchor != NULL || rest != NULL) {
-            kernels->pack(&s->planes, s->codes, block.tokens, anchor, rest);
-        }
-        if (anchor != NULL) {
-            anchor += (uint32_t)block.octets * s->planes.anchor_octet;
-        }
+        memset(s->codes + block.tokens * ROW, 0, (size_t)(8 * block.octets - block.tokens) * ROW);
+        pack_planes(kernels, &block, s, &anchor, &rest);
         if (headers != NULL) {
             params += write_params(&s->params, block.groups, headers, params);
             headers += LYNX_HQ_PARAM_HEADER;
-        }
-        if (rest != NULL) {
-            rest += (uint32_t)block.octets * s->planes.rest_octet;
         }
         uint64_t size = 2 * values;
         if (table == NULL && !special && kernels->rank_bound != NULL && s->params.constant == 0 &&
@@ -585,11 +615,12 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                 const bool padded = block.channels < ROW;
                 uint16_t *to = padded ? s->words : rows;
                 const ptrdiff_t stride = padded ? ROW : token_stride;
-                memcpy(s->anchor, anchor, anchor_size); /* room for wide reads beyond the end */
-                if (rest != NULL) {
-                    memcpy(s->rest, rest, rest_size);
+                const uint8_t *in_anchor = anchor, *in_rest = rest;
+                if (!s->planes.uniform) { /* kernels read beyond the end */
+                    in_anchor = memcpy(s->anchor, anchor, anchor_size);
+                    in_rest = rest == NULL ? NULL : memcpy(s->rest, rest, rest_size);
                 }
-                kernels->unpack(&s->planes, s->anchor, rest == NULL ? NULL : s->rest, block.tokens, s->codes);
+                kernels->unpack(&s->planes, in_anchor, in_rest, block.tokens, s->codes);
                 if (rest != NULL &&
                     !kernels->check(tile->part, s->codes, block.tokens, block.channels, &s->params)) {
                     return fail(fault, LYNX_ERR_CODE, 1, block.index, (uint64_t)(rest - levels->rest));

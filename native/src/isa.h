@@ -20,10 +20,13 @@ typedef struct {
     uint8_t widths[ROW];      /* 255 beyond `channels` */
     uint16_t anchor_octet;    /* bytes of an octet in the anchor section: the sum of the widths */
     uint16_t rest_octet;      /* 8 * channels - anchor_octet */
+    uint8_t anchor_count[8];  /* channels of plane p in the anchor section */
     uint8_t anchor_rank[8][4]; /* how many channels of plane p come before channel 16 q */
-    uint8_t anchor_shuffle[8][ROW]; /* per lane of 16 channels: the byte's place in the lane, or 0x80 if absent */
     uint8_t rest_rank[8][4];
-    uint8_t rest_shuffle[8][ROW];
+    /* Byte shuffles of lanes of 16 channels; 0x80 = none. Expanding: the place of a channel's byte among those of
+     * its lane. Compressing: the channel whose byte comes at a place. */
+    uint8_t anchor_expand[8][ROW], anchor_compress[8][ROW];
+    uint8_t rest_expand[8][ROW], rest_compress[8][ROW];
 } lynx_planes;
 
 /* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
@@ -60,8 +63,11 @@ typedef struct {
     /* Codes of finite words. `codes` has rows of 64. */
     void (*quantise)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_params *params,
                      uint8_t *codes);
+    /* Either section may be null. Rows of codes up to the next multiple of 8 must be zeros. Unless the planes are
+     * uniform, a section may be written up to 16 bytes beyond its end. */
     void (*pack)(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest);
-    /* Bytes of codes; planes of `rest` null are zeros. Both sections may be read 64 bytes beyond their end. */
+    /* Bytes of codes; planes of `rest` null are zeros. Unless the planes are uniform, a section may be read up to 16
+     * bytes beyond its end. */
     void (*unpack)(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
     bool (*check)(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
     void (*dequantise)(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params, uint16_t *rows,
@@ -80,7 +86,7 @@ typedef struct {
 } lynx_kernels;
 
 extern const lynx_kernels lynx_scalar;
-#if defined(LYNX_HAVE_AVX2)
+#if defined(__x86_64__)
 extern const lynx_kernels lynx_avx2;
 #endif
 

@@ -43,7 +43,7 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
         uint8_t bits[8][ROW];
         for (int c = 0; c < planes->channels; c++) {
             uint64_t matrix = 0;
-            for (int t = 0; t < 8 && first + t < tokens; t++) {
+            for (int t = 0; t < 8; t++) {
                 matrix |= (uint64_t)codes[(first + t) * ROW + c] << 8 * t;
             }
             matrix = transpose8x8(matrix);
@@ -118,18 +118,6 @@ static inline cell cell_of(int dtype, int magnitude, float half_scale) {
     const uint32_t high = ceil_word(dtype, (float)(2 * magnitude + 1) * half_scale);
     return (cell){low, high - low};
 }
-
-static inline void put_bits(uint8_t *stream, uint32_t position, uint32_t value) {
-    uint8_t *p = stream + (position >> 3);
-    store64(p, load64(p) | (uint64_t)value << (position & 7));
-}
-
-static inline uint32_t get_bits(const uint8_t *stream, uint32_t position, int width) {
-    return (uint32_t)(load64(stream + (position >> 3)) >> (position & 7)) & ((1u << width) - 1);
-}
-
-#define ZERO_WORD 2046   /* W codes: the word is +0 or -0 */
-#define ZERO_ESCAPE 2047 /* the word is in stream X */
 
 static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                  int channels, const lynx_params *params, lynx_streams *streams) {

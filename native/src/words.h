@@ -115,6 +115,19 @@ static inline void store64(uint8_t *p, uint64_t v) {
     }
 }
 
+/* Streams of bits, least significant first. put_bits wants zeros ahead. */
+static inline void put_bits(uint8_t *stream, uint32_t position, uint32_t value) {
+    uint8_t *p = stream + (position >> 3);
+    store64(p, load64(p) | (uint64_t)value << (position & 7));
+}
+
+static inline uint32_t get_bits(const uint8_t *stream, uint32_t position, int width) {
+    return (uint32_t)(load64(stream + (position >> 3)) >> (position & 7)) & ((1u << width) - 1);
+}
+
+#define ZERO_WORD 2046   /* stream W: the word is +0 or -0 */
+#define ZERO_ESCAPE 2047 /* stream W: the word is in stream X */
+
 /* Bits of a 64-bit word seen as an 8 x 8 matrix (byte = row), transposed: bit j of byte i becomes bit i of byte j. */
 static inline uint64_t transpose8x8(uint64_t x) {
     uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aaull;

@@ -1,0 +1,764 @@
+/* AVX2 kernels. The same bytes as scalar.c; the comments there say what is computed, here only how.
+ *
+ * Words become 32-bit lanes by unpacking with zeros, which leaves them in the order of packing: channels 0-3, 8-11 in
+ * one register and 4-7, 12-15 in the next. Per-channel floats are put in that order once a block. */
+#include "isa.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt,f16c,lzcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,popcnt,f16c,lzcnt")
+#endif
+
+#include <immintrin.h>
+
+#include "words.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE __m256i load(const void *p) {
+    return _mm256_loadu_si256((const __m256i *)p);
+}
+
+INLINE void store(void *p, __m256i v) {
+    _mm256_storeu_si256((__m256i *)p, v);
+}
+
+/* After a pack of two registers: their 64-bit quarters in order. */
+INLINE __m256i in_order(__m256i v) {
+    return _mm256_permute4x64_epi64(v, 0xd8);
+}
+
+/* Floats of 64 channels in unpacking order. */
+INLINE void unpack_order(const float *in, float *out) {
+    for (int i = 0; i < ROW; i += 16) {
+        for (int j = 0; j < 4; j++) {
+            out[i + j] = in[i + j];
+            out[i + 4 + j] = in[i + 8 + j];
+            out[i + 8 + j] = in[i + 4 + j];
+            out[i + 12 + j] = in[i + 12 + j];
+        }
+    }
+}
+
+INLINE __m256i ordered16(__m256i w) {
+    return _mm256_xor_si256(w, _mm256_srli_epi16(_mm256_srai_epi16(w, 15), 1));
+}
+
+INLINE int16_t least_of(__m256i v) { /* signed */
+    const __m128i bias = _mm_set1_epi16(INT16_MIN);
+    const __m128i half = _mm_min_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, bias))) ^ INT16_MIN);
+}
+
+INLINE int16_t largest_of(__m256i v) {
+    return (int16_t)~least_of(_mm256_xor_si256(v, _mm256_set1_epi16(-1)));
+}
+
+static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
+    if (part == LYNX_KEY) {
+        __m256i least[4], largest[4];
+        for (int i = 0; i < 4; i++) {
+            least[i] = largest[i] = ordered16(load(rows + 16 * i));
+        }
+        for (int t = 1; t < tokens; t++) {
+            for (int i = 0; i < 4; i++) {
+                const __m256i o = ordered16(load(rows + t * stride + 16 * i));
+                least[i] = _mm256_min_epi16(least[i], o);
+                largest[i] = _mm256_max_epi16(largest[i], o);
+            }
+        }
+        for (int i = 0; i < 4; i++) {
+            store(low + 16 * i, least[i]);
+            store(high + 16 * i, largest[i]);
+        }
+    } else {
+        for (int t = 0; t < tokens; t++) {
+            __m256i least = ordered16(load(rows + t * stride)), largest = least;
+            for (int i = 1; i < 4; i++) {
+                const __m256i o = ordered16(load(rows + t * stride + 16 * i));
+                least = _mm256_min_epi16(least, o);
+                largest = _mm256_max_epi16(largest, o);
+            }
+            low[t] = least_of(least);
+            high[t] = largest_of(largest);
+        }
+    }
+}
+
+/* Words of 16 channels as two registers of floats: magnitudes. float16 converts in natural order, so unpacking order
+ * is restored by shuffling the words first. */
+INLINE void magnitudes(int dtype, __m256i words, __m256 *first, __m256 *second) {
+    const __m256i magnitude = _mm256_and_si256(words, _mm256_set1_epi16(0x7fff));
+    if (dtype == LYNX_BFLOAT16) {
+        *first = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), magnitude));
+        *second = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), magnitude));
+    } else {
+        const __m256i shuffled = in_order(magnitude);
+        *first = _mm256_cvtph_ps(_mm256_castsi256_si128(shuffled));
+        *second = _mm256_cvtph_ps(_mm256_extracti128_si256(shuffled, 1));
+    }
+}
+
+INLINE __m256i scaled(__m256 magnitude, __m256 inverse) {
+    return _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(magnitude, inverse), _mm256_set1_ps(0.5f)));
+}
+
+INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
+                        const lynx_params *params, uint8_t *codes) {
+    _Alignas(32) float inverses[ROW];
+    if (part == LYNX_KEY) {
+        unpack_order(params->inverse, inverses);
+    }
+    for (int t = 0; t < tokens; t++) {
+        const __m256 of_token = _mm256_set1_ps(params->inverse[t]);
+        const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
+        __m256i code[4];
+        for (int i = 0; i < 4; i++) {
+            const __m256i words = load(rows + t * stride + 16 * i);
+            __m256 first, second;
+            magnitudes(dtype, words, &first, &second);
+            const __m256i k1 = scaled(first, part == LYNX_KEY ? _mm256_load_ps(inverses + 16 * i) : of_token);
+            const __m256i k2 = scaled(second, part == LYNX_KEY ? _mm256_load_ps(inverses + 16 * i + 8) : of_token);
+            const __m256i k = _mm256_sign_epi16(_mm256_packs_epi32(k1, k2), words);
+            code[i] = _mm256_add_epi16(k, part == LYNX_KEY ? load(params->offset + 16 * i) : token_offset);
+        }
+        store(codes + t * ROW, in_order(_mm256_packus_epi16(code[0], code[1])));
+        store(codes + t * ROW + 32, in_order(_mm256_packus_epi16(code[2], code[3])));
+    }
+}
+
+static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
+                     const lynx_params *params, uint8_t *codes) {
+    if (dtype == LYNX_BFLOAT16) {
+        if (part == LYNX_KEY) {
+            quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
+        } else {
+            quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
+        }
+    } else {
+        quantise_as(part, LYNX_FLOAT16, rows, stride, tokens, params, codes);
+    }
+}
+
+/* One stage of a bit-matrix transpose: the bits of `b` that `mask` selects and those of `a`, `shift` higher, change
+ * places in every byte. */
+#define SWAP(a, b, shift, mask)                                                                                    \
+    do {                                                                                                           \
+        const __m256i difference =                                                                                 \
+            _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(a, shift), b), _mm256_set1_epi8(mask));            \
+        b = _mm256_xor_si256(b, difference);                                                                       \
+        a = _mm256_xor_si256(a, _mm256_slli_epi16(difference, shift));                                             \
+    } while (0)
+
+/* 32 matrices of 8 x 8 bits, one per byte position, across 8 registers: bit j of register i to bit i of register j.
+ * With `upper` only registers 4..7 hold anything on entry. */
+INLINE void transpose(__m256i *r, bool upper) {
+    for (int i = upper ? 4 : 0; i < 8; i += 4) {
+        SWAP(r[i], r[i + 2], 2, 0x33);
+        SWAP(r[i + 1], r[i + 3], 2, 0x33);
+        SWAP(r[i], r[i + 1], 1, 0x55);
+        SWAP(r[i + 2], r[i + 3], 1, 0x55);
+    }
+    for (int i = 0; i < 4; i++) {
+        if (upper) {
+            const __m256i low = _mm256_and_si256(r[i + 4], _mm256_set1_epi8(0x0f));
+            r[i] = _mm256_slli_epi16(low, 4);
+            r[i + 4] = _mm256_xor_si256(r[i + 4], low);
+        } else {
+            SWAP(r[i], r[i + 4], 4, 0x0f);
+        }
+    }
+}
+
+/* Write the bytes of 32 channels that `compress` selects, 16 at a time; later stores cover what earlier ones overrun. */
+INLINE void compress(__m256i v, const uint8_t *shuffle, const uint8_t *rank, uint8_t *out) {
+    const __m256i packed = _mm256_shuffle_epi8(v, load(shuffle));
+    _mm_storeu_si128((__m128i *)(out + rank[0]), _mm256_castsi256_si128(packed));
+    _mm_storeu_si128((__m128i *)(out + rank[1]), _mm256_extracti128_si256(packed, 1));
+}
+
+INLINE __m256i expand(const uint8_t *in, const uint8_t *shuffle, const uint8_t *rank) {
+    const __m128i first = _mm_loadu_si128((const __m128i *)(in + rank[0]));
+    const __m128i second = _mm_loadu_si128((const __m128i *)(in + rank[1]));
+    return _mm256_shuffle_epi8(_mm256_set_m128i(second, first), load(shuffle));
+}
+
+static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
+    const int bits = planes->widths[0];
+    for (int first = 0; first < tokens; first += 8, codes += 8 * ROW) {
+        __m256i r[2][8];
+        for (int half = 0; half < 2; half++) {
+            for (int t = 0; t < 8; t++) {
+                r[half][t] = load(codes + t * ROW + 32 * half);
+            }
+            transpose(r[half], false);
+        }
+        if (planes->uniform) {
+            for (int p = 0; p < 8; p++) {
+                uint8_t *out = p < bits ? (anchor == NULL ? NULL : anchor + ROW * p)
+                                        : (rest == NULL ? NULL : rest + ROW * (p - bits));
+                if (out != NULL) {
+                    store(out, r[0][7 - p]);
+                    store(out + 32, r[1][7 - p]);
+                }
+            }
+            anchor += anchor == NULL ? 0 : planes->anchor_octet;
+            rest += rest == NULL ? 0 : planes->rest_octet;
+            continue;
+        }
+        for (int p = 0; p < 8; p++) {
+            for (int half = 0; half < 2; half++) {
+                compress(r[half][7 - p], planes->anchor_compress[p] + 32 * half, planes->anchor_rank[p] + 2 * half,
+                         anchor);
+                compress(r[half][7 - p], planes->rest_compress[p] + 32 * half, planes->rest_rank[p] + 2 * half, rest);
+            }
+            anchor += planes->anchor_count[p];
+            rest += planes->channels - planes->anchor_count[p];
+        }
+    }
+}
+
+INLINE void unpack_uniform(int bits, const uint8_t *anchor, const uint8_t *rest, int octets, bool upper,
+                           uint8_t *codes) {
+    for (int octet = 0; octet < octets; octet++, codes += 8 * ROW) {
+        for (int half = 0; half < 2; half++) {
+            __m256i r[8];
+            for (int p = 0; p < (upper ? 4 : 8); p++) {
+                if (p < bits) {
+                    r[7 - p] = load(anchor + (octet * bits + p) * ROW + 32 * half);
+                } else {
+                    r[7 - p] = rest == NULL ? _mm256_setzero_si256()
+                                            : load(rest + (octet * (8 - bits) + p - bits) * ROW + 32 * half);
+                }
+            }
+            transpose(r, upper);
+            for (int t = 0; t < 8; t++) {
+                store(codes + t * ROW + 32 * half, r[t]);
+            }
+        }
+    }
+}
+
+static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes) {
+    const int octets = (tokens + 7) / 8;
+    if (planes->uniform) {
+        unpack_uniform(planes->widths[0], anchor, rest, octets, rest == NULL && planes->widths[0] <= 4, codes);
+        return;
+    }
+    for (int octet = 0; octet < octets; octet++, codes += 8 * ROW) {
+        __m256i r[2][8];
+        for (int p = 0; p < 8; p++) {
+            for (int half = 0; half < 2; half++) {
+                __m256i v = expand(anchor, planes->anchor_expand[p] + 32 * half, planes->anchor_rank[p] + 2 * half);
+                if (rest != NULL) {
+                    v = _mm256_or_si256(
+                        v, expand(rest, planes->rest_expand[p] + 32 * half, planes->rest_rank[p] + 2 * half));
+                }
+                r[half][7 - p] = v;
+            }
+            anchor += planes->anchor_count[p];
+            rest += rest == NULL ? 0 : planes->channels - planes->anchor_count[p];
+        }
+        for (int half = 0; half < 2; half++) {
+            transpose(r[half], false);
+            for (int t = 0; t < 8; t++) {
+                store(codes + t * ROW + 32 * half, r[half][t]);
+            }
+        }
+    }
+}
+
+static bool check(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
+    _Alignas(32) uint8_t valid[ROW];
+    for (int c = 0; c < ROW; c++) {
+        valid[c] = c < channels ? 255 : 0;
+    }
+    __m256i bad = _mm256_setzero_si256();
+    for (int t = 0; t < tokens; t++) {
+        for (int half = 0; half < ROW; half += 32) {
+            const __m256i code = load(codes + t * ROW + half);
+            const __m256i low = part == LYNX_KEY ? load(params->low + half) : _mm256_set1_epi8((char)params->low[t]);
+            const __m256i high = part == LYNX_KEY ? load(params->high + half) : _mm256_set1_epi8((char)params->high[t]);
+            const __m256i out = _mm256_or_si256(_mm256_subs_epu8(low, code), _mm256_subs_epu8(code, high));
+            bad = _mm256_or_si256(bad, _mm256_and_si256(out, load(valid + half)));
+        }
+    }
+    return _mm256_testz_si256(bad, bad);
+}
+
+INLINE __m256i codes_minus_offset(int part, const uint8_t *codes, int i, const lynx_params *params,
+                                  __m256i token_offset) {
+    const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + 16 * i)));
+    return _mm256_sub_epi16(code, part == LYNX_KEY ? load(params->offset + 16 * i) : token_offset);
+}
+
+INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                          uint16_t *rows, ptrdiff_t stride) {
+    _Alignas(32) float scales[ROW];
+    if (part == LYNX_KEY) {
+        unpack_order(params->scale, scales);
+    }
+    for (int t = 0; t < tokens; t++) {
+        const __m256 of_token = _mm256_set1_ps(params->scale[t]);
+        const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
+        for (int i = 0; i < 4; i++) {
+            const __m256i k = codes_minus_offset(part, codes + t * ROW, i, params, token_offset);
+            const __m256i first = _mm256_srai_epi32(_mm256_unpacklo_epi16(k, k), 16);
+            const __m256i second = _mm256_srai_epi32(_mm256_unpackhi_epi16(k, k), 16);
+            const __m256 x1 = _mm256_mul_ps(_mm256_cvtepi32_ps(first),
+                                            part == LYNX_KEY ? _mm256_load_ps(scales + 16 * i) : of_token);
+            const __m256 x2 = _mm256_mul_ps(_mm256_cvtepi32_ps(second),
+                                            part == LYNX_KEY ? _mm256_load_ps(scales + 16 * i + 8) : of_token);
+            __m256i words;
+            if (dtype == LYNX_BFLOAT16) {
+                const __m256i half = _mm256_set1_epi32(0x8000);
+                words = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x1), half), 16),
+                                            _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x2), half), 16));
+            } else {
+                const __m256 top = _mm256_set1_ps(65504.0f), bottom = _mm256_set1_ps(-65504.0f);
+                const __m128i w1 = _mm256_cvtps_ph(_mm256_max_ps(_mm256_min_ps(x1, top), bottom), 0);
+                const __m128i w2 = _mm256_cvtps_ph(_mm256_max_ps(_mm256_min_ps(x2, top), bottom), 0);
+                words = in_order(_mm256_set_m128i(w2, w1));
+            }
+            store(rows + t * stride + 16 * i, words);
+        }
+    }
+}
+
+static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       uint16_t *rows, ptrdiff_t stride) {
+    if (dtype == LYNX_BFLOAT16) {
+        if (part == LYNX_KEY) {
+            dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, params, rows, stride);
+        } else {
+            dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, params, rows, stride);
+        }
+    } else {
+        dequantise_as(part, LYNX_FLOAT16, codes, tokens, params, rows, stride);
+    }
+}
+
+/* --- level 2 of bfloat16; float16 takes the portable kernels ----------------------------------------------------- */
+
+/* Cells of 16 codes: least magnitude word and number of words; zero cells get number 1. */
+INLINE void cells(__m256i k, __m256 scale1, __m256 scale2, __m256i *low, __m256i *count, __m256i *zero) {
+    const __m256i a = _mm256_abs_epi16(k), nothing = _mm256_setzero_si256(), up = _mm256_set1_epi32(0xffff);
+    const __m256 half = _mm256_set1_ps(0.5f);
+    const __m256 middle1 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_unpacklo_epi16(a, nothing)), scale1);
+    const __m256 middle2 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_unpackhi_epi16(a, nothing)), scale2);
+    const __m256 h1 = _mm256_mul_ps(scale1, half), h2 = _mm256_mul_ps(scale2, half);
+#define WORD(x) _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x), up), 16)
+    *low = _mm256_packus_epi32(WORD(_mm256_sub_ps(middle1, h1)), WORD(_mm256_sub_ps(middle2, h2)));
+    const __m256i high = _mm256_packus_epi32(WORD(_mm256_add_ps(middle1, h1)), WORD(_mm256_add_ps(middle2, h2)));
+#undef WORD
+    *zero = _mm256_cmpeq_epi16(a, nothing);
+    *count = _mm256_blendv_epi8(_mm256_sub_epi16(high, *low), _mm256_set1_epi16(1), *zero);
+}
+
+/* 2^floor(log2 n) - 1 of each byte n. */
+INLINE __m256i width_mask(__m256i n) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 1, 1, 3, 3, 3, 3, 7, 7, 7, 7, 7, 7, 7, 7));
+    const __m256i high = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 15, 31, 31, 63, 63, 63, 63, 127, 127, 127, 127, 127, 127, 127, 127));
+    return _mm256_max_epu8(_mm256_shuffle_epi8(low, _mm256_and_si256(n, nibble)),
+                           _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(n, 4), nibble)));
+}
+
+INLINE uint32_t bits_of(__m256i bytes) {
+    return (uint32_t)_mm256_movemask_epi8(bytes);
+}
+
+INLINE uint64_t read64(const uint8_t *p) {
+    uint64_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void write64(uint8_t *p, uint64_t v) {
+    memcpy(p, &v, sizeof v);
+}
+
+typedef struct {
+    uint8_t *at;
+    uint64_t pending;
+    uint32_t filled; /* bits of `pending`, fewer than 8 between calls */
+} bit_writer;
+
+INLINE void put(bit_writer *out, uint64_t value, uint32_t bits) { /* at most 56 bits */
+    out->pending |= value << out->filled;
+    out->filled += bits;
+    write64(out->at, out->pending);
+    out->at += out->filled >> 3;
+    out->pending >>= out->filled & ~7u;
+    out->filled &= 7;
+}
+
+INLINE uint32_t position(const bit_writer *out, const uint8_t *start) {
+    return (uint32_t)(8 * (out->at - start)) + out->filled;
+}
+
+INLINE void rank_zeros(uint64_t zeros, const uint16_t *row, int part, int token, const lynx_params *params,
+                       lynx_streams *streams) {
+    for (; zeros != 0; zeros &= zeros - 1) {
+        const int c = __builtin_ctzll(zeros);
+        const uint32_t magnitude = row[c] & 0x7fff;
+        const float half_scale = params->scale[part == LYNX_KEY ? c : token] * 0.5f;
+        uint32_t code = ceil_word(LYNX_BFLOAT16, half_scale) - 1 - magnitude;
+        if (magnitude == 0) {
+            code = ZERO_WORD;
+        } else if (code >= ZERO_WORD) {
+            code = ZERO_ESCAPE;
+            streams->x[streams->x_count++] = row[c];
+        }
+        put_bits(streams->w, 12 * streams->w_count++, code | (uint32_t)(row[c] >> 15) << 11);
+    }
+}
+
+INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, int channels,
+                    const lynx_params *params, lynx_streams *streams) {
+    _Alignas(32) float scales[ROW];
+    unpack_order(params->scale, scales);
+    const uint64_t valid = channels == ROW ? ~0ull : (1ull << channels) - 1;
+    memset(streams->w, 0, sizeof streams->w);
+    streams->w_count = streams->x_count = 0;
+    bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
+    for (int t = 0; t < tokens; t++) {
+        const uint16_t *row = rows + t * stride;
+        const __m256 of_token = _mm256_set1_ps(params->scale[t]);
+        const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
+        uint64_t zeros = 0;
+        for (int half = 0; half < 2; half++) {
+            __m256i low[2], count[2], zero[2], r[2];
+            for (int i = 0; i < 2; i++) {
+                const int at = 2 * half + i;
+                const __m256i k = codes_minus_offset(part, codes + t * ROW, at, params, token_offset);
+                cells(k, part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at) : of_token,
+                      part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at + 8) : of_token, &low[i], &count[i], &zero[i]);
+                const __m256i magnitude = _mm256_and_si256(load(row + 16 * at), _mm256_set1_epi16(0x7fff));
+                r[i] = _mm256_andnot_si256(zero[i], _mm256_sub_epi16(magnitude, low[i]));
+            }
+            __m256i n = in_order(_mm256_packus_epi16(count[0], count[1]));
+            const __m256i ranks = in_order(_mm256_packus_epi16(r[0], r[1]));
+            zeros |= (uint64_t)bits_of(in_order(_mm256_packs_epi16(zero[0], zero[1]))) << 32 * half;
+            __m256i mask = width_mask(n);
+            const __m256i field = _mm256_and_si256(ranks, mask);
+            const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), _mm256_set1_epi8(1));
+            /* field < extra, and the bit above the field */
+            uint32_t flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field));
+            const uint32_t above = ~bits_of(_mm256_cmpeq_epi8(field, ranks));
+            if (channels < ROW) {
+                _Alignas(32) uint8_t keep[32];
+                for (int c = 0; c < 32; c++) {
+                    keep[c] = 32 * half + c < channels ? 255 : 0;
+                }
+                mask = _mm256_and_si256(mask, load(keep));
+                flagged &= (uint32_t)(valid >> 32 * half);
+            }
+            _Alignas(32) uint64_t fields[4], masks[4];
+            store(fields, field);
+            store(masks, mask);
+            for (int i = 0; i < 4; i++) {
+                put(&a, _pext_u64(fields[i], masks[i]), (uint32_t)_mm_popcnt_u64(masks[i]));
+            }
+            put(&b, _pext_u32(above, flagged), (uint32_t)_mm_popcnt_u32(flagged));
+        }
+        rank_zeros(zeros & valid, row, part, t, params, streams);
+    }
+    streams->a_bits = position(&a, streams->a);
+    streams->b_bits = position(&b, streams->b);
+}
+
+static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                 int channels, const lynx_params *params, lynx_streams *streams) {
+    if (dtype != LYNX_BFLOAT16 || params->constant != 0) {
+        lynx_scalar.rank(part, dtype, rows, stride, codes, tokens, channels, params, streams);
+    } else if (part == LYNX_KEY) {
+        rank_as(LYNX_KEY, rows, stride, codes, tokens, channels, params, streams);
+    } else {
+        rank_as(LYNX_VALUE, rows, stride, codes, tokens, channels, params, streams);
+    }
+}
+
+INLINE bool unrank_zeros(uint64_t zeros, uint16_t *row, int part, int token, const lynx_params *params,
+                         lynx_streams *streams) {
+    for (; zeros != 0; zeros &= zeros - 1) {
+        const int c = __builtin_ctzll(zeros);
+        const uint32_t field = get_bits(streams->w, 12 * streams->w_count++, 12);
+        const uint32_t code = field & 2047, sign = field >> 11 << 15;
+        const uint32_t top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : token] * 0.5f) - 1;
+        if (code < ZERO_WORD) {
+            if (code >= top) {
+                return false;
+            }
+            row[c] = (uint16_t)((top - code) | sign);
+        } else {
+            row[c] = code == ZERO_WORD ? (uint16_t)sign : streams->x[streams->x_count++];
+        }
+    }
+    return true;
+}
+
+INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                     lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+    _Alignas(32) float scales[ROW];
+    unpack_order(params->scale, scales);
+    const uint64_t valid = channels == ROW ? ~0ull : (1ull << channels) - 1;
+    const __m256i pick = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
+                                          3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    streams->w_count = streams->x_count = 0;
+    uint32_t a_bits = 0, b_bits = 0;
+    __m256i empty = _mm256_setzero_si256();
+    for (int t = 0; t < tokens; t++) {
+        uint16_t *row = rows + t * stride;
+        const __m256 of_token = _mm256_set1_ps(params->scale[t]);
+        const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
+        uint64_t zeros = 0;
+        for (int half = 0; half < 2; half++) {
+            __m256i k[2], low[2], count[2], zero[2];
+            for (int i = 0; i < 2; i++) {
+                const int at = 2 * half + i;
+                k[i] = codes_minus_offset(part, codes + t * ROW, at, params, token_offset);
+                cells(k[i], part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at) : of_token,
+                      part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at + 8) : of_token, &low[i], &count[i], &zero[i]);
+            }
+            __m256i n = in_order(_mm256_packus_epi16(count[0], count[1]));
+            if (channels < ROW) {
+                _Alignas(32) uint8_t keep[32];
+                for (int c = 0; c < 32; c++) {
+                    keep[c] = 32 * half + c < channels ? 255 : 0;
+                }
+                n = _mm256_blendv_epi8(_mm256_set1_epi8(1), n, load(keep));
+            }
+            empty = _mm256_or_si256(empty, _mm256_cmpeq_epi8(n, _mm256_setzero_si256()));
+            zeros |= (uint64_t)bits_of(in_order(_mm256_packs_epi16(zero[0], zero[1]))) << 32 * half;
+            const __m256i mask = width_mask(n);
+            _Alignas(32) uint64_t fields[4], masks[4];
+            store(masks, mask);
+            for (int i = 0; i < 4; i++) {
+                fields[i] = _pdep_u64(read64(streams->a + (a_bits >> 3)) >> (a_bits & 7), masks[i]);
+                a_bits += (uint32_t)_mm_popcnt_u64(masks[i]);
+            }
+            const __m256i field = load(fields), one = _mm256_set1_epi8(1);
+            const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), one);
+            const uint32_t flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field));
+            const uint32_t above = _pdep_u32((uint32_t)(read64(streams->b + (b_bits >> 3)) >> (b_bits & 7)), flagged);
+            b_bits += (uint32_t)_mm_popcnt_u32(flagged);
+            const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)above), pick), bit);
+            const __m256i set = _mm256_cmpeq_epi8(spread, bit);
+            const __m256i ranks = _mm256_add_epi8(field, _mm256_and_si256(set, _mm256_add_epi8(mask, one)));
+            for (int i = 0; i < 2; i++) {
+                const __m128i r = i == 0 ? _mm256_castsi256_si128(ranks) : _mm256_extracti128_si256(ranks, 1);
+                const __m256i magnitude = _mm256_add_epi16(low[i], _mm256_cvtepu8_epi16(r));
+                store(row + 32 * half + 16 * i,
+                      _mm256_or_si256(magnitude, _mm256_and_si256(k[i], _mm256_set1_epi16(INT16_MIN))));
+            }
+        }
+        if (!unrank_zeros(zeros & valid, row, part, t, params, streams)) {
+            return LYNX_ERR_RANK;
+        }
+    }
+    streams->a_bits = a_bits;
+    streams->b_bits = b_bits;
+    return _mm256_testz_si256(empty, empty) ? LYNX_OK : LYNX_ERR_RANK;
+}
+
+static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+    if (dtype != LYNX_BFLOAT16 || params->constant != 0) {
+        return lynx_scalar.unrank(part, dtype, codes, tokens, channels, params, streams, rows, stride);
+    }
+    if (part == LYNX_KEY) {
+        return unrank_as(LYNX_KEY, codes, tokens, channels, params, streams, rows, stride);
+    }
+    return unrank_as(LYNX_VALUE, codes, tokens, channels, params, streams, rows, stride);
+}
+
+/* ceil(log2) of the largest cell of an integer of magnitude a: at most 512 / (2a + 1) + 1 words, 214 for a = 1. A zero
+ * cell takes at most 12 + 16 bits. */
+static uint64_t rank_bound(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i below_16 =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(28, 8, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 5, 5, 5, 5));
+    const __m256i from_16 = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 4, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1));
+    _Alignas(32) uint8_t offsets[ROW], valid[ROW];
+    for (int g = 0; g < ROW; g++) { /* an offset outside a byte makes integers larger than they count here */
+        const int offset = params->offset[g];
+        offsets[g] = (uint8_t)(offset < 0 ? 0 : offset > 255 ? 255 : offset);
+        valid[g] = g < channels ? 255 : 0;
+    }
+    __m256i sum = _mm256_setzero_si256();
+    for (int t = 0; t < tokens; t++) {
+        for (int half = 0; half < ROW; half += 32) {
+            const __m256i code = load(codes + t * ROW + half);
+            const __m256i offset = part == LYNX_KEY ? load(offsets + half) : _mm256_set1_epi8((char)offsets[t]);
+            const __m256i a = _mm256_or_si256(_mm256_subs_epu8(code, offset), _mm256_subs_epu8(offset, code));
+            const __m256i low = _mm256_shuffle_epi8(below_16, _mm256_and_si256(a, nibble));
+            const __m256i high = _mm256_shuffle_epi8(from_16, _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble));
+            const __m256i bits = _mm256_and_si256(_mm256_min_epu8(low, high), load(valid + half));
+            sum = _mm256_add_epi64(sum, _mm256_sad_epu8(bits, _mm256_setzero_si256()));
+        }
+    }
+    _Alignas(32) uint64_t parts[4];
+    store(parts, sum);
+    return parts[0] + parts[1] + parts[2] + parts[3];
+}
+
+/* --- bitplane --------------------------------------------------------------------------------------------------- */
+
+/* 32 words as one register per byte of a word, least significant first. */
+INLINE void split(int word_bytes, const uint8_t *words, __m256i *bytes) {
+    if (word_bytes == 1) {
+        bytes[0] = load(words);
+    } else if (word_bytes == 2) {
+        const __m256i a = load(words), b = load(words + 32), low = _mm256_set1_epi16(255);
+        bytes[0] = in_order(_mm256_packus_epi16(_mm256_and_si256(a, low), _mm256_and_si256(b, low)));
+        bytes[1] = in_order(_mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)));
+    } else {
+        const __m256i gather = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        __m256i x[4];
+        for (int i = 0; i < 4; i++) {
+            x[i] = _mm256_shuffle_epi8(load(words + 32 * i), gather);
+        }
+        const __m256i low1 = _mm256_unpacklo_epi32(x[0], x[1]), low2 = _mm256_unpacklo_epi32(x[2], x[3]);
+        const __m256i high1 = _mm256_unpackhi_epi32(x[0], x[1]), high2 = _mm256_unpackhi_epi32(x[2], x[3]);
+        bytes[0] = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(low1, low2), order);
+        bytes[1] = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(low1, low2), order);
+        bytes[2] = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(high1, high2), order);
+        bytes[3] = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(high1, high2), order);
+    }
+}
+
+INLINE void join(int word_bytes, const __m256i *bytes, uint8_t *words) {
+    if (word_bytes == 1) {
+        store(words, bytes[0]);
+        return;
+    }
+    const __m256i first = in_order(bytes[0]), second = in_order(bytes[1]);
+    const __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
+    if (word_bytes == 2) {
+        store(words, low);
+        store(words + 32, high);
+        return;
+    }
+    const __m256i third = in_order(bytes[2]), fourth = in_order(bytes[3]);
+    const __m256i halves[2][2] = {{low, _mm256_unpacklo_epi8(third, fourth)}, {high, _mm256_unpackhi_epi8(third, fourth)}};
+    for (int i = 0; i < 2; i++) {
+        const __m256i a = _mm256_unpacklo_epi16(halves[i][0], halves[i][1]);
+        const __m256i b = _mm256_unpackhi_epi16(halves[i][0], halves[i][1]);
+        store(words + 64 * i, _mm256_permute2x128_si256(a, b, 0x20));
+        store(words + 64 * i + 32, _mm256_permute2x128_si256(a, b, 0x31));
+    }
+}
+
+INLINE void pack_row_as(int word_bytes, const uint8_t *words, size_t count, int first, int last,
+                        uint8_t *const *planes) {
+    for (size_t i = 0; i < count; i += 32) {
+        __m256i bytes[4];
+        split(word_bytes, words + i * (size_t)word_bytes, bytes);
+        for (int byte = 0; byte < word_bytes; byte++) {
+            __m256i v = bytes[byte];
+            const int top = 8 * (word_bytes - 1 - byte); /* the plane of this byte's highest bit */
+            for (int p = top; p < top + 8; p++) {
+                if (p >= first && p < last) {
+                    const uint32_t bits = bits_of(v);
+                    memcpy(planes[p] + i / 8, &bits, sizeof bits);
+                }
+                v = _mm256_add_epi8(v, v);
+            }
+        }
+    }
+}
+
+INLINE void unpack_row_as(int word_bytes, const uint8_t *const *planes, size_t count, uint8_t *words) {
+    const __m256i pick = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
+                                          3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    for (size_t i = 0; i < count; i += 32) {
+        __m256i bytes[4];
+        for (int byte = 0; byte < word_bytes; byte++) {
+            __m256i v = _mm256_setzero_si256();
+            const int top = 8 * (word_bytes - 1 - byte);
+            for (int p = top; p < top + 8; p++) {
+                v = _mm256_add_epi8(v, v);
+                if (planes[p] != NULL) {
+                    uint32_t bits;
+                    memcpy(&bits, planes[p] + i / 8, sizeof bits);
+                    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), pick);
+                    v = _mm256_sub_epi8(v, _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit));
+                }
+            }
+            bytes[byte] = v;
+        }
+        join(word_bytes, bytes, words + i * (size_t)word_bytes);
+    }
+}
+
+static void pack_row(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes) {
+    const size_t whole = count / 32 * 32;
+    switch (word_bytes) {
+    case 1:
+        pack_row_as(1, words, whole, first, last, planes);
+        break;
+    case 2:
+        pack_row_as(2, words, whole, first, last, planes);
+        break;
+    default:
+        pack_row_as(4, words, whole, first, last, planes);
+    }
+    if (whole < count) {
+        uint8_t *rest[32] = {NULL};
+        for (int p = first; p < last; p++) {
+            rest[p] = planes[p] + whole / 8;
+        }
+        lynx_scalar.pack_row(word_bytes, (const uint8_t *)words + whole * (size_t)word_bytes, count - whole, first, last,
+                             rest);
+    }
+}
+
+static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t count, void *words) {
+    const size_t whole = count / 32 * 32;
+    switch (word_bytes) {
+    case 1:
+        unpack_row_as(1, planes, whole, words);
+        break;
+    case 2:
+        unpack_row_as(2, planes, whole, words);
+        break;
+    default:
+        unpack_row_as(4, planes, whole, words);
+    }
+    if (whole < count) {
+        const uint8_t *rest[32] = {NULL};
+        for (int p = 0; p < 8 * word_bytes; p++) {
+            rest[p] = planes[p] == NULL ? NULL : planes[p] + whole / 8;
+        }
+        lynx_scalar.unpack_row(word_bytes, rest, count - whole, (uint8_t *)words + whole * (size_t)word_bytes);
+    }
+}
+
+const lynx_kernels lynx_avx2 = {
+    .range = range,
+    .quantise = quantise,
+    .pack = pack,
+    .unpack = unpack,
+    .check = check,
+    .dequantise = dequantise,
+    .rank = rank,
+    .unrank = unrank,
+    .rank_bound = rank_bound,
+    .pack_row = pack_row,
+    .unpack_row = unpack_row,
+};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
