@@ -109,6 +109,21 @@ def test_received_words_give_the_senders_logits(model):
         arrays = receiver.cache.allocate(manifest, model)
 
 
+def test_a_cache_that_prefilled_can_receive(model):
+    engine = HFEngine(model, WordCache(model.config, 60))
+    engine.prefill(PROMPT)
+    expected = engine.step(3)
+    kept = {(i, p): engine.cache.words(i, p).copy() for i in range(3) for p in ("key", "value")}
+    engine.crop(0)
+    engine.prefill(PROMPT[::-1])
+    engine.crop(0)
+    arrays = engine.cache.allocate(make_manifest(model, len(PROMPT), make_identity(model)), model)
+    for layer, part in arrays:
+        arrays[layer, part][...] = kept[layer, part][:, : len(PROMPT)]
+        engine.cache.refresh(layer, len(PROMPT))
+    np.testing.assert_array_equal(engine.step(3), expected)
+
+
 def test_crop_leaves_what_feeding_fewer_tokens_leaves(model):
     once, twice = (HFEngine(model, WordCache(model.config, 64)) for _ in range(2))
     for engine in (once, twice):

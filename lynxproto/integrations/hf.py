@@ -67,11 +67,12 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]
     def allocate(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
         """Make both buffers; ``shapes`` are (kv_heads, head_dim) of K and of V."""
         sizes = [(1, heads, self._cache.capacity, head_dim) for heads, head_dim in shapes]
-        self.word_buffers = tuple(torch.zeros(s, dtype=self._cache.word_dtype, device=device) for s in sizes)
-        same = dtype == self._cache.word_dtype
-        self._value_buffers = (
-            self.word_buffers if same else tuple(torch.zeros(s, dtype=dtype, device=device) for s in sizes)
-        )
+        with torch.inference_mode(False):  # a forward may call this, and its tensors could not be written outside it
+            self.word_buffers = tuple(torch.zeros(s, dtype=self._cache.word_dtype, device=device) for s in sizes)
+            same = dtype == self._cache.word_dtype
+            self._value_buffers = (
+                self.word_buffers if same else tuple(torch.zeros(s, dtype=dtype, device=device) for s in sizes)
+            )
         self.dtype, self.device, self.is_initialized = dtype, device, True
         self.resize(self.length)
 
