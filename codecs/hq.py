@@ -194,8 +194,9 @@ class HQ(Codec):
             raise SpecError(f"hq cannot code a tile of shape {spec.shape}: {error_text(code)}")
         return _Tile(c, sizes, widths)
 
-    @staticmethod
-    def _encode(tile: _Tile, words: NDArray[Any], anchor: bool, rest: bool, rank: bool, threads: int) -> _Encoded:
+    def _encode(
+        self, tile: _Tile, words: NDArray[Any], anchor: bool, rest: bool, rank: bool, threads: int
+    ) -> _Encoded:
         sizes = tile.sizes
         planes = np.empty(sizes.anchor if anchor else 0, np.uint8)
         headers = np.empty(lib.LYNX_HQ_PARAM_HEADER * sizes.blocks, np.uint8)
@@ -212,6 +213,7 @@ class HQ(Codec):
             c = ffi.new("lynx_hq_encoded *")
             c.param_headers = address(headers) + lib.LYNX_HQ_PARAM_HEADER * first
             c.params = address(params)
+            c.wants_rank_bound = self.exact
             if anchor:
                 c.anchor = address(planes) + before.anchor
             if rest:

@@ -97,7 +97,8 @@ typedef struct {
     uint8_t *rank;
     uint64_t params_size;
     uint64_t rank_size;
-    uint64_t rank_bound; /* without a rank section: a bound on the bytes it would take, table included */
+    uint64_t rank_bound;     /* bytes of rank table and ranks; without these sections, what they take at most */
+    int32_t wants_rank_bound; /* in: whether to work rank_bound out where there is no rank table */
 } lynx_hq_encoded;
 
 int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,

@@ -399,13 +399,15 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
             params += write_params(&s->params, block.groups, headers, params);
             headers += LYNX_HQ_PARAM_HEADER;
         }
+        if (table == NULL && !out->wants_rank_bound) {
+            continue;
+        }
         uint64_t size = 2 * values;
-        if (table == NULL && !special && kernels->rank_bound != NULL && s->params.constant == 0 &&
-            tile->dtype == LYNX_BFLOAT16) {
-            size = (kernels->rank_bound(tile->part, s->codes, block.tokens, block.channels, &s->params) + 7) / 8 + 4;
+        if (table == NULL && !special && kernels->rank_bound != NULL && tile->dtype == LYNX_BFLOAT16) {
+            size = (kernels->rank_bound(tile->part, s->codes, block.tokens, block.channels, &s->params) + 7) / 8 + 3;
         } else if (!special) {
             quantiser->rank(tile->part, tile->dtype, rows, stride, s->codes, block.tokens, block.channels, &s->params,
-                          &s->streams);
+                            &s->streams);
             size = rank_bytes(&s->streams);
         }
         const bool raw = size >= 2 * values;
