@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import ssl
 
     from lynxproto.config import Config
-    from lynxproto.session import IncomingTransfer, OutgoingTransfer, TransferStats
+    from lynxproto.session import IncomingTransfer, OutgoingTransfer, Receiver, TransferStats
     from lynxproto.transports import TokenBucket
 
 __all__ = ["main"]
@@ -201,7 +201,7 @@ async def _recv(
             writers.append(CacheFileWriter(_free_name(output, manifest.request_id), manifest))
         except (OSError, CacheFileError) as error:
             named = error if isinstance(error, CacheFileError) else CacheFileError(f"cannot make {output}: {error}")
-            loop.call_soon_threadsafe(lambda: no_room.done() or no_room.set_exception(named))
+            loop.call_soon_threadsafe(no_room.set_exception, named)
             raise named from error
         return writers[0].arrays
 
@@ -233,7 +233,7 @@ async def _recv(
     _summary("recv", transfer, as_json=as_json, path=path)
 
 
-async def _first(receiver: Any, failure: asyncio.Future[None]) -> IncomingTransfer:
+async def _first(receiver: Receiver, failure: asyncio.Future[None]) -> IncomingTransfer:
     """The first transfer, or the failure if that comes sooner."""
     first = asyncio.ensure_future(anext(aiter(receiver)))
     await asyncio.wait([first, failure], return_when=asyncio.FIRST_COMPLETED)

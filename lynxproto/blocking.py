@@ -1,0 +1,229 @@
+"""Sessions for programs without asyncio: the names of :mod:`lynxproto.session`, with ``with`` and ``for``.
+
+Methods that wait take ``timeout`` in seconds (None: as long as it takes) and raise
+:class:`~lynxproto.errors.DeadlineError` when it is over; the transfer itself goes on. Everything may be called from
+several threads.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from lynxproto import session
+from lynxproto._incoming import Incoming
+from lynxproto._io import IOThread
+from lynxproto._outgoing import Outgoing, borrow
+from lynxproto._stats import Progress, Result, TransferStats
+from lynxproto.cachefile import Cache
+from lynxproto.chunk import Part
+from lynxproto.config import Config
+from lynxproto.errors import DeadlineError
+from lynxproto.manifest import FetchKey, Manifest, Want
+from lynxproto.policy import Policy
+
+__all__ = ["IncomingTransfer", "OutgoingTransfer", "Receiver", "Sender", "connect", "listen"]
+
+T = TypeVar("T")
+SideT = TypeVar("SideT", Incoming, Outgoing)
+
+
+def _wait(io: IOThread, coroutine: Coroutine[Any, Any, T], timeout: float | None) -> T:
+    future = io.submit(coroutine)
+    try:
+        return future.result(timeout)
+    except concurrent.futures.TimeoutError:
+        if future.done():  # the coroutine's own TimeoutError (DeadlineError is one)
+            raise
+        future.cancel()
+        raise DeadlineError(f"not done within {timeout:g} s") from None
+    except BaseException:  # KeyboardInterrupt, for example
+        future.cancel()
+        raise
+
+
+class _Transfer(Generic[SideT]):
+    """What both directions have."""
+
+    def __init__(self, io: IOThread, side: SideT) -> None:
+        self._io = io
+        self._side: SideT = side
+
+    @property
+    def id(self) -> int:
+        """The transfer's 128-bit id."""
+        return self._side.id
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it carries."""
+        return self._side.manifest
+
+    @property
+    def stats(self) -> TransferStats:
+        """Chunks, bytes and times so far, by level."""
+        return self._side.stats
+
+    @property
+    def released(self) -> bool:
+        """Whether the transfer touches its arrays no more."""
+        return self._side.released
+
+    def wait_released(self, timeout: float | None = None) -> None:
+        """Return once :attr:`released` is true."""
+        _wait(self._io, self._side.wait_released(), timeout)
+
+    def cancel(self, above_level: int | None = None, timeout: float | None = None) -> None:
+        """Cancel the transfer, or only its levels above ``above_level``.
+
+        When the whole was cancelled, no thread touches the arrays after this returns.
+        """
+        _wait(self._io, self._side.cancel(above_level), timeout)
+
+
+class OutgoingTransfer(_Transfer[Outgoing]):
+    """See :class:`lynxproto.session.OutgoingTransfer`."""
+
+    def write(self, layer: int, *arrays: Any, copy: bool = False) -> None:
+        """Send one layer; the arrays are borrowed until :attr:`released`, unless ``copy``."""
+        self._io.call(self._side.write, layer, borrow(self._side.manifest, layer, arrays, copy=copy))
+
+    def result(self, first_token: int, logit_gap: float | None = None) -> None:
+        """Tell the receiver the first token."""
+        self._io.call(self._side.result, first_token, logit_gap)
+
+    def accepted(self, timeout: float | None = None) -> None:
+        """Return when the receiver has its memory ready."""
+        _wait(self._io, self._side.wait_accepted(), timeout)
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Return when the receiver has confirmed everything."""
+        _wait(self._io, self._side.finish(), timeout)
+
+    def send(self, cache: Cache, timeout: float | None = None) -> None:
+        """Write all layers of ``cache`` and its result, and finish."""
+        _wait(self._io, self._side.send_cache(cache), timeout)
+
+
+class IncomingTransfer(_Transfer[Incoming]):
+    """See :class:`lynxproto.session.IncomingTransfer`."""
+
+    @property
+    def arrays(self) -> Mapping[tuple[int, Part], Any]:
+        """``(layer, part)`` -> the array that ``allocate`` gave."""
+        return self._side.arrays
+
+    @property
+    def late(self) -> frozenset[int]:
+        """Levels that missed a deadline with the policy ``wait``."""
+        return frozenset(self._side.late)
+
+    @property
+    def degraded(self) -> int | None:
+        """The level that this transfer ends at because of a missed deadline, or None."""
+        return self._side.degraded
+
+    def on_progress(self, callback: Callable[[Progress], object] | None) -> None:
+        """Call ``callback`` for every chunk that arrives, on the I/O thread: it must be quick and must not wait."""
+        self._side.on_progress = callback
+
+    def ready(self, level: int = 0, layer: int | None = None, timeout: float | None = None) -> None:
+        """Return when the arrays (of one layer, or all) hold ``level``."""
+        _wait(self._io, self._side.ready(level, layer), timeout)
+
+    def is_ready(self, level: int = 0, layer: int | None = None) -> bool:
+        """Whether :meth:`ready` would return at once."""
+        return self._io.call(self._side.is_ready, level, layer)
+
+    def exact(self, timeout: float | None = None) -> None:
+        """Return when every word is in place and every digest matched."""
+        _wait(self._io, self._side.exact(), timeout)
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Prefill's first token."""
+        return _wait(self._io, self._side.result(), timeout)
+
+    def urgent(self) -> None:
+        """Ask the sender to prefer this transfer's residual."""
+        self._io.call(self._side.urgent)
+
+
+class _Session:
+    """An open endpoint: iterate over it to receive transfers."""
+
+    _endpoint: session._Client | session._Server
+
+    @property
+    def url(self) -> str:
+        """Where it is connected to, or listens (with the real port)."""
+        return self._endpoint.url
+
+    def __enter__(self) -> Self:
+        self._endpoint.start()
+        try:
+            _wait(self._endpoint.thread(), self._endpoint.open(), None)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close: unfinished transfers are cancelled, and no thread touches their arrays when this returns."""
+        if self._endpoint.io is not None and not self._endpoint.closed:
+            self._endpoint.io.submit(self._endpoint.shut()).result()
+            self._endpoint.stop()
+
+    def __iter__(self) -> Iterator[IncomingTransfer]:
+        io = self._endpoint.thread()
+        while (incoming := _wait(io, self._endpoint.next(), None)) is not None:
+            yield IncomingTransfer(io, incoming)
+
+
+class Sender(_Session):
+    """See :class:`lynxproto.session.Sender`."""
+
+    def __init__(self, endpoint: session._Client) -> None:
+        self._endpoint = self._client = endpoint
+
+    def open(
+        self, manifest: Manifest, policy: Policy | None = None, *, deadline: float = float("inf")
+    ) -> OutgoingTransfer:
+        """Offer a transfer."""
+        io = self._client.thread()
+        return OutgoingTransfer(io, io.call(self._client.peer.open, manifest, policy, deadline))
+
+    def fetch(
+        self,
+        key: FetchKey,
+        wants: Sequence[Want] | None = None,
+        *,
+        lease: float = 0.0,
+        timeout: float | None = None,
+    ) -> IncomingTransfer:
+        """Ask the peer for a cache."""
+        io = self._client.thread()
+        return IncomingTransfer(io, _wait(io, self._client.peer.fetch(key, wants, lease), timeout))
+
+
+class Receiver(_Session):
+    """See :class:`lynxproto.session.Receiver`."""
+
+    def __init__(self, endpoint: session._Server) -> None:
+        self._endpoint = endpoint
+
+
+def connect(url: str, config: Config | None = None, **options: Any) -> Sender:
+    """Connect to a peer: ``with connect("tcps://decode:7411") as sender``. Options: :func:`lynxproto.connect`."""
+    return Sender(session.connect(url, config, **options)._endpoint)
+
+
+def listen(url: str, config: Config | None = None, **options: Any) -> Receiver:
+    """Listen for peers: ``with listen("tcp://0.0.0.0:7411") as receiver``. Options: :func:`lynxproto.listen`."""
+    return Receiver(session.listen(url, config, **options)._endpoint)
