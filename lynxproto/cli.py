@@ -105,6 +105,28 @@ def recv(url: str, output: Path, model: str | None, revision: str, **shared: Any
     _run(_recv(url, output, model, revision, **shared))
 
 
+@main.command()
+@click.option("--tokens", type=int, default=4096, show_default=True, help="Prompt tokens of prose to prefill.")
+@click.option("--decode", type=int, default=32, show_default=True, help="Tokens to decode after the first.")
+@click.option("--max-draft", type=int, default=64, show_default=True, help="Tokens to draft at most.")
+@click.option("--runs", type=int, default=3, show_default=True, help="Runs of each method; medians are shown.")
+@click.option(
+    "--link",
+    type=BitRate(),
+    help="Speed of the link, for example 130M. Default: as many decode steps for the BF16 cache as in the paper (70).",
+)
+@click.option("--streamed/--no-streamed", default=True, help="Also stream by layer while prefill runs.")
+@click.option("--threads", type=int, default=2, show_default=True, help="Threads of each process's model.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results.")
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timeline.")
+def demo(json_file: Path | None, plot_file: Path | None, **settings: Any) -> None:
+    """Real model, prefill and decode process, shaped link: BF16, INT8, INT4 and lynxproto side by side."""
+    from lynxproto.demo.main import run_demo
+
+    if not run_demo(json_file=json_file, plot_file=plot_file, **settings):
+        sys.exit(1)
+
+
 def _run(coroutine: Coroutine[Any, Any, None]) -> None:
     try:
         asyncio.run(coroutine)

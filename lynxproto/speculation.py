@@ -44,6 +44,8 @@ __all__ = [
     "measure_noise",
 ]
 
+_SHORT_BATCH = 4
+
 #: Scores of the next token, shape ``[vocabulary]``, any float type.
 Logits = NDArray[Any]
 
@@ -368,9 +370,12 @@ class Speculation:
         self._expect("decode")
         while not self._ended and (count is None or len(self._sequence) - self._prompt < count):
             position = len(self._sequence)
-            row = self._step()
+            batched_kv = position - 1 - self._stepwise
+            # A tie would send us back to where batched KV begins; if that is only a few steps, go at once, and be rid
+            # of the rule.
+            row = self._replay() if 0 < batched_kv <= _SHORT_BATCH else self._step()
             logits = self._process(self._sequence, row)
-            if self._stepwise == position - 1:
+            if self._stepwise >= position - 1:
                 self._stepwise = position
             elif self._sampler.near_tie(logits, position, self.report.noise):
                 self.report.redecided += (position - self._prompt,)

@@ -241,14 +241,26 @@ def test_near_ties_are_decided_again_and_reported():
 
 def test_noise_that_was_underestimated_is_reported():
     prompt = [5]
-    engine = ToyEngine(prompt, rounding=1.0)
-    run = Speculation(engine, prompt, 0, max_tokens=60, max_draft=30, noise=0.05)
+    engine = ToyEngine(prompt, rounding=0.2)
+    run = Speculation(engine, prompt, 0, max_tokens=60, max_draft=30, noise=0.02)
     list(run.draft())
     list(run.verify(engine.install))
     list(run.decode())
     assert run.report.redecided
     assert run.report.mismatches
-    assert 0.05 < run.report.noise <= 2.0
+    assert 0.02 < run.report.noise <= 0.4
+
+
+def test_a_short_batch_is_stepped_again_so_that_ties_cost_nothing_later():
+    prompt, noise = [4], 0.1
+    engine = ToyEngine(prompt, error=50.0, rounding=noise)
+    run = Speculation(engine, prompt, 0, max_tokens=60, max_draft=1, noise=noise)
+    list(run.draft())
+    list(run.verify(engine.install))
+    assert run.report.accepted == 0
+    list(run.decode())
+    assert run.report.redecided == ()
+    assert run.report.steps <= 60
 
 
 def test_measure_noise():

@@ -1,0 +1,46 @@
+"""What ``lynxproto demo`` does: run, print, write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lynxproto.demo.plot import check_plot, write_plot
+from lynxproto.demo.run import Settings, run
+from lynxproto.errors import CacheFileError
+
+__all__ = ["run_demo"]
+
+
+def run_demo(*, json_file: Path | None = None, plot_file: Path | None = None, **settings: Any) -> bool:
+    """Run the demo with :class:`Settings`; print the tables; return whether all checks held.
+
+    Raises :class:`~lynxproto.errors.LynxError` for what keeps it from running.
+    """
+    console = Console()
+    for path in (json_file, plot_file):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise CacheFileError(f"cannot write {path}: {path.absolute().parent} is not a folder")
+    if plot_file is not None:
+        check_plot(plot_file)
+    report = run(Settings(**settings), console)
+    for table in report.tables():
+        console.print()
+        console.print(table)
+    console.print()
+    for line in report.conclusions():
+        console.print(line, highlight=False)
+    console.print(f"The model went on: [italic]{report.text!r}[/italic]", highlight=False)
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+        except OSError as error:
+            raise CacheFileError(f"cannot write {json_file}: {error.strerror}") from error
+        console.print(f"wrote {json_file}")
+    if plot_file is not None:
+        write_plot(report, plot_file)
+        console.print(f"wrote {plot_file}")
+    return all(report.checks().values())

@@ -1,0 +1,155 @@
+"""Runs the demo: starts the two processes, has each method carry the same cache over the same link, and compares."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rich.console import Console
+
+from lynxproto.demo.model import MODEL
+from lynxproto.demo.pipe import Worker
+from lynxproto.demo.report import METHODS, Measurement, Report, Table
+from lynxproto.demo.screen import Screen
+from lynxproto.errors import ConfigError
+
+__all__ = ["Settings", "run"]
+
+#: The default link carries the BF16 cache in as many decode steps as Lynx's testbed does (about 70).
+PAPER_STEPS: Final = 70
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to run. ``link``: bits per second, or None for the default; ``streamed``: also while prefill runs."""
+
+    tokens: int = 4096
+    decode: int = 32
+    max_draft: int = 64
+    runs: int = 3
+    link: float | None = None
+    streamed: bool = True
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 64), ("decode", 1), ("max_draft", 1), ("runs", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.link is not None and not self.link >= 1e6:
+            raise ConfigError(f"a link of {self.link:g} bit/s would take minutes; give at least 1M")
+
+
+def run(settings: Settings, console: Console) -> Report:
+    """Run everything; blocks. Raises :class:`~lynxproto.errors.LynxError` with what to do about it."""
+    return asyncio.run(_run(settings, console))
+
+
+async def _run(settings: Settings, console: Console) -> Report:
+    room = max(2 * (settings.max_draft + 1), settings.decode + settings.max_draft + 2)
+    with Screen(console) as screen:
+        async with (
+            Worker("prefill", "lynxproto.demo.prefill", screen.on_prefill) as prefill,
+            Worker("decode", "lynxproto.demo.decode", screen.on_decode) as decode,
+        ):
+            model = await prefill.call("prepare")
+            screen.stage("loading the model in both processes")
+            common = {"tokens": settings.tokens, "room": room, "threads": settings.threads}
+            cache, engine = await _together(
+                prefill.call("load", **model, **common),
+                decode.call("load", folder=model["folder"], **common),
+            )
+            runs = _Runs(settings, screen, prefill=prefill, decode=decode, model=model, cache=cache, engine=engine)
+            return await runs.all()
+
+
+class _Runs:
+    """The runs over one cache; ``model``, ``cache`` and ``engine`` are what the processes said of theirs."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        screen: Screen,
+        *,
+        prefill: Worker,
+        decode: Worker,
+        model: Mapping[str, Any],
+        cache: Mapping[str, Any],
+        engine: Mapping[str, Any],
+    ) -> None:
+        self._settings = settings
+        self._screen = screen
+        self._prefill = prefill
+        self._decode = decode
+        self._engine = engine
+        self._noise = 0.0
+        self._link = settings.link or _default_link(cache["values"] * 2, engine["step_s"])
+        self._report = Report(
+            model=MODEL,
+            revision=model["revision"],
+            prompt_tokens=cache["prompt_tokens"],
+            values=cache["values"],
+            digest=cache["digest"],
+            link=self._link,
+            step_s=engine["step_s"],
+            prefill_s=cache["prefill_s"],
+            runs=settings.runs,
+            decode=settings.decode,
+        )
+
+    async def all(self) -> Report:
+        report, settings = self._report, self._settings
+        self._screen.facts(report)
+        # One transfer that is not counted warms up sockets, codecs and engine, and gives the reference: what this
+        # engine decodes step by step on the BF16 cache. Rounding noise is measured on the same cache.
+        reference = await self._once("bf16", None, "warming up")
+        report.reference = tuple(reference.decode["tokens"])
+        tokens = list(report.reference)
+        draws = [tokens[:n] for n in {min(len(tokens), n) for n in (9, settings.decode + 1, settings.max_draft + 1)}]
+        noises = [(await self._decode.call("calibrate", tokens=draw))["noise"] for draw in draws]
+        self._noise = report.noise = max(noises)
+        report.text = (await self._prefill.call("text", tokens=tokens))["text"]
+
+        for number in range(settings.runs):
+            for method in METHODS:  # in turn, so that a machine that slows down slows all of them
+                what = f"run {number + 1} of {settings.runs}"
+                report.add(Table.SENT_WHOLE, await self._once(method, self._link, what))
+        for method in METHODS:
+            report.add(Table.FAST_LINK, await self._once(method, None, "link not shaped"))
+        if settings.streamed:
+            for method in METHODS:
+                report.add(Table.STREAMED, await self._once(method, self._link, "while prefill runs", "stream"))
+        return report
+
+    async def _once(self, method: str, link: float | None, what: str, command: str = "send") -> Measurement:
+        policy = "lynx" if method == "lynxproto" else method
+        self._screen.begin(method, what)
+        received, sent = await _together(
+            self._decode.call(
+                "receive",
+                progressive=method == "lynxproto",
+                max_draft=self._settings.max_draft,
+                count=self._settings.decode,
+                noise=self._noise,
+            ),
+            self._prefill.call(command, url=self._engine["url"], method=policy, link=link),
+        )
+        measurement = Measurement(method=method, link=link, sent=sent, decode=received)
+        self._screen.end(measurement)
+        return measurement
+
+
+def _default_link(cache_bytes: int, step_s: float) -> float:
+    """The speed at which the BF16 cache takes :data:`PAPER_STEPS` decode steps, to two significant digits."""
+    return float(f"{8 * cache_bytes / (PAPER_STEPS * step_s):.2g}")
+
+
+async def _together(*calls: Any) -> list[Any]:
+    """All results; the first error ends the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
