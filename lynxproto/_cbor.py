@@ -76,6 +76,11 @@ class Fields:
         self._taken: set[str] = set()
         self.what = what
 
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The whole map, for readers that check it themselves."""
+        return self._map
+
     def _take(self, name: str, kind: type, default: Any) -> Any:
         self._taken.add(name)
         value = self._map.get(name, default)
@@ -125,7 +130,9 @@ class Fields:
         """A nested map."""
         return Fields(self._take(name, dict, ...), f"{self.what}.{name}")
 
-    def integers(self, name: str, count: int | None, low: int = 0, high: int = (1 << 63) - 1, *, limit: int = 64) -> Any:
+    def integers(
+        self, name: str, count: int | None, low: int = 0, high: int = (1 << 63) - 1, *, limit: int = 64
+    ) -> Any:
         """A list of ``count`` (None: at most ``limit``) integers in ``[low, high]``, as a tuple."""
         values = self.array(name, limit if count is None else count)
         if count is not None and len(values) != count:

@@ -30,10 +30,12 @@ class Limits:
     """Uncompressed cache of one transfer."""
     layers: int = 1024
     """Layers of one transfer."""
-    tokens: int = 16 * _MIB
+    tokens: int = 2 * _MIB
     """Tokens of one prompt."""
     tiles: int = 1 << 18
     """Tiles of one transfer, all layers together."""
+    positions: int = 4 * _MIB
+    """Explicit token positions of one transfer's plans (token ranges cost none)."""
     transfers: int = 256
     """Transfers that the peer may have open at a time; also FETCH requests."""
     stripes: int = 64

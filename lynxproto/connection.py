@@ -12,15 +12,49 @@ After any call, the shell takes the events (:meth:`Connection.next_event`), asks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hmac
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
+from random import Random, SystemRandom
+from typing import Any, Final
 
+from lynxproto import _cbor, frames
+from lynxproto._context import Backoff, Context, Peer
+from lynxproto._receiver import Receiver
+from lynxproto._sender import Sender
+from lynxproto._stripe import HANDSHAKE_TYPES, FrameReader, Stripe
 from lynxproto.chunk import Tile
 from lynxproto.config import Config
-from lynxproto.errors import ErrorCode, RemoteError
-from lynxproto.events import Event
+from lynxproto.counters import Counters
+from lynxproto.digest import crc32c
+from lynxproto.errors import (
+    AuthenticationError,
+    ConnectionClosedError,
+    CorruptFrameError,
+    DeadlineError,
+    ErrorCode,
+    LocalError,
+    NotFoundError,
+    PeerError,
+    ProtocolError,
+    RemoteError,
+    VersionError,
+)
+from lynxproto.events import (
+    ConnectionClosed,
+    ConnectionFailed,
+    Event,
+    FetchFailed,
+    FetchRequested,
+    HandshakeCompleted,
+    StripeClosed,
+    StripeReady,
+    UnknownFrame,
+)
+from lynxproto.frames import HEADER_SIZE, MAX_HELLO, VERSION, FrameType, Header
 from lynxproto.manifest import FetchKey, Manifest, Want
+from lynxproto.state import SESSION, STRIPE, IncomingState, SessionState, StripeState, advance
 
 __all__ = ["ChunkRequest", "Connection", "hello_session"]
 
@@ -43,7 +77,50 @@ def hello_session(data: bytes | bytearray | memoryview) -> bytes | None:
 
     Raises :class:`~lynxproto.errors.ProtocolError` for anything that is not a HELLO of at most 16 KiB.
     """
-    raise NotImplementedError
+    if len(data) < HEADER_SIZE:
+        return None
+    header = Header.unpack(memoryview(data)[:HEADER_SIZE])
+    if header.type != FrameType.HELLO or header.payload_length > MAX_HELLO or header.extension_length:
+        raise ProtocolError("the first frame is not a HELLO of at most 16 KiB")
+    payload = memoryview(data)[HEADER_SIZE : HEADER_SIZE + header.payload_length]
+    if payload.nbytes < header.payload_length:
+        return None
+    if crc32c(payload) != header.payload_crc:
+        raise CorruptFrameError("HELLO: payload CRC32C is wrong")
+    session = _cbor.loads(payload, "HELLO").data("session", 0, 16)
+    if len(session) not in (0, 16):
+        raise ProtocolError("HELLO: a session id has 16 bytes")
+    return bytes(session)
+
+
+class _PeerRefusal(ProtocolError):
+    """ERROR or GOAWAY in a handshake; shown to the shell as a PeerError."""
+
+
+@dataclass(slots=True)
+class _Fetch:
+    body: frames.Fetch
+    backoff: Backoff
+    expires_at: float
+
+
+class _Handler:
+    """Binds a stripe's reader to its connection."""
+
+    __slots__ = ("_connection", "_stripe")
+
+    def __init__(self, connection: Connection, stripe: Stripe) -> None:
+        self._connection = connection
+        self._stripe = stripe
+
+    def check_header(self, header: Header) -> None:
+        self._connection._check_header(self._stripe, header)
+
+    def begin_payload(self, header: Header, bitmap: bytes) -> bytearray | None:
+        return self._connection._begin_payload(self._stripe, header, bitmap)
+
+    def end_payload(self, header: Header, payload: bytearray) -> None:
+        self._connection._end_payload(self._stripe, header, payload)
 
 
 class Connection:
@@ -53,19 +130,50 @@ class Connection:
     """
 
     def __init__(self, config: Config, *, client: bool, random: Random | None = None) -> None:
-        raise NotImplementedError
+        self._ctx = ctx = Context(config, random or SystemRandom())
+        ctx.stripe_alive = self._is_alive
+        self._client = client
+        self._state = SessionState.CONNECTING
+        self._session: bytes | None = None
+        self._token = b""
+        self._stripes: dict[int, Stripe] = {}
+        self._next_stripe = 0
+        self._sender = Sender(ctx)
+        self._receiver = Receiver(ctx)
+        self._now = 0.0
+        self._alone_since: float | None = None  # without a ready stripe
+        self._pings = 0
+        self._budget = 2 * config.control_rate  # control frames that the peer may still send
+        self._budget_at: float | None = None
+        self._fetches: dict[int, _Fetch] = {}
+        #: requests of the peer -> NOT_FOUND was the answer
+        self._requests: OrderedDict[int, bool] = OrderedDict()
 
     # --- what it is
 
     @property
     def session(self) -> bytes | None:
         """The 16-byte session id; None until the handshake of the first stripe told it."""
-        raise NotImplementedError
+        return self._session
 
     @property
     def closed(self) -> bool:
         """True once the session is over and everything is released. Bytes may still wait to be sent (GOAWAY)."""
-        raise NotImplementedError
+        return self._state is SessionState.CLOSED
+
+    @property
+    def counters(self) -> Counters:
+        """What went over the wire so far, of the whole session. Live: read it, do not change it."""
+        return self._ctx.counters
+
+    def transfer_counters(self, transfer: int) -> Counters:
+        """The same of one transfer, its control frames included; kept for a while after its release."""
+        for half in (self._sender, self._receiver):
+            if transfer in half.transfers:
+                return half.transfers[transfer].counters
+            if transfer in half.tombstones:
+                return half.tombstones[transfer][1]
+        raise LocalError(f"no transfer {transfer:032x}")
 
     # --- byte streams
 
@@ -74,23 +182,52 @@ class Connection:
 
         Raises :class:`~lynxproto.errors.LocalError` if the session is over.
         """
-        raise NotImplementedError
+        self._check_open()
+        self._now = now
+        if self._alone_since is None and not self._ctx.ready:
+            self._alone_since = now
+        stripe = Stripe(self._next_stripe, now)
+        self._next_stripe += 1
+        stripe.reader = FrameReader(_Handler(self, stripe))
+        self._stripes[stripe.index] = stripe
+        if self._client:
+            self._say_hello(stripe)
+        return stripe.index
 
     def stripe_lost(self, stripe: int, now: float, error: RemoteError | None = None) -> None:
         """The byte stream ended. Idempotent. The session lives on, and resumes on its other stripes or on the next."""
-        raise NotImplementedError
+        self._now = now
+        found = self._stripe(stripe)
+        if not found.closed:
+            self._drop_stripe(found, error)
 
     def receive_data(self, data: bytes | bytearray | memoryview, now: float, stripe: int = 0) -> None:
         """Bytes arrived on ``stripe``, in any split. Never raises for what the peer sent: that becomes events."""
-        raise NotImplementedError
+        view = memoryview(data).cast("B")
+        while view.nbytes:
+            buffer = self.get_buffer(stripe)
+            n = min(buffer.nbytes, view.nbytes)
+            buffer[:n] = view[:n]
+            self.buffer_updated(n, now, stripe)
+            view = view[n:]
 
     def get_buffer(self, stripe: int = 0) -> memoryview:
         """Where the next bytes of ``stripe`` should be read to; never empty. Payloads land in their own buffer."""
-        raise NotImplementedError
+        return self._stripe(stripe).reader.get_buffer()
 
     def buffer_updated(self, nbytes: int, now: float, stripe: int = 0) -> None:
         """``nbytes`` bytes were read into the start of :meth:`get_buffer`'s last result."""
-        raise NotImplementedError
+        self._now = now
+        found = self._stripe(stripe)
+        if found.closed or not nbytes:
+            return
+        found.heard_at = now
+        try:
+            found.reader.buffer_updated(nbytes)
+        except (CorruptFrameError, VersionError) as error:
+            self._stripe_error(found, error, framing_lost=True)
+        except ProtocolError as error:
+            self._stripe_error(found, error, framing_lost=False)
 
     def data_to_send(self, now: float, stripe: int = 0, limit: int = 65536) -> list[memoryview]:
         """At most about ``limit`` bytes to write to ``stripe``, in order; [] if there is nothing to send now.
@@ -98,35 +235,95 @@ class Connection:
         At each frame boundary the most urgent frame is taken. What is returned counts as written: if the write
         fails, call :meth:`stripe_lost`. Ask again when the stream can take more, and after other calls.
         """
-        raise NotImplementedError
+        self._now = now
+        found = self._stripe(stripe)
+        self._receiver.flush()
+        chunks: list[memoryview] = []
+        while limit > 0 and (found.out or self._next_frame(found)):
+            part = found.out.popleft()
+            if part.nbytes > limit:
+                found.out.appendleft(part[limit:])
+                part = part[:limit]
+            chunks.append(part)
+            limit -= part.nbytes
+            if not found.out:
+                self._frame_written(found)
+        return chunks
 
     def next_event(self) -> Event | None:
         """The oldest event not yet taken."""
-        raise NotImplementedError
+        return self._ctx.events.popleft() if self._ctx.events else None
 
     def next_timer(self) -> float | None:
         """When :meth:`handle_timer` wants to be called; None for never."""
-        raise NotImplementedError
+        if self.closed:
+            return None
+        config = self._ctx.config
+        times = [self._sender.timer(), self._receiver.timer()]
+        for stripe in self._stripes.values():
+            if stripe.ready:
+                times.append(stripe.heard_at + config.peer_timeout)
+                times.append(max(stripe.heard_at, stripe.pinged_at) + config.ping_interval)
+            elif not stripe.closed:
+                times.append(stripe.opened_at + config.peer_timeout)
+        if self._alone_since is not None:
+            times.append(self._alone_since + config.session_timeout)
+        for fetch in self._fetches.values():
+            times.append(min(fetch.expires_at, fetch.backoff.at) if self._ctx.ready else fetch.expires_at)
+        return min((time for time in times if time is not None), default=None)
 
     def handle_timer(self, now: float) -> None:
         """The time is ``now``: pings, resends, timeouts. May be called at any time."""
-        raise NotImplementedError
+        if self.closed:
+            return
+        self._now = now
+        config = self._ctx.config
+        for stripe in list(self._stripes.values()):
+            since = stripe.heard_at if stripe.ready else stripe.opened_at
+            if not stripe.closed and now >= since + config.peer_timeout:
+                what = "nothing heard of the peer" if stripe.ready else "no handshake"
+                self._drop_stripe(stripe, DeadlineError(f"stripe {stripe.index}: {what} for {config.peer_timeout:g} s"))
+            elif stripe.ready and now >= max(stripe.heard_at, stripe.pinged_at) + config.ping_interval:
+                self._ping(stripe, probe=False)
+        if self._alone_since is not None and now >= self._alone_since + config.session_timeout:
+            self._fail(DeadlineError(f"no connection to the peer for {config.session_timeout:g} s"), tell=False)
+            return
+        self._receiver.handle_timer(now)
+        if self._sender.handle_timer(now):
+            self._probe()
+        for request, fetch in list(self._fetches.items()):
+            if now >= fetch.expires_at:
+                del self._fetches[request]
+                text = f"FETCH was not answered for {config.lease:g} s"
+                self._ctx.events.append(FetchFailed(request=request, error=DeadlineError(text)))
+            elif self._ctx.ready and now >= fetch.backoff.at:
+                self._ctx.emit(fetch.body, request)
+                fetch.backoff.tried(now)
 
     def close(self, now: float, code: ErrorCode = ErrorCode.NO_ERROR, text: str = "") -> None:
         """End the session: release all transfers now, send GOAWAY. Idempotent. Drain data_to_send, then hang up."""
-        raise NotImplementedError
+        if self.closed:
+            return
+        self._now = now
+        self._say_everywhere(frames.GoAway(code=code, text=text))
+        self._end(None if code is ErrorCode.NO_ERROR else ConnectionClosedError(text or code.name))
+        self._ctx.events.append(ConnectionClosed(by_peer=False, text=text))
 
     # --- sending side
 
-    def open(
-        self, manifest: Manifest, now: float, *, deadline: float = float("inf"), fetch: int | None = None
-    ) -> int:
+    def open(self, manifest: Manifest, now: float, *, deadline: float = float("inf"), fetch: int | None = None) -> int:
         """Offer a transfer (OPEN); returns its id. ``deadline`` (same clock) breaks ties between anchors.
 
         Allowed before the handshake is over. Raises :class:`~lynxproto.errors.LocalError` for a closed session,
         another identity than the configured one, or codecs or sizes that the peer has said it refuses.
         """
-        raise NotImplementedError
+        self._check_open()
+        self._now = now
+        transfer = self._new_id()
+        self._sender.open(transfer, manifest, now, deadline, fetch)
+        if fetch is not None:
+            self._requests.pop(fetch, None)
+        return transfer
 
     def plan(self, transfer: int, layer: int, tiles: Sequence[Tile], now: float) -> None:
         """The tiles of ``layer`` (PLAN, fixed for good); from now on :meth:`next_chunk` may ask for them.
@@ -135,14 +332,17 @@ class Connection:
         Raises :class:`~lynxproto.errors.LocalError` for a second plan, tiles outside the layer, overlapping tiles, or
         a chunk that could be larger than the peer's windows.
         """
-        raise NotImplementedError
+        self._now = now
+        self._sender.plan(transfer, layer, tiles, now)
 
     def next_chunk(self, now: float) -> ChunkRequest | None:
         """The most urgent chunk to encode; None if nothing is wanted, credit is short or enough is encoded ahead.
 
         The same chunk is asked for again when it must be resent: it must be encoded to the same bytes.
         """
-        raise NotImplementedError
+        self._now = now
+        chunk = self._sender.next_chunk(now)
+        return None if chunk is None else ChunkRequest(chunk.tile.transfer.id, chunk.tile.tile, chunk.level)
 
     def chunk_encoded(self, transfer: int, tile: Tile, level: int, payload: bytes | memoryview, now: float) -> None:
         """The answer to a :class:`ChunkRequest`. ``payload`` is borrowed until the frame is written.
@@ -151,7 +351,8 @@ class Connection:
         Raises :class:`~lynxproto.errors.LocalError` if it was not asked for, is empty, or is larger than the codec's
         ``max_encoded_size``.
         """
-        raise NotImplementedError
+        self._now = now
+        self._sender.chunk_encoded(transfer, tile, level, payload, now)
 
     def end_layer(self, transfer: int, layer: int, digests: Sequence[bytes], now: float) -> None:
         """Digests (16 bytes each, :func:`lynxproto.digest.tile_digest`) of the planned tiles, in plan order (END).
@@ -159,29 +360,38 @@ class Connection:
         b"" means that the sender vouches for nothing; allowed if the manifest is ``lossy`` or the tile unwanted.
         A no-op for a transfer that is over.
         """
-        raise NotImplementedError
+        self._now = now
+        self._sender.end_layer(transfer, layer, digests, now)
 
     def result(self, transfer: int, first_token: int, logit_gap: float | None, now: float) -> None:
         """Send RESULT. A no-op for a transfer that is over."""
-        raise NotImplementedError
+        self._now = now
+        self._sender.result(transfer, first_token, logit_gap, now)
 
     def finish(self, transfer: int, now: float) -> None:
         """All layers are planned and ended: when the peer has confirmed everything, the transfer is released."""
-        raise NotImplementedError
+        self._now = now
+        self._sender.finish(transfer, now)
 
     def not_found(self, request: int, now: float) -> None:
         """Answer a :class:`~lynxproto.events.FetchRequested`: nothing is held under that key."""
-        raise NotImplementedError
+        self._now = now
+        if request not in self._requests:
+            raise LocalError(f"no FETCH {request:032x} is open")
+        self._requests[request] = True
+        self._ctx.emit(frames.NotFound(code=ErrorCode.NOT_FOUND), request)
 
     # --- receiving side
 
     def accept(self, transfer: int, now: float, wants: Sequence[Want] | None = None) -> None:
         """Memory is ready (ACCEPT). ``wants`` says what this side lacks; None means everything."""
-        raise NotImplementedError
+        self._now = now
+        self._receiver.accept(transfer, now, wants)
 
     def reject(self, transfer: int, code: ErrorCode, text: str, now: float) -> None:
         """Refuse an offered transfer (REJECT)."""
-        raise NotImplementedError
+        self._now = now
+        self._receiver.reject(transfer, code, text, now)
 
     def applied(self, transfer: int, tile: Tile, level: int, now: float) -> None:
         """A received chunk was decoded into place, or dropped on purpose: its credit returns, the ACK goes out.
@@ -189,11 +399,13 @@ class Connection:
         To be called once for each :class:`~lynxproto.events.ChunkReceived`, from any order of chunks, unless the tile
         failed. A no-op for a transfer that is over.
         """
-        raise NotImplementedError
+        self._now = now
+        self._receiver.applied(transfer, tile, level, now)
 
     def tile_verified(self, transfer: int, tile: Tile, now: float) -> None:
         """All levels are applied and the words match the digest in END."""
-        raise NotImplementedError
+        self._now = now
+        self._receiver.tile_verified(transfer, tile, now)
 
     def tile_failed(
         self, transfer: int, tile: Tile, now: float, code: ErrorCode = ErrorCode.DIGEST, text: str = ""
@@ -202,18 +414,26 @@ class Connection:
 
         The first time the whole tile is asked for again (attempt 1); the second time the transfer fails.
         """
-        raise NotImplementedError
+        self._now = now
+        self._receiver.tile_failed(transfer, tile, now, code, text)
 
     def urgent(self, transfer: int, now: float) -> None:
         """Ask the sender to promote this transfer's residual (URGENT)."""
-        raise NotImplementedError
+        self._now = now
+        self._receiver.urgent(transfer, now)
 
     def fetch(self, key: FetchKey, now: float, wants: Sequence[Want] | None = None, lease: float = 0.0) -> int:
         """Ask for a cache by key (FETCH); returns the request id. Answered by
         :class:`~lynxproto.events.TransferOffered` with this ``fetch``, or
         :class:`~lynxproto.events.FetchFailed`. ``lease``: seconds that the peer should keep the cache afterwards.
         """
-        raise NotImplementedError
+        self._check_open()
+        self._now = now
+        request = self._new_id()
+        body = frames.Fetch(key=key, wants=(Want(),) if wants is None else tuple(wants), lease=float(lease))
+        self._fetches[request] = _Fetch(body, Backoff(self._ctx.config, now), now + self._ctx.config.lease)
+        self._ctx.emit(body, request)
+        return request
 
     # --- both sides
 
@@ -230,4 +450,468 @@ class Connection:
         Both sides may. The whole: :class:`~lynxproto.events.TransferReleased` is queued before this returns. Levels:
         :class:`~lynxproto.events.LevelsCancelled` on both sides, and the transfer then completes at that level.
         """
-        raise NotImplementedError
+        self._now = now
+        outgoing = self._sender.transfers.get(transfer)
+        incoming = self._receiver.transfers.get(transfer)
+        if outgoing is not None:
+            self._sender.cancel(outgoing, now, above_level, code, text, by_peer=False)
+        elif incoming is not None:
+            self._receiver.cancel(incoming, now, above_level, code, text)
+        elif transfer not in self._sender.tombstones and transfer not in self._receiver.tombstones:
+            raise LocalError(f"no transfer {transfer:032x}")
+
+    # --- stripes: reading
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise LocalError("the session is over; make a new Connection")
+
+    def _new_id(self) -> int:
+        return self._ctx.random.getrandbits(128) or 1
+
+    def _stripe(self, index: int) -> Stripe:
+        try:
+            return self._stripes[index]
+        except KeyError:
+            raise LocalError(f"there is no stripe {index}") from None
+
+    def _ready_stripes(self) -> list[Stripe]:
+        return [stripe for stripe in self._stripes.values() if stripe.ready]
+
+    def _is_alive(self, index: int) -> bool:
+        stripe = self._stripes.get(index)
+        return stripe is not None and stripe.ready
+
+    def _check_header(self, stripe: Stripe, header: Header) -> None:
+        """Refuse a frame by its header, before anything is allocated for it."""
+        if not stripe.ready:
+            if header.known and header.type not in HANDSHAKE_TYPES:
+                raise ProtocolError(f"{FrameType(header.type).name} before the handshake", ErrorCode.STATE)
+            if header.payload_length > MAX_HELLO:
+                text = f"{header.payload_length} bytes of payload before the handshake, limit {MAX_HELLO}"
+                raise ProtocolError(text, ErrorCode.FRAME_TOO_LARGE)
+        header.check(self._ctx.config.limits)
+        if header.type != FrameType.DATA:
+            self._spend_budget()
+
+    def _spend_budget(self) -> None:
+        """Control frames cost no credit; their rate is limited instead (a token bucket)."""
+        rate = self._ctx.config.control_rate
+        if self._budget_at is not None:
+            self._budget = min(2 * rate, self._budget + rate * (self._now - self._budget_at))
+        self._budget_at = self._now
+        self._budget -= 1
+        if self._budget < 0:
+            raise ProtocolError(f"more than {rate:g} control frames a second", ErrorCode.LIMIT)
+
+    def _begin_payload(self, stripe: Stripe, header: Header, bitmap: bytes) -> bytearray | None:
+        if header.type == FrameType.DATA:
+            stripe.arrival = self._receiver.admit(header, bitmap, self._now)
+            return None if stripe.arrival is None else stripe.arrival.buffer
+        counters = self._ctx.counters
+        counters.control_frames_received += 1
+        counters.control_bytes_received += HEADER_SIZE + header.payload_length
+        if header.known:
+            return bytearray(header.payload_length)
+        self._ctx.events.append(
+            UnknownFrame(type=header.type, flags=header.flags, transfer=header.transfer, nbytes=header.payload_length)
+        )
+        return None
+
+    def _end_payload(self, stripe: Stripe, header: Header, payload: bytearray) -> None:
+        if header.type == FrameType.DATA:
+            arrival, stripe.arrival = stripe.arrival, None
+            assert arrival is not None
+            self._receiver.arrived(arrival, self._now)
+        elif crc32c(payload) != header.payload_crc:
+            if not stripe.ready:
+                raise CorruptFrameError(f"{FrameType(header.type).name}: payload CRC32C is wrong")
+            self._ctx.counters.corrupt += 1  # as good as lost: its sender will say it again
+        elif stripe.ready:
+            self._dispatch(stripe, header, frames.parse_body(header, payload, self._ctx.config.limits))
+        else:
+            self._handshake(stripe, frames.parse_body(header, payload, self._ctx.config.limits), bytes(payload))
+
+    # --- stripes: handshake
+
+    def _say_hello(self, stripe: Stripe, *, token: bytes = b"") -> None:
+        config = self._ctx.config
+        hello = frames.Hello(
+            versions=(VERSION, VERSION),
+            nonce=self._ctx.random.randbytes(32),
+            stripe=stripe.number,
+            name=config.name,
+            lease=config.lease,
+            limits=config.limits,
+            codecs=config.codecs,
+            features=config.features,
+            session=self._session or b"",
+            token=token,
+            alive=tuple(other.number for other in self._ready_stripes()) if self._client else (),
+        )
+        frame = self._ctx.encode(hello)
+        stripe.my_hello = frame[HEADER_SIZE:]
+        stripe.control.append(frame)
+
+    def _proof(self, stripe: Stripe, *, of_client: bool) -> bytes:
+        """HMAC-SHA256 (RFC 2104) over both HELLOs, keyed by the shared secret and, when joining, the join token."""
+        token = self._token if stripe.joins else b""
+        key = hmac.digest(self._ctx.config.secret or b"", b"lynxproto 1 key" + token, "sha256")
+        mine, theirs = stripe.my_hello, stripe.peer_hello
+        client, server = (mine, theirs) if self._client else (theirs, mine)
+        role = b"lynxproto 1 client" if of_client else b"lynxproto 1 server"
+        return hmac.digest(key, role + len(client).to_bytes(4, "little") + client + server, "sha256")
+
+    def _handshake(self, stripe: Stripe, body: frames.Body, payload: bytes) -> None:
+        if isinstance(body, frames.Error | frames.GoAway):
+            raise _PeerRefusal(f"the peer refused the handshake: {body.text or body.code.name}", body.code)
+        if isinstance(body, frames.Hello) and stripe.state is StripeState.HELLO:
+            stripe.hello, stripe.peer_hello = body, payload
+            low, high = body.versions
+            if not low <= VERSION <= high:
+                raise VersionError(f"the peer speaks versions {low} to {high}, this side {VERSION}")
+            if self._client:
+                self._on_server_hello(stripe, body)
+            else:
+                self._on_client_hello(stripe, body)
+            stripe.state = advance(STRIPE, stripe.state, "hello")
+        elif isinstance(body, frames.HelloAck) and stripe.state is StripeState.PROOF:
+            self._on_proof(stripe, body)
+        else:
+            text = f"{type(body).__name__} in state {stripe.state.value!r} of the handshake"
+            raise ProtocolError(text, ErrorCode.STATE)
+
+    def _on_server_hello(self, stripe: Stripe, hello: frames.Hello) -> None:
+        stripe.joins = self._session is not None
+        if hello.stripe != stripe.number or len(hello.session) != 16:
+            raise ProtocolError("HELLO: the server answered for another stripe, or without a session")
+        if stripe.joins and hello.session != self._session:
+            raise ProtocolError("HELLO: the server answered for another session")
+        if not stripe.joins and len(hello.token) != 32:
+            raise ProtocolError("HELLO: the server gave no join token")
+
+    def _on_client_hello(self, stripe: Stripe, hello: frames.Hello) -> None:
+        stripe.joins = bool(hello.session)
+        if stripe.joins and hello.session != self._session:
+            raise ProtocolError("no such session here; it may have timed out", ErrorCode.NOT_FOUND)
+        if not stripe.joins:
+            if self._session is not None:
+                raise ProtocolError("a HELLO for a new session on an existing one", ErrorCode.STATE)
+            self._session = self._ctx.random.randbytes(16)
+            self._token = self._ctx.random.randbytes(32)
+        if sum(not other.closed for other in self._stripes.values()) > self._ctx.config.limits.stripes:
+            raise ProtocolError(f"more than {self._ctx.config.limits.stripes} stripes", ErrorCode.LIMIT)
+        stripe.number = hello.stripe
+        self._say_hello(stripe, token=b"" if stripe.joins else self._token)
+        proof = self._proof(stripe, of_client=False)
+        stripe.control.append(self._ctx.encode(frames.HelloAck(version=VERSION, mac=proof)))
+
+    def _on_proof(self, stripe: Stripe, body: frames.HelloAck) -> None:
+        hello = stripe.hello
+        assert hello is not None
+        if body.version != VERSION:
+            raise VersionError(f"the peer chose version {body.version}, this side speaks {VERSION}")
+        if not hmac.compare_digest(body.mac, self._proof(stripe, of_client=not self._client)):
+            raise AuthenticationError("the peer did not prove that it knows the secret; is Config.secret the same?")
+        if self._client:
+            proof = self._proof(stripe, of_client=True)
+            stripe.control.append(self._ctx.encode(frames.HelloAck(version=VERSION, mac=proof)))
+            if not stripe.joins:
+                self._session, self._token = hello.session, hello.token
+        stripe.state = advance(STRIPE, stripe.state, "proof")
+        self._stripe_ready(stripe, hello)
+
+    def _stripe_ready(self, stripe: Stripe, hello: frames.Hello) -> None:
+        ctx = self._ctx
+        if not self._client:
+            for other in self._ready_stripes():
+                if other is not stripe and other.number not in hello.alive:
+                    self._drop_stripe(other, ConnectionClosedError("the client says that it lost this stripe"))
+        was, first = self._state, not ctx.ready
+        self._state = advance(SESSION, self._state, "stripe ready")
+        ctx.ready = True
+        self._alone_since = None
+        if was is SessionState.CONNECTING:
+            assert self._session is not None
+            ctx.peer = Peer(hello.name, hello.limits, hello.codecs, hello.features, hello.lease)
+            for window in self._sender.windows:
+                window.raise_limit(hello.limits.session_window)
+            ctx.events.append(
+                HandshakeCompleted(
+                    session=self._session,
+                    peer_name=hello.name,
+                    version=VERSION,
+                    codecs=hello.codecs,
+                    features=hello.features,
+                )
+            )
+        ctx.events.append(StripeReady(stripe=stripe.index, resumed=was is SessionState.SUSPENDED))
+        if first:
+            self._resync()
+
+    def _resync(self) -> None:
+        self._sender.resync(self._now)
+        self._receiver.resync(self._now)
+        for request, fetch in self._fetches.items():
+            self._ctx.emit(fetch.body, request)
+
+    # --- stripes: the end of one, the end of all
+
+    def _stripe_error(self, stripe: Stripe, error: ProtocolError, *, framing_lost: bool) -> None:
+        """The peer, or the link, broke the rules on this stripe."""
+        if stripe.closed:
+            return
+        if stripe.ready:
+            if framing_lost:
+                self._drop_stripe(stripe, error)
+            else:
+                self._fail(error, tell=True)
+            return
+        # Nobody is known in a handshake: a stranger may cost this stripe, not a session that stands.
+        refused = isinstance(error, _PeerRefusal)
+        fatal = self._state is SessionState.CONNECTING or (refused and error.code is ErrorCode.NOT_FOUND)
+        shown = PeerError(str(error), error.code) if refused else error
+        self._drop_stripe(stripe, shown)
+        if not refused:
+            stripe.control.append(self._ctx.encode(frames.Error(code=error.code, text=str(error))))
+        if fatal:
+            self._fail(shown, tell=False)
+
+    def _drop_stripe(self, stripe: Stripe, error: RemoteError | None) -> None:
+        was_ready = stripe.ready
+        stripe.state = advance(STRIPE, stripe.state, "lost")
+        stripe.reader.stop()
+        stripe.control.clear()
+        stripe.out.clear()
+        if stripe.arrival is not None:
+            self._receiver.cut_off(stripe.arrival)
+            stripe.arrival = None
+        if stripe.writing is not None:
+            self._sender.cut_off(stripe.writing)
+            stripe.writing = None
+        self._ctx.events.append(StripeClosed(stripe=stripe.index, error=error))
+        if not was_ready:
+            return
+        if self._ready_stripes():
+            self._resync()
+            self._probe()
+        else:
+            self._ctx.ready = False
+            self._ctx.control.clear()
+            self._alone_since = self._now
+            self._state = advance(SESSION, self._state, "last stripe lost")
+
+    def _say_everywhere(self, body: frames.Body) -> None:
+        for stripe in self._ready_stripes():
+            stripe.control.append(self._ctx.encode(body))
+
+    def _fail(self, error: RemoteError, *, tell: bool) -> None:
+        if self.closed:
+            return
+        if tell:
+            self._say_everywhere(frames.Error(code=error.code, text=str(error)))
+        self._end(error)
+        self._ctx.events.append(ConnectionFailed(error=error))
+
+    def _end(self, error: RemoteError | None) -> None:
+        """Release everything. What is queued on the stripes themselves may still be sent."""
+        self._ctx.ready = False
+        self._ctx.control.clear()
+        self._sender.abandon(error)
+        self._receiver.abandon(error)
+        for request in self._fetches:
+            failure = error or ConnectionClosedError("the session was closed")
+            self._ctx.events.append(FetchFailed(request=request, error=failure))
+        self._fetches.clear()
+        self._requests.clear()
+        self._alone_since = None
+        for stripe in self._stripes.values():
+            if not stripe.closed:
+                stripe.reader.stop()
+                stripe.state = advance(STRIPE, stripe.state, "lost")
+                stripe.arrival = None
+        self._state = advance(SESSION, self._state, "end")
+
+    # --- stripes: writing
+
+    def _probe(self) -> None:
+        """Ask what has arrived: what was written before the PING and is not in the answer is lost."""
+        for stripe in self._ready_stripes():
+            self._ping(stripe, probe=True)
+
+    def _ping(self, stripe: Stripe, *, probe: bool) -> None:
+        self._pings += 1
+        stripe.pinged_at = self._now
+        if probe:
+            stripe.note_probe(self._pings, self._sender.sequence)
+        stripe.control.append(self._ctx.encode(frames.Ping(id=self._pings, probe=probe)))
+
+    def _next_frame(self, stripe: Stripe) -> bool:
+        """Start the most urgent frame on ``stripe``; False if there is none."""
+        if stripe.control:
+            self._start_control(stripe, stripe.control.popleft(), 0)
+        elif not stripe.ready:
+            return False
+        elif self._ctx.control:
+            self._start_control(stripe, *self._ctx.control.popleft())
+        else:
+            chunk = self._sender.next_frame()
+            if chunk is None:
+                return False
+            if self._ctx.config.grease and self._ctx.random.random() < _GREASE_RATE:
+                self._start_control(stripe, frames.grease_frame(self._ctx.random), 0)
+            parts = self._sender.frame(chunk)
+            stripe.writing = chunk
+            stripe.writing_bytes = sum(part.nbytes for part in parts)
+            stripe.out.extend(parts)
+        return True
+
+    def _start_control(self, stripe: Stripe, frame: bytes, transfer: int) -> None:
+        stripe.out.append(memoryview(frame))
+        found = self._sender.transfers.get(transfer) or self._receiver.transfers.get(transfer)
+        for counters in (self._ctx.counters, found.counters) if found else (self._ctx.counters,):
+            counters.control_frames_sent += 1
+            counters.control_bytes_sent += len(frame)
+
+    def _frame_written(self, stripe: Stripe) -> None:
+        chunk, stripe.writing = stripe.writing, None
+        if chunk is not None:
+            self._sender.written(chunk, stripe.index, stripe.writing_bytes, self._now)
+
+    # --- frames after the handshake
+
+    def _dispatch(self, stripe: Stripe, header: Header, body: frames.Body) -> None:
+        transfer = header.transfer
+        name = FrameType(header.type).name
+        if header.type in _OF_SESSION:
+            _OF_SESSION[header.type](self, stripe, transfer, body)
+        elif isinstance(body, frames.Credit):
+            self._sender.on_credit(transfer, body.limits, self._now)
+        elif isinstance(body, frames.Error) and not transfer:
+            self._fail(PeerError(f"the peer ended the session: {body.text or body.code.name}", body.code), tell=False)
+        elif not transfer:
+            raise ProtocolError(f"{name} without a transfer id")
+        elif header.type in _TO_SENDER:
+            self._to_sender(transfer, body, name)
+        elif header.type in _TO_RECEIVER:
+            self._to_receiver(transfer, body, name)
+        else:
+            raise ProtocolError(f"{name} after the handshake", ErrorCode.STATE)
+
+    def _to_sender(self, transfer: int, body: frames.Body, name: str) -> None:
+        sender, now = self._sender, self._now
+        t = sender.transfers.get(transfer)
+        if t is None:
+            if transfer in self._receiver.transfers:
+                raise ProtocolError(f"{name} for a transfer that goes the other way")
+            last_word = sender.tombstone(transfer)
+            if last_word is not None and not isinstance(body, frames.Reject):
+                self._ctx.emit(last_word, transfer)
+            return
+        t.counters.control_frames_received += 1
+        match body:
+            case frames.Accept():
+                sender.on_accept(t, body, now)
+            case frames.Reject():
+                sender.on_reject(t, body)
+            case frames.Resume():
+                sender.on_resume(t, body, now)
+            case frames.Ack():
+                sender.on_status(t, body, now)
+            case frames.Nack():
+                sender.on_nack(t, body)
+            case frames.Cancel():
+                sender.cancel(t, now, body.above, body.code, body.text, by_peer=True)
+            case frames.Urgent():
+                sender.on_urgent(t)
+            case frames.Error():
+                sender.on_error(t, body)
+
+    def _to_receiver(self, transfer: int, body: frames.Body, name: str) -> None:
+        receiver, now = self._receiver, self._now
+        if transfer in self._sender.transfers:
+            raise ProtocolError(f"{name} for a transfer that goes the other way")
+        if isinstance(body, frames.Open):
+            receiver.on_open(transfer, body, now)
+            if body.fetch is not None and transfer in receiver.transfers:
+                self._fetches.pop(body.fetch, None)
+            return
+        t = receiver.transfers.get(transfer)
+        if t is None:
+            return  # late
+        t.heard_at = now
+        t.counters.control_frames_received += 1
+        if isinstance(body, frames.Closed):
+            receiver.on_closed(t, body, now)
+            return
+        if t.state is IncomingState.OFFERED:
+            raise ProtocolError(f"{name} before the transfer was accepted", ErrorCode.STATE)
+        if t.live:
+            match body:
+                case frames.Plan():
+                    receiver.on_plan(t, body, now)
+                case frames.End():
+                    receiver.on_end(t, body, now)
+                case frames.Result():
+                    receiver.on_result(t, body, now)
+
+    def _on_ping(self, stripe: Stripe, _: int, body: frames.Ping) -> None:
+        if len(stripe.control) > _MAX_REPLIES:
+            raise ProtocolError("PINGs come faster than the answers can go out", ErrorCode.LIMIT)
+        if body.probe:
+            stripe.control.extend(self._receiver.status_frames())
+        stripe.control.append(self._ctx.encode(frames.Pong(id=body.id)))
+
+    def _on_pong(self, stripe: Stripe, _: int, body: frames.Pong) -> None:
+        sequence = stripe.probes.pop(body.id, None)
+        if sequence is not None:
+            self._sender.on_probe_answered(stripe.index, sequence)
+
+    def _on_goaway(self, stripe: Stripe, _: int, body: frames.GoAway) -> None:
+        text = f"the peer closed the session: {body.text or body.code.name}"
+        if body.code is ErrorCode.NO_ERROR:
+            self._end(ConnectionClosedError(text))
+            self._ctx.events.append(ConnectionClosed(by_peer=True, text=body.text))
+        else:
+            self._fail(PeerError(text, body.code), tell=False)
+
+    def _on_fetch(self, stripe: Stripe, request: int, body: frames.Fetch) -> None:
+        if any(t.fetch == request for t in self._sender.transfers.values()):
+            return  # OPEN is on its way
+        answered = self._requests.get(request)
+        if answered:
+            self._ctx.emit(frames.NotFound(code=ErrorCode.NOT_FOUND), request)
+        elif answered is None:
+            waiting = sum(not done for done in self._requests.values())
+            if waiting >= self._ctx.config.limits.transfers:
+                text = f"{waiting} requests are open already"
+                self._ctx.emit(frames.NotFound(code=ErrorCode.LIMIT, text=text), request)
+                return
+            self._requests[request] = False
+            while len(self._requests) > self._ctx.config.tombstones:
+                self._requests.popitem(last=False)
+            self._ctx.events.append(FetchRequested(request=request, key=body.key, wants=body.wants, lease=body.lease))
+
+    def _on_not_found(self, stripe: Stripe, request: int, body: frames.NotFound) -> None:
+        if self._fetches.pop(request, None) is not None:
+            text = body.text or "the peer holds no cache under this key"
+            error = NotFoundError(text) if body.code is ErrorCode.NOT_FOUND else PeerError(text, body.code)
+            self._ctx.events.append(FetchFailed(request=request, error=error))
+
+
+_GREASE_RATE: Final = 1 / 64
+_MAX_REPLIES: Final = 10_000
+_OF_SESSION: Final[dict[int, Callable[[Connection, Stripe, int, Any], None]]] = {
+    FrameType.PING: Connection._on_ping,
+    FrameType.PONG: Connection._on_pong,
+    FrameType.GOAWAY: Connection._on_goaway,
+    FrameType.FETCH: Connection._on_fetch,
+    FrameType.NOT_FOUND: Connection._on_not_found,
+}
+_TO_SENDER: Final = frozenset(
+    {
+        FrameType.ACCEPT, FrameType.REJECT, FrameType.ACK, FrameType.NACK, FrameType.RESUME, FrameType.CANCEL,
+        FrameType.URGENT, FrameType.ERROR,
+    }
+)  # fmt: skip
+_TO_RECEIVER: Final = frozenset({FrameType.OPEN, FrameType.PLAN, FrameType.END, FrameType.RESULT, FrameType.CLOSED})

@@ -88,7 +88,9 @@ class LayerSpec:
         if self.head_start + self.kv_heads > 0xFFFF:
             raise SpecError(f"layer {self.index}: heads beyond 65535 do not fit the wire format")
         if not 0 <= self.token_start < self.token_stop <= 0xFFFFFFFF:
-            raise SpecError(f"layer {self.index}: token range [{self.token_start}, {self.token_stop}) is empty or too large")
+            raise SpecError(
+                f"layer {self.index}: token range [{self.token_start}, {self.token_stop}) is empty or too large"
+            )
         if not self.parts or any(part not in PARTS for part in self.parts) or len(set(self.parts)) != len(self.parts):
             raise SpecError(f"layer {self.index}: parts {self.parts} must be distinct names among {', '.join(PARTS)}")
 

@@ -1,0 +1,103 @@
+"""What the parts of one connection share: configuration, events, counters, outgoing control frames."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+from lynxproto import _cbor
+from lynxproto.chunk import Tile
+from lynxproto.codecs import get_codec
+from lynxproto.codecs.abc import Codec
+from lynxproto.config import MAX_LEVELS, Config, Limits
+from lynxproto.counters import Counters
+from lynxproto.events import Event
+from lynxproto.frames import Body, control_frame
+from lynxproto.manifest import Manifest
+
+__all__ = ["Backoff", "Context", "Peer", "build_codec", "max_sizes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What the peer said of itself in HELLO."""
+
+    name: str
+    limits: Limits
+    codecs: tuple[str, ...]
+    features: tuple[str, ...]
+    lease: float
+
+    @property
+    def largest_chunk(self) -> int:
+        """The largest payload that fits each of the peer's windows and its frame limit."""
+        return min(self.limits.frame_bytes, self.limits.session_window, self.limits.transfer_window)
+
+
+@dataclass(slots=True)
+class Context:
+    """Shared by :class:`~lynxproto.connection.Connection`, its sender and its receiver."""
+
+    config: Config
+    random: Random
+    events: deque[Event] = field(default_factory=deque)
+    counters: Counters = field(default_factory=Counters)
+    control: deque[tuple[bytes, int]] = field(default_factory=deque)
+    """Control frames for whichever stripe is free first, each with its transfer."""
+    ready: bool = False
+    """At least one stripe is ready. While none is, nothing is queued: state is sent afresh when one is."""
+    peer: Peer | None = None
+    stripe_alive: Callable[[int], bool] = field(default=lambda stripe: False)
+
+    def emit(self, body: Body, transfer: int = 0) -> None:
+        """Queue a control frame, if some stripe can carry it."""
+        if self.ready:
+            self.control.append((self.encode(body, transfer), transfer))
+
+    def encode(self, body: Body, transfer: int = 0) -> bytes:
+        """A control frame, perhaps greased."""
+        return control_frame(body, transfer, self.random if self.config.grease else None)
+
+
+class Backoff:
+    """When to try again: after ``first`` seconds, then twice as long each time up to ``limit``."""
+
+    __slots__ = ("_first", "_limit", "_wait", "at")
+
+    def __init__(self, config: Config, now: float) -> None:
+        self._first, self._limit = config.retry_interval, config.retry_limit
+        self.reset(now)
+
+    def reset(self, now: float) -> None:
+        """Something moved: start over."""
+        self._wait = self._first
+        self.at = now + self._wait
+
+    def tried(self, now: float) -> None:
+        """Tried once more."""
+        self._wait = min(self._wait * 2, self._limit)
+        self.at = now + self._wait
+
+
+@lru_cache(maxsize=256)
+def _cached_codec(config: bytes) -> Codec:
+    fields = _cbor.loads(config, "codec config")
+    return get_codec(fields.raw)
+
+
+def build_codec(config: Mapping[str, Any]) -> Codec:
+    """The codec of a config, cached: transfers of one policy share it. Raises what ``get_codec`` raises."""
+    return _cached_codec(_cbor.dumps(dict(config)))
+
+
+def max_sizes(codec: Codec, manifest: Manifest, tile: Tile) -> tuple[int, ...]:
+    """The largest payload of each level of ``tile``."""
+    spec = tile.spec(manifest.dtype, manifest.layer(tile.layer).head_dim(tile.part))
+    return tuple(codec.max_encoded_size(spec, level) for level in range(codec.levels))
+
+
+ALL_LEVELS = MAX_LEVELS - 1

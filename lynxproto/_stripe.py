@@ -1,0 +1,182 @@
+"""One byte stream of a session: where its bytes are read to, how they become frames, and the frame being written."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Protocol
+
+from lynxproto import frames
+from lynxproto.frames import HEADER_SIZE, FrameType, Header
+from lynxproto.state import StripeState
+
+if TYPE_CHECKING:
+    from lynxproto._receiver import Arrival
+    from lynxproto._sender import Chunk
+
+__all__ = ["FrameHandler", "FrameReader", "Stripe"]
+
+_SCRATCH = 64 * 1024
+#: Payloads with less than this still to come are read together with what follows them, and copied once.
+_DIRECT = 8 * 1024
+_MAX_PROBES = 16
+
+
+class FrameHandler(Protocol):
+    """What a reader calls. Any call may raise a ProtocolError, or end the stripe (:meth:`FrameReader.stop`)."""
+
+    def check_header(self, header: Header) -> None:
+        """A header arrived; refuse it before anything else of the frame is read."""
+
+    def begin_payload(self, header: Header, bitmap: bytes) -> bytearray | None:
+        """Where the payload goes; None to skip it."""
+
+    def end_payload(self, header: Header, payload: bytearray) -> None:
+        """The payload is complete."""
+
+
+class FrameReader:
+    """Cuts a byte stream into frames, reading large payloads straight into their own buffers."""
+
+    def __init__(self, handler: FrameHandler) -> None:
+        self._handler = handler
+        self._scratch = bytearray(_SCRATCH)
+        self._start = self._end = 0  # of the unread bytes in the scratch buffer
+        self._header: Header | None = None
+        self._target: bytearray | None = None  # of the extension or the payload
+        self._filled = 0
+        self._in_extension = False
+        self._skip = 0
+        self._direct = False
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ignore all further bytes, and let go of what was half read."""
+        self._stopped = True
+        self._target = None
+        self._direct = False
+
+    def get_buffer(self) -> memoryview:
+        """Where to read the next bytes to."""
+        self._direct = False
+        if self._target is not None and self._start == self._end and not self._stopped:
+            rest = memoryview(self._target)[self._filled :]
+            if rest.nbytes >= _DIRECT:
+                self._direct = True
+                return rest
+        if self._stopped:
+            self._start = self._end = 0
+        elif self._start:
+            self._scratch[: self._end - self._start] = self._scratch[self._start : self._end]
+            self._start, self._end = 0, self._end - self._start
+        return memoryview(self._scratch)[self._end :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """``nbytes`` bytes are in the last buffer."""
+        if self._stopped:
+            return
+        if self._direct:
+            self._filled += nbytes
+            self._target_filled()
+        else:
+            self._end += nbytes
+        while not self._stopped and self._step():
+            pass
+
+    def _step(self) -> bool:
+        """Consume some of the scratch buffer; False when it must wait for more."""
+        available = self._end - self._start
+        if self._skip:
+            n = min(available, self._skip)
+            self._start += n
+            self._skip -= n
+            return n > 0
+        if self._target is not None:
+            n = min(available, len(self._target) - self._filled)
+            self._target[self._filled : self._filled + n] = self._scratch[self._start : self._start + n]
+            self._start += n
+            self._filled += n
+            self._target_filled()
+            return n > 0
+        if available < HEADER_SIZE:
+            return False
+        header = Header.unpack(memoryview(self._scratch)[self._start : self._start + HEADER_SIZE])
+        self._handler.check_header(header)
+        self._start += HEADER_SIZE
+        self._header = header
+        if header.extension_length:
+            self._in_extension = True
+            self._aim(bytearray(header.extension_length))
+        else:
+            self._begin(b"")
+        return True
+
+    def _aim(self, target: bytearray) -> None:
+        self._target, self._filled = target, 0
+
+    def _begin(self, bitmap: bytes) -> None:
+        assert self._header is not None
+        target = self._handler.begin_payload(self._header, bitmap)
+        if target is None:
+            self._skip = self._header.payload_length
+            self._header = None
+        elif not self._stopped:
+            self._aim(target)
+            self._target_filled()
+
+    def _target_filled(self) -> None:
+        target, header = self._target, self._header
+        if target is None or self._filled < len(target):
+            return
+        assert header is not None
+        self._target = None
+        self._direct = False
+        if self._in_extension:
+            self._in_extension = False
+            self._begin(frames.parse_extension(target))
+        else:
+            self._header = None
+            self._handler.end_payload(header, target)
+
+
+class Stripe:
+    """State of one byte stream."""
+
+    def __init__(self, index: int, now: float) -> None:
+        self.index = index
+        self.number = index  # the client's number of it, the same on both sides
+        self.state = StripeState.HELLO
+        self.reader: FrameReader
+        self.opened_at = now
+        self.heard_at = now
+        self.pinged_at = now
+        self.my_hello = b""
+        self.peer_hello = b""
+        self.joins = False  # an existing session
+        self.hello: frames.Hello | None = None  # the peer's
+        self.control: deque[bytes] = deque()  # frames that belong to this stripe
+        self.out: deque[memoryview] = deque()  # rest of the frame being written
+        self.writing: Chunk | None = None
+        self.writing_bytes = 0
+        self.arrival: Arrival | None = None
+        #: id of a probing PING -> number of the last chunk written before it
+        self.probes: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it carries frames."""
+        return self.state is StripeState.READY
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is over."""
+        return self.state is StripeState.CLOSED
+
+    def note_probe(self, ping: int, sequence: int) -> None:
+        """Remember a probing PING."""
+        self.probes[ping] = sequence
+        while len(self.probes) > _MAX_PROBES:
+            self.probes.popitem(last=False)
+
+
+#: Frame types that are allowed before the handshake of a stripe is over.
+HANDSHAKE_TYPES = frozenset({FrameType.HELLO, FrameType.HELLO_ACK, FrameType.ERROR, FrameType.GOAWAY})

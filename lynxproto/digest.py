@@ -1,0 +1,36 @@
+"""The two checksums: CRC32C of a frame's bytes, xxh3-128 of a tile's reconstructed words (as LZ4 keeps two).
+
+CRC32C is Castagnoli's polynomial (RFC 3720, appendix B.4), not the CRC-32 of zlib.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, cast
+
+import crc32c as _crc32c
+import xxhash
+
+from lynxproto.chunk import ChunkSpec, as_words
+
+__all__ = ["DIGEST_SIZE", "crc32c", "tile_digest"]
+
+DIGEST_SIZE: Final = 16
+
+
+def crc32c(data: bytes | bytearray | memoryview) -> int:
+    """CRC32C of ``data``, 32 bits; ``crc32c(b"123456789") == 0xE3069283``."""
+    return cast(int, _crc32c.crc32c(data))
+
+
+def tile_digest(spec: ChunkSpec, array: Any) -> bytes:
+    """xxh3-128 (canonical, big-endian, 16 bytes) of a tile's words: little-endian, in [head, token, dim] order.
+
+    ``array`` has shape ``[heads, tokens, head_dim]`` and any strides that :func:`lynxproto.chunk.as_words` takes; it
+    is copied head by head only where its tokens are not contiguous.
+
+    Raises :class:`~lynxproto.errors.SpecError` for an array that does not match ``spec``.
+    """
+    digest = xxhash.xxh3_128()
+    for head in as_words(spec, array):
+        digest.update(memoryview(head if head.flags.c_contiguous else head.copy()).cast("B"))
+    return digest.digest()

@@ -1,0 +1,86 @@
+"""Credit windows: cumulative byte limits, as QUIC's flow control (RFC 9000, section 4), but charged once a chunk.
+
+A chunk is charged when it is first sent, not when it is sent again: its receiver holds at most one copy. So a lost
+frame costs no credit, and a duplicate gives none back.
+"""
+
+from __future__ import annotations
+
+from lynxproto.errors import ErrorCode, ProtocolError
+
+__all__ = ["ReceiveWindow", "SendWindow"]
+
+
+class SendWindow:
+    """The sender's view: ``charged`` bytes of at most ``limit``, and ``reserved`` for chunks being encoded."""
+
+    __slots__ = ("charged", "limit", "reserved")
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self.charged = 0
+        self.reserved = 0
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether ``nbytes`` more may be charged."""
+        return self.charged + self.reserved + nbytes <= self.limit
+
+    def raise_limit(self, limit: int) -> bool:
+        """Take a limit from the peer; limits only grow, so late frames change nothing. True if it grew."""
+        if limit <= self.limit:
+            return False
+        self.limit = limit
+        return True
+
+
+class ReceiveWindow:
+    """The receiver's view: of ``charged`` bytes, ``released`` have been given back; ``size`` may be out at a time."""
+
+    __slots__ = ("advertised", "charged", "released", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.charged = 0
+        self.released = 0
+        self.advertised = size
+
+    def charge(self, nbytes: int, what: str) -> None:
+        """Account for a chunk that arrives. Raises ProtocolError (FLOW_CONTROL) beyond the advertised limit."""
+        if self.charged + nbytes > self.advertised:
+            over = self.charged + nbytes - self.advertised
+            raise ProtocolError(f"{what}: {nbytes} bytes are {over} more than the credit given", ErrorCode.FLOW_CONTROL)
+        self.charged += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Give credit back."""
+        self.released += nbytes
+
+    def settle(self, final: int, what: str) -> int:
+        """The sender says it charged ``final`` bytes in all and will charge no more.
+
+        Returns how many of them this side never saw. Raises ProtocolError (FLOW_CONTROL) for an impossible figure.
+        """
+        if not self.charged <= final <= self.advertised:
+            raise ProtocolError(
+                f"{what}: final charge {final} is not between {self.charged} (seen) and {self.advertised} (allowed)",
+                ErrorCode.FLOW_CONTROL,
+            )
+        unseen = final - self.charged
+        self.charged = final
+        return unseen
+
+    @property
+    def limit(self) -> int:
+        """The cumulative limit to advertise now."""
+        return self.released + self.size
+
+    @property
+    def due(self) -> bool:
+        """Whether the peer should be told: a quarter of the window is free, or all of it (never wait for more)."""
+        gain = self.limit - self.advertised
+        return gain > 0 and (gain >= self.size // 4 or self.charged == self.released)
+
+    def advertise(self) -> int:
+        """The limit to put into a CREDIT frame; from now on the peer may use it."""
+        self.advertised = self.limit
+        return self.advertised
