@@ -46,7 +46,11 @@ __all__ = ["Incoming"]
 
 @dataclass(slots=True, eq=False)
 class _Tile:
-    """Where a tile stands. ``decoded`` is the level its decoder has, ``shown`` the level its destination holds."""
+    """Where a tile stands.
+
+    ``last`` is the last level that will come, ``exact`` the codec's last one, ``decoded`` the level its decoder has,
+    and ``shown`` the level that its destination holds.
+    """
 
     tile: Tile
     layer: LayerSpec
@@ -54,6 +58,7 @@ class _Tile:
     codec: Codec
     words: NDArray[Any]
     last: int
+    exact: int
     attempt: int = 0
     state: DecodeState | None = None
     decoded: int = -1
@@ -187,6 +192,8 @@ class Incoming:
             if self.final is not None and any(tile.last > self.final for tile in self._tiles.values()):
                 raise self._final_error()
             if self.complete:
+                if any(tile.last < tile.exact for tile in self._tiles.values()):
+                    raise LocalError(f"transfer {self.id:032x} is not exact: this side did not want all levels")
                 return True
             self._check()
             return False
@@ -248,13 +255,15 @@ class Incoming:
         for tile, levels in zip(event.tiles, event.levels, strict=True):
             if levels == 0:
                 continue
+            codec = self._codecs[tile.codec]
             state = _Tile(
                 tile=tile,
                 layer=layer,
                 spec=tile.spec(self.manifest.dtype, layer.head_dim(tile.part)),
-                codec=self._codecs[tile.codec],
+                codec=codec,
                 words=self._words[tile.layer, tile.part],
                 last=levels - 1,
+                exact=codec.levels - 1,
             )
             plan.append(state)
             self._tiles[tile] = state
@@ -269,13 +278,15 @@ class Incoming:
             self._restart(tile, event.attempt)
         elif event.attempt < tile.attempt:
             return  # the rest of an attempt that failed
-        now = time.monotonic()
-        level = self.stats.count(event.level, event.payload.nbytes, now)
         tile.pending.append(event)
         self._advance(tile)
-        if self.on_progress is not None:
-            progress = Progress(now, event.level, level.chunks, level.bytes, level.total_chunks)
-            self._peer.call_user(self.on_progress, progress)
+        now = time.monotonic()
+        counters = self._peer.connection.transfer_counters(self.id)
+        for level in self.stats.update(counters.received_frames, counters.received_bytes, now):
+            stats = self.stats.levels[level]
+            if self.on_progress is not None:
+                progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
+                self._peer.call_user(self.on_progress, progress)
 
     def on_layer_ended(self, event: events.LayerEnded, planned: tuple[Tile, ...]) -> None:
         """Digests of a layer's tiles."""
@@ -293,7 +304,11 @@ class Incoming:
     def on_levels_cancelled(self, level: int) -> None:
         """Levels above ``level`` will not come."""
         self.final = level if self.final is None else min(self.final, level)
+        now = time.monotonic()
         for tile in self._tiles.values():
+            for chunk in tile.pending:
+                if chunk.level > self.final:
+                    self._peer.connection.applied(self.id, tile.tile, chunk.level, now)
             tile.pending = [chunk for chunk in tile.pending if chunk.level <= self.final]
             self._advance(tile)
         self.changed.notify()
@@ -356,17 +371,16 @@ class Incoming:
         """Start the tile's next job, if there is one and none is running."""
         if tile.running:
             return
-        last = self._last(tile)
         chunks = tile.pending
         level = chunks[-1].level if chunks else tile.decoded
         if chunks or (level > tile.shown and self._wanted(tile, level)):
             tile.pending = []
             payloads = [chunk.payload for chunk in chunks]
             show = self._wanted(tile, level)
-            digest = level == tile.last and bool(tile.digest)
+            digest = level == tile.exact and bool(tile.digest)
             state = tile.state
             self._run(tile, level, chunks, lambda: _decode(tile, state, payloads, show, digest))
-        elif tile.shown == last == tile.last and tile.digest and not tile.verified:
+        elif tile.shown == tile.exact and tile.digest and not tile.verified:
             self._run(tile, level, [], lambda: _verify(tile))
 
     def _run(

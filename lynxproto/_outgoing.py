@@ -100,6 +100,7 @@ class Outgoing:
         self._words: dict[tuple[int, Part], NDArray[Any]] = {}
         self._written: set[int] = set()
         self._digesting = 0
+        self._counted: list[int] = []
         self._finishing = False
 
     # --- called by the user, on the I/O thread
@@ -203,6 +204,13 @@ class Outgoing:
             lambda future: self._encoded(request, future),
         )
 
+    def count(self) -> None:
+        """Bring the statistics up to date."""
+        counters = self._peer.connection.transfer_counters(self.id)
+        if counters.sent_frames != self._counted:
+            self._counted = list(counters.sent_frames)
+            self.stats.update(counters.sent_frames, counters.sent_bytes, time.monotonic())
+
     def on_accepted(self) -> None:
         """The peer accepted."""
         self.accepted = True
@@ -215,6 +223,7 @@ class Outgoing:
 
     async def release(self, complete: bool) -> None:
         """The connection wants nothing any more: let go of the caller's arrays."""
+        self.count()
         await self._peer.workers.drop(self)
         self._words.clear()
         self.complete = complete
@@ -230,10 +239,7 @@ class Outgoing:
         if error is not None:
             self._break(error)
             return
-        payload = future.result()
-        now = time.monotonic()
-        self._peer.connection.chunk_encoded(self.id, request.tile, request.level, payload, now)
-        self.stats.count(request.level, memoryview(payload).nbytes, now)
+        self._peer.connection.chunk_encoded(self.id, request.tile, request.level, future.result(), time.monotonic())
         self._peer.pump()
 
     def _digested(self, layer: int, future: Future[list[bytes]]) -> None:

@@ -144,6 +144,8 @@ class Peer:
                 if data:
                     await stripe.stream.send(data)
                     self.bytes_sent += sum(part.nbytes for part in data)
+                    for transfer in self.outgoing.values():
+                        transfer.count()
                     self.pump()
                 elif stripe.closing:
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["LevelStats", "Progress", "Result", "TransferStats"]
@@ -12,13 +13,13 @@ class LevelStats:
     """One level of one transfer."""
 
     chunks: int = 0
-    """Chunks, resent ones counted again; each is one DATA frame."""
+    """Chunks sent (resent ones again) or received; each is one DATA frame."""
     bytes: int = 0
-    """Bytes of their payloads."""
+    """Bytes of their frames, headers included."""
     total_chunks: int = 0
     """Chunks that the plans so far call for."""
     first: float | None = None
-    """When the first chunk was encoded (sender) or had arrived (receiver); ``time.monotonic()``."""
+    """When the first chunk was handed to the link (sender) or had arrived (receiver); ``time.monotonic()``."""
     last: float | None = None
     """The same of the latest chunk."""
 
@@ -35,7 +36,7 @@ class TransferStats:
 
     @property
     def bytes(self) -> int:
-        """Payload bytes of all levels."""
+        """Bytes of the DATA frames of all levels."""
         return sum(level.bytes for level in self.levels.values())
 
     @property
@@ -48,19 +49,23 @@ class TransferStats:
         for level in range(levels):
             self.levels.setdefault(level, LevelStats()).total_chunks += 1
 
-    def count(self, level: int, nbytes: int, now: float) -> LevelStats:
-        """One more chunk."""
-        stats = self.levels.setdefault(level, LevelStats())
-        stats.chunks += 1
-        stats.bytes += nbytes
-        stats.first = now if stats.first is None else stats.first
-        stats.last = now
-        return stats
+    def update(self, frames: Sequence[int], nbytes: Sequence[int], now: float) -> list[int]:
+        """The connection's counters by level have become these; returns the levels that moved."""
+        moved = []
+        for level, (chunks, total) in enumerate(zip(frames, nbytes, strict=True)):
+            if chunks:
+                stats = self.levels.setdefault(level, LevelStats())
+                if chunks != stats.chunks:
+                    stats.chunks, stats.bytes = chunks, total
+                    stats.first = now if stats.first is None else stats.first
+                    stats.last = now
+                    moved.append(level)
+        return moved
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A chunk has arrived: the running totals of its level."""
+    """One or several chunks of a level have arrived: the level's running totals."""
 
     time: float
     """``time.monotonic()``"""

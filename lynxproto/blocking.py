@@ -126,7 +126,7 @@ class IncomingTransfer(_Transfer[Incoming]):
         return self._side.degraded
 
     def on_progress(self, callback: Callable[[Progress], object] | None) -> None:
-        """Call ``callback`` for every chunk that arrives, on the I/O thread: it must be quick and must not wait."""
+        """Call ``callback`` when chunks have arrived, on the I/O thread: it must be quick and must not wait."""
         self._side.on_progress = callback
 
     def ready(self, level: int = 0, layer: int | None = None, timeout: float | None = None) -> None:

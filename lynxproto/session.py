@@ -201,7 +201,7 @@ class _Server(_Endpoint):
 
     def on_over(self, peer: Peer) -> None:
         if peer.error is not None and not self.closed:
-            _log.warning("session with %s: %s", peer.name, peer.error)
+            _log.info("the session with %s is over: %s", peer.name, peer.error)
         if not self.closed:
             task = asyncio.get_running_loop().create_task(self._forget(peer))
             self._greeting.add(task)
@@ -339,7 +339,7 @@ class IncomingTransfer(_Transfer):
 
     @property
     def on_progress(self) -> Callable[[Progress], object] | None:
-        """Called for every chunk that arrives, on the I/O thread: it must be quick and must not wait."""
+        """Called when chunks have arrived, on the I/O thread: it must be quick and must not wait."""
         return self._side.on_progress
 
     @on_progress.setter

@@ -1,0 +1,835 @@
+"""Sessions end to end: real threads, real streams; a cache arrives bit for bit, or there is an error with a name."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lynxproto import blocking, connect, listen
+from lynxproto.cachefile import Cache
+from lynxproto.chunk import Tile, TokenSet
+from lynxproto.config import Config, Limits
+from lynxproto.errors import (
+    AuthenticationError,
+    ConfigError,
+    ConnectionClosedError,
+    DeadlineError,
+    LocalError,
+    LynxError,
+    NotFoundError,
+    RejectedError,
+    RemoteError,
+    SpecError,
+    StreamClosedError,
+    TransferCancelledError,
+    TransportError,
+)
+from lynxproto.manifest import FetchKey, Identity, LayerSpec, Manifest, Want
+from lynxproto.policy import Policy
+from lynxproto.session import Deadline, Progress
+from lynxproto.transports import TokenBucket, open_listener, open_stream, parse_url
+from lynxproto.transports.abc import ByteStream
+
+IDENTITY = Identity(model="test/model", revision="r1")
+_names = (f"memory://session-{n}" for n in itertools.count())
+
+
+def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(60):
+            return await main()
+
+    before = set(threading.enumerate())
+    outcome = asyncio.run(bounded())
+    left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("lynxproto")]
+    assert not left, f"threads outlived their session: {left}"
+    return outcome
+
+
+def make_cache(
+    layers: int = 3, tokens: int = 300, heads: int = 2, dim: int = 64, dtype: str = "bfloat16", **manifest: Any
+) -> Cache:
+    described = Manifest.for_cache(
+        identity=IDENTITY, dtype=dtype, layers=layers, kv_heads=heads, head_dim=dim, tokens=tokens, **manifest
+    )
+    rng = np.random.default_rng(layers * tokens)
+    arrays: Any = {}
+    for layer, part in itertools.product(range(layers), ("key", "value")):
+        values = rng.standard_normal((heads, tokens, dim), np.float32) * 2
+        if dtype == "bfloat16":
+            arrays[layer, part] = (values.view(np.uint32) >> 16).astype(np.uint16)
+        else:
+            arrays[layer, part] = values.astype(np.float16).view(np.uint16)
+    return Cache(manifest=described, arrays=arrays, first_token=42, logit_gap=1.5)
+
+
+def assert_same(arrays: Any, cache: Cache) -> None:
+    assert set(arrays) == set(cache.arrays)
+    for key, words in cache.arrays.items():
+        np.testing.assert_array_equal(np.asarray(arrays[key]), words, err_msg=str(key))
+
+
+async def first(receiver: Any) -> Any:
+    return await anext(aiter(receiver))
+
+
+@pytest.mark.parametrize("url", ["tcp://127.0.0.1:0", "memory://round-trip"])
+@pytest.mark.parametrize("policy", ["lynx", "bf16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_round_trip(url: str, policy: Any, dtype: str) -> None:
+    cache = make_cache(dtype=dtype)
+
+    async def main() -> None:
+        async with listen(url) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest, Policy.named(policy))
+            for layer in range(3):
+                await outgoing.write(layer, cache.arrays[layer, "key"], cache.arrays[layer, "value"])
+            outgoing.result(first_token=42, logit_gap=1.5)
+            incoming = await first(receiver)
+            assert incoming.manifest.identity == IDENTITY
+            assert incoming.id == outgoing.id
+            await incoming.ready(level=0, layer=0)
+            await incoming.ready(level=0)
+            assert incoming.is_ready(level=0)
+            await incoming.exact()
+            assert_same(incoming.arrays, cache)
+            result = await incoming.result()
+            assert (result.first_token, result.logit_gap) == (42, 1.5)
+            await outgoing.finish()
+            await outgoing.released.wait()
+            assert outgoing.released.is_set()
+            levels = 3 if policy == "lynx" else 1
+            assert sorted(outgoing.stats.levels) == list(range(levels))
+            assert {n: s.bytes for n, s in outgoing.stats.levels.items()} == {
+                n: s.bytes for n, s in incoming.stats.levels.items()
+            }
+            for stats in incoming.stats.levels.values():
+                assert stats.chunks == stats.total_chunks
+
+    run(main)
+
+
+def test_layers_are_usable_while_later_ones_do_not_exist_yet() -> None:
+    cache = make_cache()
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest)
+            await outgoing.accepted()
+            incoming = await first(receiver)
+            for layer in (2, 0, 1):
+                assert not incoming.is_ready(level=0, layer=layer)
+                await outgoing.write(layer, cache.arrays[layer, "key"], cache.arrays[layer, "value"])
+                await incoming.ready(level=2, layer=layer)
+                for part in ("key", "value"):
+                    np.testing.assert_array_equal(incoming.arrays[layer, part], cache.arrays[layer, part])
+            with pytest.raises(LocalError, match="written before"):
+                await outgoing.write(1, cache.arrays[1, "key"], cache.arrays[1, "value"])
+            await asyncio.gather(outgoing.finish(), incoming.exact())
+            with pytest.raises(StreamClosedError, match="complete"):
+                outgoing.result(first_token=1)
+            with pytest.raises(NotFoundError, match="no result"):
+                await incoming.result()
+
+    run(main)
+
+
+def test_misuse_of_write_is_named() -> None:
+    cache = make_cache()
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest)
+            with pytest.raises(SpecError, match="layer 0, value"):
+                await outgoing.write(0, cache.arrays[0, "key"], cache.arrays[0, "value"][:, :5])
+            with pytest.raises(SpecError, match="1 arrays were given"):
+                await outgoing.write(0, cache.arrays[0, "key"])
+            with pytest.raises(SpecError, match="no layer 9"):
+                await outgoing.write(9, cache.arrays[0, "key"], cache.arrays[0, "value"])
+            with pytest.raises(LocalError, match="missing: 0, 1, 2"):
+                await outgoing.finish()
+            await outgoing.cancel()
+
+    run(main)
+
+
+def test_decodes_into_the_engines_own_pages() -> None:
+    """The destination may have any strides over heads and tokens: here [tokens, K|V, heads, dim] pages."""
+    cache = make_cache(tokens=130)
+    pages = np.zeros((3, 130, 2, 2, 64), np.uint16)
+
+    def allocate(manifest: Manifest) -> Any:
+        return {
+            (layer, part): pages[layer, :, i].transpose(1, 0, 2)
+            for layer in range(3)
+            for i, part in enumerate(("key", "value"))
+        }
+
+    async def main() -> None:
+        async with listen(next(_names), allocate=allocate) as receiver, connect(receiver.url) as sender:
+            await asyncio.gather(sender.open(cache.manifest).send(cache), _exact(receiver))
+        for (layer, part), words in cache.arrays.items():
+            np.testing.assert_array_equal(pages[layer, :, int(part == "value")].transpose(1, 0, 2), words)
+
+    async def _exact(receiver: Any) -> None:
+        await (await first(receiver)).exact()
+
+    run(main)
+
+
+def test_torch_tensors_travel_without_conversion() -> None:
+    torch = pytest.importorskip("torch")
+    cache = make_cache(layers=1)
+    tensors = {k: torch.from_numpy(v.view(np.int16)).view(torch.bfloat16) for k, v in cache.arrays.items()}
+    targets = {k: torch.zeros_like(v) for k, v in tensors.items()}
+
+    async def main() -> None:
+        async with listen(next(_names), allocate=lambda _: targets) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest)
+            await outgoing.write(0, tensors[0, "key"], tensors[0, "value"])
+            incoming = await first(receiver)
+            await asyncio.gather(outgoing.finish(), incoming.exact())
+        for key, tensor in tensors.items():
+            assert torch.equal(targets[key].view(torch.int16), tensor.view(torch.int16))
+
+    run(main)
+
+
+def test_copy_lets_the_caller_reuse_its_memory_at_once() -> None:
+    cache = make_cache()
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest)
+            for layer in range(3):
+                arrays = [cache.arrays[layer, part].copy() for part in ("key", "value")]
+                await outgoing.write(layer, *arrays, copy=True)
+                for array in arrays:
+                    array[...] = 0xFFFF
+            incoming = await first(receiver)
+            await asyncio.gather(outgoing.finish(), incoming.exact())
+            assert_same(incoming.arrays, cache)
+
+    run(main)
+
+
+class Sparse(Policy):
+    """Every third token in a tile of its own: explicit token sets."""
+
+    def tiles(self, dtype: str, layer: LayerSpec) -> tuple[Tile, ...]:
+        tokens = range(layer.token_start, layer.token_stop)
+        sets = [TokenSet.of(t for t in tokens if t % 3 == 0), TokenSet.of(t for t in tokens if t % 3)]
+        return tuple(
+            Tile(layer.index, part, head, 1, chosen, 0)
+            for part in layer.parts
+            for head in range(layer.kv_heads)
+            for chosen in sets
+        )
+
+
+def test_explicit_token_sets_are_gathered_and_scattered() -> None:
+    cache = make_cache(tokens=200)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest, Sparse(sinks=0, recent=0))
+            _, incoming = await asyncio.gather(outgoing.send(cache), first(receiver))
+            await incoming.exact()
+            assert_same(incoming.arrays, cache)
+
+    run(main)
+
+
+def test_lossy_policies_say_so() -> None:
+    cache = make_cache()
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url, policy=Policy.named("int8")) as sender:
+            _, incoming = await asyncio.gather(sender.open(cache.manifest).send(cache), first(receiver))
+            await incoming.ready()
+            assert incoming.manifest.lossy
+            with pytest.raises(LocalError, match="lossy"):
+                await incoming.exact()
+            sent = (cache.arrays[0, "key"].astype(np.uint32) << 16).view(np.float32)
+            got = (incoming.arrays[0, "key"].astype(np.uint32) << 16).view(np.float32)
+            assert 0 < np.abs(sent - got).max() < 0.1
+
+    run(main)
+
+
+def test_many_transfers_share_a_session() -> None:
+    caches = [make_cache(layers=1, tokens=40 + 50 * n, request_id=str(n)) for n in range(6)]
+
+    async def main() -> None:
+        async with listen("tcp://127.0.0.1:0") as receiver, connect(receiver.url) as sender:
+
+            async def collect() -> None:
+                waiting = set(range(len(caches)))
+                async for incoming in receiver:
+                    await incoming.exact()
+                    number = int(incoming.manifest.request_id)
+                    assert_same(incoming.arrays, caches[number])
+                    waiting.remove(number)
+                    if not waiting:
+                        return
+
+            await asyncio.gather(collect(), *(sender.open(cache.manifest).send(cache) for cache in caches))
+
+    run(main)
+
+
+def test_progress_tells_what_arrived() -> None:
+    cache = make_cache()
+    seen: list[Progress] = []
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest)
+            incoming = await first(receiver)
+            incoming.on_progress = seen.append
+            await outgoing.send(cache)
+            await incoming.exact()
+            for level, stats in incoming.stats.levels.items():
+                of_level = [p for p in seen if p.level == level]
+                assert all(a.chunks < b.chunks and a.bytes < b.bytes for a, b in itertools.pairwise(of_level))
+                assert of_level[-1].chunks == of_level[-1].total_chunks == stats.total_chunks
+                assert of_level[-1].bytes == stats.bytes
+        assert [p.time for p in seen] == sorted(p.time for p in seen)
+
+    run(main)
+
+
+def test_wants_are_all_that_is_sent() -> None:
+    cache = make_cache(layers=4)
+    wants = [Want(layers=(1, 2)), Want(layers=(3, 4), levels=1)]
+
+    async def main() -> None:
+        async with listen(next(_names), wants=lambda _: wants) as receiver, connect(receiver.url) as sender:
+            _, incoming = await asyncio.gather(sender.open(cache.manifest).send(cache), first(receiver))
+            await incoming.ready(level=2)
+            np.testing.assert_array_equal(incoming.arrays[1, "key"], cache.arrays[1, "key"])
+            whole = 2 * len(Policy().tiles("bfloat16", cache.manifest.layer(0)))
+            assert incoming.stats.levels[0].chunks == whole
+            assert 0 < incoming.stats.levels[1].chunks < whole
+
+    run(main)
+
+
+# --- what ends early
+
+
+def test_other_identities_are_refused_before_data_moves() -> None:
+    cache = make_cache()
+    other = Config(identity=replace(IDENTITY, revision="r2"))
+
+    async def main() -> None:
+        async with listen(next(_names), other) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest)
+            with pytest.raises(RejectedError, match="revision"):
+                await outgoing.send(cache)
+            await outgoing.released.wait()
+            assert outgoing.stats.bytes == 0
+            with pytest.raises(RejectedError):
+                await outgoing.write(0, cache.arrays[0, "key"], cache.arrays[0, "value"])
+        async with listen(next(_names)) as receiver, connect(receiver.url, other) as sender:
+            with pytest.raises(LocalError, match="revision"):
+                sender.open(cache.manifest)
+
+    run(main)
+
+
+def test_a_receiver_without_memory_refuses() -> None:
+    cache = make_cache()
+
+    def allocate(manifest: Manifest) -> Any:
+        raise ConfigError("only 3 pages are free")
+
+    async def main() -> None:
+        async with listen(next(_names), allocate=allocate) as receiver, connect(receiver.url) as sender:
+            with pytest.raises(RejectedError, match="only 3 pages"):
+                await sender.open(cache.manifest).send(cache)
+        wrong: Any = {(0, "key"): np.zeros((1, 2, 3), np.uint16)}
+        async with listen(next(_names), allocate=lambda _: wrong) as receiver, connect(receiver.url) as sender:
+            with pytest.raises(RejectedError, match="layer 0, key"):
+                await sender.open(cache.manifest).send(cache)
+
+    run(main)
+
+
+def slow(anchor_seconds: float, cache: Cache) -> TokenBucket:
+    """A link on which the anchor of ``cache`` takes about so long and the rest much longer."""
+    return TokenBucket(cache.manifest.nbytes * 8 / 3.5 / anchor_seconds, 4096)
+
+
+def test_cancel_by_the_receiver_stops_all_writing() -> None:
+    cache = make_cache(layers=4, tokens=600)
+
+    async def main() -> None:
+        async with (
+            listen(next(_names)) as receiver,
+            connect(receiver.url, link=slow(0.2, cache)) as sender,
+        ):
+            outgoing = sender.open(cache.manifest)
+            sending = asyncio.ensure_future(outgoing.send(cache))
+            incoming = await first(receiver)
+            await incoming.ready(level=0, layer=0)
+            await incoming.cancel()
+            before = {k: v.copy() for k, v in incoming.arrays.items()}
+            assert incoming.released.is_set()
+            for waiting in (incoming.exact(), incoming.ready(level=2)):
+                with pytest.raises(TransferCancelledError, match="cancelled"):
+                    await waiting
+            with pytest.raises(TransferCancelledError, match="cancelled"):
+                await sending
+            await outgoing.released.wait()
+            assert outgoing.stats.bytes < 0.6 * cache.manifest.nbytes
+            for key, words in before.items():
+                np.testing.assert_array_equal(incoming.arrays[key], words)
+
+    run(main)
+
+
+def test_cancel_by_the_sender_releases_its_memory() -> None:
+    cache = make_cache(layers=4, tokens=600)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url, link=slow(0.2, cache)) as sender:
+            outgoing = sender.open(cache.manifest)
+            for layer in range(4):
+                await outgoing.write(layer, cache.arrays[layer, "key"], cache.arrays[layer, "value"])
+            incoming = await first(receiver)
+            await incoming.ready(level=0, layer=0)
+            await outgoing.cancel()
+            assert outgoing.released.is_set()
+            with pytest.raises(TransferCancelledError):
+                await incoming.exact()
+            await incoming.released.wait()
+            with pytest.raises(TransferCancelledError):
+                await outgoing.finish()
+
+    run(main)
+
+
+def test_cancel_above_a_level_completes_at_that_level() -> None:
+    cache = make_cache(layers=4, tokens=600)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url, link=slow(0.2, cache)) as sender:
+            outgoing = sender.open(cache.manifest)
+            sending = asyncio.ensure_future(outgoing.send(cache))
+            incoming = await first(receiver)
+            await incoming.ready(level=0)
+            await incoming.cancel(above_level=0)
+            await sending
+            await incoming.ready(level=0)
+            for waiting in (incoming.exact(), incoming.ready(level=2)):
+                with pytest.raises(TransferCancelledError, match="above 0"):
+                    await waiting
+            await incoming.released.wait()
+            assert outgoing.stats.bytes < 0.6 * cache.manifest.nbytes
+
+    run(main)
+
+
+def test_deadlines() -> None:
+    cache = make_cache(layers=4, tokens=600)
+
+    async def attempt(deadline: Deadline, check: Callable[[Any, Awaitable[None]], Awaitable[None]]) -> None:
+        link = TokenBucket(cache.manifest.nbytes * 8 / 3.5 / 0.2, 4096)
+        async with (
+            listen(next(_names), deadlines=[deadline]) as receiver,
+            connect(receiver.url, link=link) as sender,
+        ):
+            sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+            await check(await first(receiver), sending)
+
+    async def waits(incoming: Any, sending: Awaitable[None]) -> None:
+        await incoming.exact()
+        await sending
+        assert incoming.late == {0}
+        assert incoming.degraded is None
+        assert_same(incoming.arrays, cache)
+
+    async def fails(incoming: Any, sending: Awaitable[None]) -> None:
+        with pytest.raises(DeadlineError, match="level 0"):
+            await incoming.ready(level=0)
+        with pytest.raises(DeadlineError, match="level 0"):
+            await incoming.exact()
+        with pytest.raises(TransferCancelledError, match="was not ready within"):
+            await sending
+
+    async def degrades(incoming: Any, sending: Awaitable[None]) -> None:
+        with pytest.raises(DeadlineError, match="degraded to level 0"):
+            await incoming.exact()
+        assert incoming.degraded == 0
+        await incoming.ready(level=0)
+        with pytest.raises(DeadlineError, match="degraded"):
+            await incoming.ready(level=2)
+        await sending
+
+    async def main() -> None:
+        await attempt(Deadline(level=0, seconds=0.01, policy="wait"), waits)
+        await attempt(Deadline(level=0, seconds=0.01, policy="fail"), fails)
+        await attempt(Deadline(level=2, seconds=0.4, policy="degrade"), degrades)
+
+    run(main)
+    for nonsense in (
+        {"level": -1, "seconds": 1},
+        {"level": 0, "seconds": 0},
+        {"level": 0, "seconds": 1, "policy": "x"},
+    ):
+        with pytest.raises(ConfigError):
+            Deadline(**nonsense)  # type: ignore[arg-type]
+
+
+def test_closing_a_side_ends_what_is_under_way() -> None:
+    cache = make_cache(layers=4, tokens=600)
+
+    async def main(receiver_closes: bool) -> None:
+        receiver = await listen(next(_names)).__aenter__()
+        sender = await connect(receiver.url, link=slow(0.3, cache)).__aenter__()
+        outgoing = sender.open(cache.manifest)
+        sending = asyncio.ensure_future(outgoing.send(cache))
+        incoming = await first(receiver)
+        await incoming.ready(level=0, layer=0)
+        await (receiver if receiver_closes else sender).aclose()
+        if receiver_closes:
+            with pytest.raises((TransferCancelledError, ConnectionClosedError)):
+                await sending
+        else:
+            with pytest.raises((TransferCancelledError, ConnectionClosedError)):
+                await incoming.exact()
+            sending.cancel()
+            assert outgoing.released.is_set()
+        await receiver.aclose()
+        await sender.aclose()
+        with pytest.raises(StreamClosedError):
+            sender.open(cache.manifest)
+
+    run(lambda: main(True))
+    run(lambda: main(False))
+
+
+def test_iteration_ends_with_close() -> None:
+    async def main() -> None:
+        async with listen(next(_names)) as receiver:
+
+            async def count() -> int:
+                return len([transfer async for transfer in receiver])
+
+            counting = asyncio.ensure_future(count())
+            await asyncio.sleep(0)
+            await receiver.aclose()
+            assert await counting == 0
+        with pytest.raises(StreamClosedError):
+            await first(receiver)
+
+    run(main)
+
+
+# --- links and peers that misbehave
+
+
+class Proxy:
+    """Forwards byte streams and does to them what ``meddle(direction, offset, data)`` says; None cuts the stream."""
+
+    def __init__(self, target: str, meddle: Callable[[int, str, int, bytearray], bytearray | None]) -> None:
+        self._target = target
+        self._meddle = meddle
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.streams = 0
+
+    async def __aenter__(self) -> str:
+        self._listener = await open_listener("tcp://127.0.0.1:0")
+        self._tasks.add(asyncio.ensure_future(self._accept()))
+        return self._listener.url
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._listener.aclose()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self) -> None:
+        while True:
+            near = await self._listener.accept()
+            far = await open_stream(self._target)
+            self.streams += 1
+            self._tasks.add(asyncio.ensure_future(self._forward(self.streams, "up", near, far)))
+            self._tasks.add(asyncio.ensure_future(self._forward(self.streams, "down", far, near)))
+
+    async def _forward(self, number: int, direction: str, source: ByteStream, target: ByteStream) -> None:
+        offset = 0
+        buffer = memoryview(bytearray(16384))
+        try:
+            while count := await source.receive_into(buffer):
+                data = self._meddle(number, direction, offset, bytearray(buffer[:count]))
+                if data is None:
+                    break
+                await target.send([memoryview(data)])
+                offset += count
+        except LynxError:
+            pass
+        finally:
+            await source.aclose()
+            await target.aclose()
+
+
+@pytest.mark.parametrize("cut_at", [100, 30_000, 150_000])
+def test_a_broken_link_is_resumed(cut_at: int) -> None:
+    cache = make_cache(layers=4, tokens=600)
+    quick = Config(retry_interval=0.01)
+
+    def meddle(number: int, direction: str, offset: int, data: bytearray) -> bytearray | None:
+        handshake = 1000 if number == 1 else 0
+        return None if number <= 2 and direction == "up" and offset > cut_at + handshake else data
+
+    async def main() -> None:
+        async with listen("tcp://127.0.0.1:0", quick) as receiver:
+            proxy = Proxy(receiver.url, meddle)
+            async with proxy as url, connect(url, quick) as sender:
+                _, incoming = await asyncio.gather(sender.open(cache.manifest).send(cache), first(receiver))
+                await incoming.exact()
+                assert_same(incoming.arrays, cache)
+                assert proxy.streams >= 2
+
+    run(main)
+
+
+def test_flipped_bits_are_sent_again() -> None:
+    cache = make_cache(layers=4, tokens=600)
+    quick = Config(retry_interval=0.01)
+    flips = iter(range(4))
+
+    def meddle(number: int, direction: str, offset: int, data: bytearray) -> bytearray | None:
+        if direction == "up" and offset > 20_000 and len(data) > 8000 and next(flips, None) is not None:
+            data[5000] ^= 0x10
+        return data
+
+    async def main() -> None:
+        async with (
+            listen("tcp://127.0.0.1:0", quick) as receiver,
+            Proxy(receiver.url, meddle) as url,
+            connect(url, quick) as sender,
+        ):
+            _, incoming = await asyncio.gather(sender.open(cache.manifest).send(cache), first(receiver))
+            await incoming.exact()
+            assert_same(incoming.arrays, cache)
+        assert next(flips, None) is None
+
+    run(main)
+
+
+def test_a_peer_that_is_gone_for_good_is_a_named_error() -> None:
+    cache = make_cache(layers=4, tokens=600)
+    impatient = Config(session_timeout=0.3, retry_interval=0.01)
+
+    async def main() -> None:
+        async with listen("tcp://127.0.0.1:0", impatient) as receiver:
+            gone = False
+
+            def meddle(number: int, direction: str, offset: int, data: bytearray) -> bytearray | None:
+                return None if gone else data
+
+            async with Proxy(receiver.url, meddle) as url, connect(url, impatient, link=slow(0.3, cache)) as sender:
+                outgoing = sender.open(cache.manifest)
+                sending = asyncio.ensure_future(outgoing.send(cache))
+                incoming = await first(receiver)
+                await incoming.ready(level=0, layer=0)
+                gone = True
+                with pytest.raises(RemoteError):
+                    await sending
+                await outgoing.released.wait()
+                with pytest.raises(RemoteError):
+                    await incoming.exact()
+                with pytest.raises(RemoteError):
+                    sender.open(cache.manifest)
+
+    run(main)
+
+
+def test_peers_that_are_something_else() -> None:
+    async def hang_up(listener: Any, words: bytes) -> None:
+        async with await listener.accept() as stream:
+            await stream.receive_into(memoryview(bytearray(1000)))
+            await stream.send([memoryview(words)])
+
+    async def main() -> None:
+        for words in (b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(100)):
+            async with await open_listener("tcp://127.0.0.1:0") as listener:
+                serving = asyncio.ensure_future(hang_up(listener, words))
+                with pytest.raises(RemoteError):
+                    await connect(listener.url).__aenter__()
+                await serving
+        # A stranger at the door does not keep others out.
+        async with listen("tcp://127.0.0.1:0") as receiver:
+            for words in (b"", b"GET / HTTP/1.1\r\n\r\n" * 10):
+                async with await open_stream(receiver.url) as stranger:
+                    await stranger.send([memoryview(words)] if words else [])
+            async with connect(receiver.url):
+                pass
+
+    run(main)
+
+
+def test_nobody_there() -> None:
+    async def main() -> None:
+        async with listen("tcp://127.0.0.1:0") as receiver:
+            url = receiver.url
+            with pytest.raises(TransportError, match="another program listens"):
+                await listen(url).__aenter__()
+        with pytest.raises(TransportError, match="start the receiver first"):
+            await connect(url).__aenter__()
+        with pytest.raises(ConfigError, match="unknown scheme"):
+            await connect("http://127.0.0.1:1").__aenter__()
+        listener = await open_listener("tcp://127.0.0.1:0")
+        with pytest.raises(ConfigError, match="certificate"):
+            await listen("tcps://127.0.0.1:0").__aenter__()
+        await listener.aclose()
+
+    run(main)
+
+
+def test_shared_secrets() -> None:
+    right, wrong = Config(secret=b"0123456789abcdef"), Config(secret=b"fedcba9876543210")
+    cache = make_cache(layers=1)
+
+    async def main() -> None:
+        async with listen(next(_names), right) as receiver:
+            for stranger in (wrong, Config()):
+                with pytest.raises(RemoteError):
+                    await connect(receiver.url, stranger).__aenter__()
+            async with connect(receiver.url, right) as sender:
+                _, incoming = await asyncio.gather(sender.open(cache.manifest).send(cache), first(receiver))
+                await incoming.exact()
+        async with listen(next(_names)) as receiver:
+            with pytest.raises(AuthenticationError):
+                await connect(receiver.url, right).__aenter__()
+
+    run(main)
+
+
+def test_limits_are_enforced_before_allocation() -> None:
+    cache = make_cache()
+    allocated: list[Manifest] = []
+
+    def allocate(manifest: Manifest) -> Any:
+        allocated.append(manifest)
+        return {}
+
+    async def main() -> None:
+        small = Config(limits=Limits(transfer_bytes=1000))
+        async with listen(next(_names), small, allocate=allocate) as receiver, connect(receiver.url) as sender:
+            with pytest.raises(LynxError, match=r"1000|limit|bytes"):
+                await sender.open(cache.manifest).send(cache)
+        assert not allocated
+
+    run(main)
+
+
+# --- fetch
+
+
+def test_fetch() -> None:
+    cache = make_cache()
+    key = FetchKey(identity=IDENTITY.hash(), blocks=(b"block-01", b"block-02"))
+    asked: list[Any] = []
+
+    def on_fetch(wanted: FetchKey, wants: Any) -> Cache | None:
+        asked.append(wanted)
+        return cache if wanted == key else None
+
+    async def main() -> None:
+        async with listen(next(_names), on_fetch=on_fetch) as server, connect(server.url) as client:
+            incoming = await client.fetch(key)
+            await incoming.exact()
+            assert_same(incoming.arrays, cache)
+            assert (await incoming.result()).first_token == 42
+            with pytest.raises(NotFoundError):
+                await client.fetch(replace(key, salt=b"other tenant"))
+        assert [k.salt for k in asked] == [b"", b"other tenant"]
+
+    run(main)
+
+
+def test_fetch_from_a_peer_that_serves_nothing() -> None:
+    key = FetchKey(identity=IDENTITY.hash(), blocks=())
+
+    async def main() -> None:
+        async with listen(next(_names)) as server, connect(server.url) as client:
+            with pytest.raises(NotFoundError):
+                await client.fetch(key)
+
+    run(main)
+
+
+# --- stripes, threads, blocking
+
+
+def test_several_stripes() -> None:
+    cache = make_cache(layers=6, tokens=500)
+
+    async def main() -> None:
+        async with listen("tcp://127.0.0.1:0") as receiver, connect(receiver.url, stripes=3) as sender:
+            _, incoming = await asyncio.gather(sender.open(cache.manifest).send(cache), first(receiver))
+            await incoming.exact()
+            assert_same(incoming.arrays, cache)
+
+    run(main)
+
+
+def test_blocking() -> None:
+    cache = make_cache()
+    with blocking.listen("tcp://127.0.0.1:0") as receiver, blocking.connect(receiver.url) as sender:
+        outgoing = sender.open(cache.manifest)
+        outgoing.accepted(timeout=30)
+        incoming = next(iter(receiver))
+        with pytest.raises(DeadlineError, match="not done"):
+            incoming.ready(level=0, timeout=0.01)
+        for layer in range(3):
+            outgoing.write(layer, cache.arrays[layer, "key"], cache.arrays[layer, "value"])
+        outgoing.result(first_token=3)
+        incoming.urgent()
+        outgoing.finish(timeout=30)
+        incoming.exact(timeout=30)
+        assert incoming.result(timeout=30).first_token == 3
+        assert_same(incoming.arrays, cache)
+        outgoing.wait_released(timeout=30)
+        assert outgoing.released
+        with pytest.raises(NotFoundError):
+            sender.fetch(FetchKey(identity=IDENTITY.hash(), blocks=()), timeout=30)
+    with pytest.raises(StreamClosedError):
+        sender.open(cache.manifest)
+    with pytest.raises(TransportError), blocking.connect(receiver.url):
+        pass
+
+
+def test_transfers_may_be_awaited_on_any_loop() -> None:
+    """The session is made on one event loop, the transfer is used on another one, in another thread."""
+    cache = make_cache()
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest)
+            sending = asyncio.to_thread(asyncio.run, outgoing.send(cache))
+            incoming = await first(receiver)
+            receiving = asyncio.to_thread(asyncio.run, incoming.exact())
+            await asyncio.gather(sending, receiving)
+            assert_same(incoming.arrays, cache)
+
+    run(main)
+
+
+def test_port_in_url() -> None:
+    async def main() -> None:
+        async with listen("tcp://127.0.0.1:0") as receiver:
+            assert parse_url(receiver.url).port > 0
+
+    run(main)
