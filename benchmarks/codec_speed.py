@@ -52,7 +52,9 @@ def seconds(work: Callable[[], object]) -> float:
 class Case:
     """One codec on one part."""
 
-    def __init__(self, codec: Codec, part: Part, dtype: str, words: list[Words], outs: list[Words], threads: int):
+    def __init__(
+        self, codec: Codec, part: Part, *, dtype: str, words: list[Words], outs: list[Words], threads: int
+    ) -> None:
         self.codec, self.part, self.threads = codec, part, threads
         self.words, self.outs = words, outs
         self.specs = [
@@ -123,7 +125,7 @@ def main() -> None:
         words = tiles(cache, args.megabytes)
         outs = [np.zeros_like(w) for w in words]
         copies.append((words, outs))
-        cases += [Case(codec, part, args.dtype, words, outs, args.threads) for codec in codecs]
+        cases += [Case(codec, part, dtype=args.dtype, words=words, outs=outs, threads=args.threads) for codec in codecs]
 
     def copy() -> None:
         for words, outs in copies:

@@ -25,8 +25,8 @@ class Bitplane(Codec):
     """Bit planes of words of 8, 16 or 32 bits, in levels: sign and exponent come first.
 
     ``planes`` says how many planes each level holds, ``(9, 7)`` for example: bfloat16's sign and exponent, then its
-    mantissa. They must add up to the word's bits. ``zstd`` (1..19) compresses each level. Words keep their places, so this codec is valid for permuted and packed pages. Bits
-    that have not arrived read as zero.
+    mantissa. They must add up to the word's bits. ``zstd`` (1..19) compresses each level. Words keep their places, so
+    this codec is valid for permuted and packed pages. Bits that have not arrived read as zero.
     """
 
     codec_id: ClassVar[str] = "bitplane"

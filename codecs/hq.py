@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -143,10 +144,10 @@ class HQ(Codec):
             raise SpecError(f"hq: levels {wanted} of a codec with {self._levels}")
         last = self._levels - 1
         anchor, rest, rank = 0 in wanted, self.exact and 1 in wanted, self.exact and last in wanted
-        encoded = self._encode(tile, words, anchor, rest, rank, threads)
+        encoded = self._encode(tile, words, anchor=anchor, rest=rest, rank=rank, threads=threads)
         if not rank and encoded.total(self._levels) >= spec.nbytes:
             # What the ranks take at most does not tell whether the tile would grow; what they take does.
-            encoded = self._encode(tile, words, anchor, rest, self.exact, threads)
+            encoded = self._encode(tile, words, anchor=anchor, rest=rest, rank=self.exact, threads=threads)
         if encoded.total(self._levels) >= spec.nbytes:
             return [self._stored(words, level) for level in wanted]
         return [encoded.payload(level, self._levels) for level in wanted]
@@ -182,20 +183,10 @@ class HQ(Codec):
                 f" not {spec.part} tiles of {spec.nbytes} bytes of {spec.dtype}; use bitplane or raw"
             )
         bits = self._key_bits if spec.part == "key" else self._value_bits
-        widths = np.full(spec.heads * spec.head_dim, bits, np.uint8)
-        c = ffi.new("lynx_hq_tile *")
-        c.dtype = _DTYPES[spec.dtype]
-        c.part = _PARTS[spec.part]
-        c.heads, c.tokens, c.head_dim = spec.shape
-        c.widths = address(widths, "const uint8_t *")
-        sizes = ffi.new("lynx_hq_sizes *")
-        code = lib.lynx_hq_measure(c, sizes)
-        if code != lib.LYNX_OK:
-            raise SpecError(f"hq cannot code a tile of shape {spec.shape}: {error_text(code)}")
-        return _Tile(c, sizes, widths)
+        return _tile(_PARTS[spec.part], _DTYPES[spec.dtype], spec.shape, bits)
 
     def _encode(
-        self, tile: _Tile, words: NDArray[Any], anchor: bool, rest: bool, rank: bool, threads: int
+        self, tile: _Tile, words: NDArray[Any], *, anchor: bool, rest: bool, rank: bool, threads: int
     ) -> _Encoded:
         sizes = tile.sizes
         planes = np.empty(sizes.anchor if anchor else 0, np.uint8)
@@ -309,12 +300,23 @@ class HQ(Codec):
 
         def work(first: int, last: int) -> None:
             fault, memory = ffi.new("lynx_hq_fault *"), scratch()
-            code = lib.lynx_hq_decode(
-                tile.c, c, target, head_stride, token_stride, first, last, address(memory), fault
-            )
+            code = lib.lynx_hq_decode(tile.c, c, target, head_stride, token_stride, first, last, address(memory), fault)
             check(code, fault)
 
         parallel(work, blocks, threads)
+
+
+@lru_cache(256)
+def _tile(part: int, dtype: int, shape: tuple[int, int, int], bits: int) -> _Tile:
+    widths = np.full(shape[0] * shape[2], bits, np.uint8)
+    c, sizes = ffi.new("lynx_hq_tile *"), ffi.new("lynx_hq_sizes *")
+    c.dtype, c.part = dtype, part
+    c.heads, c.tokens, c.head_dim = shape
+    c.widths = address(widths, "const uint8_t *")
+    code = lib.lynx_hq_measure(c, sizes)
+    if code != lib.LYNX_OK:
+        raise SpecError(f"hq cannot code a tile of shape {shape}: {error_text(code)}")
+    return _Tile(c, sizes, widths)
 
 
 def _strides(words: NDArray[Any]) -> tuple[int, int]:

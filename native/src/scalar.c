@@ -33,6 +33,7 @@ static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride
             int code = (word & 0x8000 ? -magnitude : magnitude) + params->offset[g];
             code = code < params->low[g] ? params->low[g] : code; /* only infinities, NaN and overflows get here */
             code = code > params->high[g] ? params->high[g] : code;
+            code = params->constant >> g & 1 ? params->low[g] : code;
             codes[t * ROW + c] = (uint8_t)code;
         }
     }

@@ -1,0 +1,381 @@
+"""The hq codec in plain NumPy, from spec/codec-hq.md and not from the C code.
+
+Slow and simple: codes are exact quotients in float64, cells are found by quantising every word of the dtype, streams
+are lists of bits. It serves to check the library's bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 64
+KEY_WIDTHS = {  # bits: (R, o, anchor integer of the lowest level)
+    0: (254, 0, 127),
+    1: (254, 0, 64),
+    2: (211, 22, 10),
+    **{b: ((2**b - 1) * 2 ** (8 - b), 2 ** (7 - b), 0) for b in (3, 4, 5, 6)},
+    7: (253, 1, 0),
+    8: (254, 0, 0),
+}
+VALUE_WIDTHS = {**KEY_WIDTHS, 2: (192, 32, 0)}
+
+
+@dataclass(frozen=True)
+class Format:
+    least: float  # scale
+    special: int  # magnitude words from here on are not quantised exactly
+
+
+FORMATS = {"bfloat16": Format(2.0**-116, 0x7E80), "float16": Format(2.0**-24, 0x7C00)}
+
+
+def numbers(dtype: str, words: NDArray[np.uint16]) -> NDArray[np.float64]:
+    words = np.asarray(words, np.uint16)
+    if dtype == "float16":
+        return words.view(np.float16).astype(np.float64)
+    return (words.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+@lru_cache(2)
+def _magnitudes(dtype: str) -> NDArray[np.float64]:
+    """The value of every finite magnitude word, ascending."""
+    top = 0x7F80 if dtype == "bfloat16" else 0x7C00
+    return numbers(dtype, np.arange(top, dtype=np.uint16))
+
+
+def quantised(x: NDArray[np.float64], s: float) -> NDArray[np.int64]:
+    """round(x / s), ties away from zero."""
+    return (np.sign(x) * np.floor(np.abs(x) / s + 0.5)).astype(np.int64)
+
+
+@lru_cache(256)
+def _cells(dtype: str, s: float) -> NDArray[np.int64]:
+    """|k| of every finite magnitude word; ascending."""
+    return np.minimum(np.floor(_magnitudes(dtype) / s + 0.5), 1 << 40).astype(np.int64)
+
+
+def cell(dtype: str, s: float, a: int) -> tuple[int, int]:
+    """Least magnitude word with |k| = a, and how many there are."""
+    k = _cells(dtype, s)
+    low, high = np.searchsorted(k, [a, a + 1])
+    return int(low), int(high - low)
+
+
+def to_words(dtype: str, x: float) -> int:
+    """A reconstruction as a word: bfloat16 nearest, ties away from zero; float16 to even, saturating."""
+    if dtype == "float16":
+        return int(np.float16(min(max(x, -65504.0), 65504.0)).view(np.uint16))
+    bits = int(np.float32(x).view(np.uint32))
+    return (bits + 0x8000) >> 16 & 0xFFFF
+
+
+def scale_of(dtype: str, low: float, high: float, steps: int) -> tuple[float, int]:
+    span = np.float32(high) - np.float32(low)
+    step = max(
+        np.float32(span) / np.float32(steps),
+        np.float32(max(abs(low), abs(high))) * np.float32(2.0**-10),
+        np.float32(FORMATS[dtype].least),
+    )
+    word = (int(np.float32(step).view(np.uint32)) + 0xFFFF) >> 16
+    return float(np.uint32(word << 16).view(np.float32)), word
+
+
+class Bits:
+    """A stream of bits, the first in the least significant bit of the first byte."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little").tolist()
+        self.at = 0
+
+    def put(self, value: int, count: int) -> None:
+        self.bits += [value >> i & 1 for i in range(count)]
+
+    def get(self, count: int) -> int:
+        taken = self.bits[self.at : self.at + count]
+        assert len(taken) == count, "stream ends early"
+        self.at += count
+        return sum(bit << i for i, bit in enumerate(taken))
+
+    def data(self) -> bytes:
+        return np.packbits(np.array(self.bits, np.uint8), bitorder="little").tobytes()
+
+
+@dataclass
+class Group:
+    s: float
+    s_word: int
+    z: int
+    constant: int | None
+    width: tuple[int, int, int]
+
+
+class Tile:
+    """A tile of one part; `widths` is [heads, head_dim] (for values, equal within 64 channels)."""
+
+    def __init__(self, part: str, dtype: str, shape: tuple[int, int, int], widths: NDArray[np.uint8]) -> None:
+        self.part, self.dtype, self.shape, self.widths = part, dtype, shape, widths
+        self.table = KEY_WIDTHS if part == "key" else VALUE_WIDTHS
+
+    def blocks(self) -> list[tuple[int, slice, slice]]:
+        heads, tokens, dim = self.shape
+        return [
+            (h, slice(t, min(t + BLOCK, tokens)), slice(c, min(c + BLOCK, dim)))
+            for h in range(heads)
+            for t in range(0, tokens, BLOCK)
+            for c in range(0, dim, BLOCK)
+        ]
+
+    def groups_last(self, block: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        """[tokens, channels] as [group, value]."""
+        return block.T if self.part == "key" else block
+
+    # --- encoder
+
+    def encode(self, words: NDArray[np.uint16]) -> tuple[bytes, bytes, bytes, bytes, bytes, bytes]:
+        """Anchor planes, parameter headers, parameters, remaining planes, rank table, ranks."""
+        out = [b""] * 6
+        for h, t, c in self.blocks():
+            block, widths = words[h, t, c], self.widths[h, c]
+            groups, special = self.choose(block, widths)
+            codes = self.codes(block, groups)
+            anchor, rest = self.planes(codes, widths)
+            header, params = self.params(groups)
+            entry, ranks = self.ranks(block, codes, groups, special)
+            for i, piece in enumerate((anchor, header, params, rest, entry, ranks)):
+                out[i] += piece
+        return tuple(out)  # type: ignore[return-value]
+
+    def choose(self, block: NDArray[np.uint16], widths: NDArray[np.uint8]) -> tuple[list[Group], bool]:
+        groups, any_special = [], False
+        for g, words in enumerate(self.groups_last(block)):
+            width = self.table[int(widths[g if self.part == "key" else 0])]
+            if (words == words[0]).all():
+                groups.append(Group(0.0, 0, 0, int(words[0]), width))
+                continue
+            special = (words & 0x7FFF) >= FORMATS[self.dtype].special
+            any_special |= bool(special.any())
+            x = numbers(self.dtype, words[~special]) if not special.all() else np.zeros(1)
+            low, high = float(x.min()), float(x.max())
+            s, s_word = scale_of(self.dtype, low, high, width[0])
+            k_low, k_high = (int(k) for k in quantised(np.array([low, high]), s))
+            groups.append(Group(s, s_word, width[2] if k_low == k_high == 0 else -k_low, None, width))
+        return groups, any_special
+
+    def codes(self, block: NDArray[np.uint16], groups: list[Group]) -> NDArray[np.int64]:
+        codes = np.zeros(self.groups_last(block).shape, np.int64)
+        for g, words in enumerate(self.groups_last(block)):
+            group = groups[g]
+            steps, offset, _ = group.width
+            if group.constant is not None:
+                codes[g] = offset
+                continue
+            with np.errstate(invalid="ignore", over="ignore"):
+                magnitude = np.abs(numbers(self.dtype, words & 0x7FFF)) / group.s
+            k = np.floor(np.where(magnitude < 4095, magnitude, 4095) + 0.5).astype(np.int64)
+            k = np.where(words >> 15, -k, k)
+            codes[g] = np.clip(k + group.z + offset, offset, offset + steps + 1)
+        return self.groups_last(codes)  # back to [tokens, channels]: the transpose is its own inverse
+
+    @staticmethod
+    def planes(codes: NDArray[np.int64], widths: NDArray[np.uint8]) -> tuple[bytes, bytes]:
+        anchor, rest = b"", b""
+        for first in range(0, len(codes), 8):
+            octet = codes[first : first + 8]
+            for p in range(8):
+                for c in range(codes.shape[1]):
+                    byte = sum((int(octet[t, c]) >> 7 - p & 1) << t for t in range(len(octet)))
+                    if p < widths[c]:
+                        anchor += bytes([byte])
+                    else:
+                        rest += bytes([byte])
+        return anchor, rest
+
+    @staticmethod
+    def params(groups: list[Group]) -> tuple[bytes, bytes]:
+        if any(group.constant is not None for group in groups):
+            body = b"".join(
+                struct.pack("<Hh", group.s_word, group.z)
+                if group.constant is None
+                else struct.pack("<HH", 0, group.constant)
+                for group in groups
+            )
+            return struct.pack("<HhBB", 0, 0, 255, 255), body
+        s_low, z_low = min(g.s_word for g in groups), min(g.z for g in groups)
+        s_bits = (max(g.s_word for g in groups) - s_low).bit_length()
+        z_bits = (max(g.z for g in groups) - z_low).bit_length()
+        bits = Bits()
+        for group in groups:
+            bits.put(group.s_word - s_low, s_bits)
+            bits.put(group.z - z_low, z_bits)
+        return struct.pack("<HhBB", s_low, z_low, s_bits, z_bits), bits.data()
+
+    def group_at(self, groups: list[Group], t: int, c: int) -> Group:
+        return groups[c if self.part == "key" else t]
+
+    def ranks(
+        self, block: NDArray[np.uint16], codes: NDArray[np.int64], groups: list[Group], special: bool
+    ) -> tuple[bytes, bytes]:
+        a, b, w, x = Bits(), Bits(), Bits(), b""
+        raw = struct.pack("<HHHH", 0xFFFF, 0, 0, 0), block.astype("<u2").tobytes()
+        if special:
+            return raw
+        for t, c in np.ndindex(block.shape):
+            group = self.group_at(groups, t, c)
+            if group.constant is not None:
+                continue
+            word = int(block[t, c])
+            magnitude = word & 0x7FFF
+            k = abs(int(codes[t, c]) - group.width[1] - group.z)
+            if k == 0 and self.dtype == "float16":
+                x += struct.pack("<H", word)
+            elif k == 0:
+                top = cell(self.dtype, group.s, 0)[1] - 1
+                code = top - magnitude if magnitude else 2046
+                if magnitude and code >= 2046:
+                    code = 2047
+                    x += struct.pack("<H", word)
+                w.put(code | word >> 15 << 11, 12)
+            else:
+                low, count = cell(self.dtype, group.s, k)
+                width = int(math.log2(count))
+                rank = magnitude - low
+                field = rank % 2**width
+                a.put(field, width)
+                if field < count - 2**width:
+                    b.put(rank >> width, 1)
+        streams = [a.data(), b.data(), w.data(), x]
+        if sum(map(len, streams)) >= 2 * block.size:
+            return raw
+        return struct.pack("<HHHH", *map(len, streams)), b"".join(streams)
+
+    # --- decoder
+
+    def decode(
+        self,
+        anchor: bytes,
+        headers: bytes,
+        params: bytes,
+        *,
+        rest: bytes | None = None,
+        table: bytes | None = None,
+        ranks: bytes = b"",
+    ) -> NDArray[np.uint16]:
+        words = np.zeros(self.shape, np.uint16)
+        for i, (h, t, c) in enumerate(self.blocks()):
+            shape = (t.stop - t.start, c.stop - c.start)
+            widths = self.widths[h, c]
+            groups, params = self.read_params(headers[6 * i : 6 * i + 6], params, shape, widths)
+            codes = np.zeros(shape, np.int64)
+            for first in range(0, shape[0], 8):
+                for p in range(8):
+                    for channel in range(shape[1]):
+                        if p < widths[channel]:
+                            byte, anchor = anchor[0], anchor[1:]
+                        elif rest is not None:
+                            byte, rest = rest[0], rest[1:]
+                        else:
+                            continue
+                        for j in range(min(8, shape[0] - first)):
+                            codes[first + j, channel] |= (byte >> j & 1) << 7 - p
+            if table is None:
+                words[h, t, c] = self.dequantised(codes, groups, full=rest is not None)
+                continue
+            sizes = struct.unpack_from("<HHHH", table, 8 * i)
+            if sizes[0] == 0xFFFF:
+                size = 2 * shape[0] * shape[1]
+                words[h, t, c] = np.frombuffer(ranks[:size], "<u2").reshape(shape)
+            else:
+                size = sum(sizes)
+                words[h, t, c] = self.exact(codes, groups, sizes, ranks[:size])
+            ranks = ranks[size:]
+        assert not anchor, "anchor planes are left over"
+        assert not rest, "planes are left over"
+        assert not params, "parameters are left over"
+        assert not ranks, "ranks are left over"
+        return words
+
+    def read_params(
+        self, header: bytes, params: bytes, shape: tuple[int, int], widths: NDArray[np.uint8]
+    ) -> tuple[list[Group], bytes]:
+        s_low, z_low, s_bits, z_bits = struct.unpack("<HhBB", header)
+        count = shape[1] if self.part == "key" else shape[0]
+        size = 4 * count if s_bits == 255 else (count * (s_bits + z_bits) + 7) // 8
+        body, params = params[:size], params[size:]
+        bits = Bits(body)
+        groups = []
+        for g in range(count):
+            width = self.table[int(widths[g if self.part == "key" else 0])]
+            constant = None
+            if s_bits == 255:
+                s_word, z = struct.unpack_from("<Hh", body, 4 * g)
+                if s_word == 0:
+                    constant, z = z & 0xFFFF, 0
+            else:
+                s_word = s_low + bits.get(s_bits)
+                z = z_low + bits.get(z_bits)
+            groups.append(Group(float(np.uint32(s_word << 16).view(np.float32)), s_word, z, constant, width))
+        return groups, params
+
+    def dequantised(self, codes: NDArray[np.int64], groups: list[Group], *, full: bool) -> NDArray[np.uint16]:
+        words = np.zeros(codes.shape, np.uint16)
+        for t, c in np.ndindex(codes.shape):
+            group = self.group_at(groups, t, c)
+            if group.constant is not None:
+                words[t, c] = group.constant
+                continue
+            _, offset, base = group.width
+            integer = int(codes[t, c]) - group.z + (-offset if full else base)
+            words[t, c] = to_words(self.dtype, integer * group.s)
+        return words
+
+    def exact(
+        self, codes: NDArray[np.int64], groups: list[Group], sizes: tuple[int, ...], ranks: bytes
+    ) -> NDArray[np.uint16]:
+        cuts = np.cumsum((0, *sizes))
+        a, b, w, x = (Bits(ranks[cuts[i] : cuts[i + 1]]) for i in range(4))
+        words = np.zeros(codes.shape, np.uint16)
+        for t, c in np.ndindex(codes.shape):
+            group = self.group_at(groups, t, c)
+            if group.constant is not None:
+                words[t, c] = group.constant
+                continue
+            k = int(codes[t, c]) - group.width[1] - group.z
+            if k == 0 and self.dtype == "float16":
+                words[t, c] = x.get(16)
+            elif k == 0:
+                field = w.get(12)
+                code, sign = field & 2047, field >> 11
+                if code == 2047:
+                    words[t, c] = x.get(16)
+                else:
+                    top = cell(self.dtype, group.s, 0)[1] - 1
+                    words[t, c] = sign << 15 | (0 if code == 2046 else top - code)
+            else:
+                low, count = cell(self.dtype, group.s, abs(k))
+                width = int(math.log2(count))
+                rank = a.get(width)
+                if rank < count - 2**width:
+                    rank |= b.get(1) << width
+                words[t, c] = low + rank | (k < 0) << 15
+        return words
+
+
+def payloads(tile: Tile, words: NDArray[np.uint16], levels: int) -> list[bytes]:
+    """The codec's payloads of a tile."""
+    anchor, headers, params, rest, table, ranks = tile.encode(words)
+    header = struct.Struct("<BBHI").pack
+    out = [header(0, 0, 0, len(params)) + anchor + headers + params]
+    if levels == 3:
+        out += [header(0, 1, 0, 0) + rest, header(0, 2, 0, len(ranks)) + table + ranks]
+    elif levels == 2:
+        out += [header(0, 1, 0, len(ranks)) + rest + table + ranks]
+    if sum(map(len, out)) >= words.nbytes:
+        stored = words.astype("<u2").tobytes()
+        return [header(1, i, 0, 0) + (stored if i == 0 else b"") for i in range(levels)]
+    return out
