@@ -130,7 +130,7 @@ class Bitplane(Codec):
         view = np.frombuffer(payload, np.uint8)
         if view.nbytes < _HEADER.size:
             raise PayloadError(f"{where}: {view.nbytes} bytes hold no header (byte offset 0)")
-        number, count, reserved = _HEADER.unpack_from(view)
+        number, count, reserved = _HEADER.unpack_from(view.data)
         if (number, count, reserved) != (level, self._planes[level], 0):
             raise PayloadError(
                 f"{where}: the header names level {number} of {count} planes, expected {self._planes[level]}"

@@ -59,6 +59,7 @@ class _Encoded:
         return int(size + self.sizes.rest + self.rank_bound if levels > 1 else size)
 
     def payload(self, level: int, levels: int) -> bytes:
+        parts: list[Buffer]
         if level == 0:
             parts = [_HEADER.pack(_CODED, 0, 0, self.params.nbytes), self.anchor, self.headers, self.params]
         elif level < levels - 1:
@@ -220,7 +221,7 @@ class HQ(Codec):
             return params[: c.params_size], ranks[: c.rank_size], c.rank_bound
 
         done = parallel(work, sizes.blocks, threads)
-        params, ranks = (_join([part[i] for part in done]) for i in (0, 1))
+        params, ranks = _join([part[0] for part in done]), _join([part[1] for part in done])
         return _Encoded(sizes, planes, headers, params, others, table, ranks, sum(part[2] for part in done))
 
     def _stored(self, words: NDArray[Any], level: int) -> bytes:
@@ -232,7 +233,7 @@ class HQ(Codec):
         """Mode and size field of a level's header."""
         if payload.nbytes < _HEADER.size:
             raise PayloadError(f"hq level {level}: {payload.nbytes} bytes hold no header (byte offset 0)")
-        mode, number, reserved, size = _HEADER.unpack_from(payload)
+        mode, number, reserved, size = _HEADER.unpack_from(payload.data)
         if mode not in (_CODED, _STORED):
             raise PayloadError(f"hq level {level}: unknown mode {mode} (byte offset 0)")
         if number != level:

@@ -62,7 +62,7 @@ class Raw(Codec):
         wanted = [0] if levels is None else list(levels)
         if any(level != 0 for level in wanted):
             raise SpecError(f"raw: levels {wanted} of a codec with 1")
-        body = memoryview(words.reshape(-1).view(np.uint8))
+        body = words.reshape(-1).view(np.uint8).data
         payload = body if self._zstd is None else zstd_compress(body, self._zstd)
         return [payload for _ in wanted]
 
