@@ -305,6 +305,9 @@ class Connection:
         if self.closed:
             return
         self._now = now
+        self._receiver.flush()
+        for stripe in self._ready_stripes()[:1]:  # what was said before must not be lost: a peer may wait for its ACK
+            stripe.control.extend(frame for frame, _ in self._ctx.control)
         self._say_everywhere(frames.GoAway(code=code, text=text))
         self._end(None if code is ErrorCode.NO_ERROR else ConnectionClosedError(text or code.name))
         self._ctx.events.append(ConnectionClosed(by_peer=False, text=text))
