@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import IO, Any
@@ -40,21 +41,34 @@ class Pipe:
 
 
 async def serve(pipe: Pipe, commands: Mapping[str, Command]) -> None:
-    """Run commands, one at a time, until stdin ends.
+    """Run commands, one at a time, until stdin ends, which also ends a command that is running.
 
     A :class:`LynxError` is reported and the worker goes on; any other exception is a bug and ends it.
     """
+    lines: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        request = json.loads(line)
-        try:
-            pipe.send("done", **await commands[request.pop("command")](**request))
-        except LynxError as error:
-            pipe.send("error", text=str(error))
-        except Exception:
-            traceback.print_exc()
-            pipe.send("error", text=f"unexpected failure:\n{traceback.format_exc()}")
-            raise
+
+    def read() -> None:
+        while line := sys.stdin.readline():
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+        loop.call_soon_threadsafe(work.cancel)
+
+    async def run() -> None:
+        while True:
+            request = json.loads(await lines.get())
+            try:
+                pipe.send("done", **await commands[request.pop("command")](**request))
+            except LynxError as error:
+                pipe.send("error", text=str(error))
+            except Exception:
+                traceback.print_exc()
+                pipe.send("error", text=f"unexpected failure:\n{traceback.format_exc()}")
+                raise
+
+    work = asyncio.ensure_future(run())
+    threading.Thread(target=read, name="commands", daemon=True).start()
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
 
 
 class Worker:

@@ -177,38 +177,42 @@ class Report:
 
     def tables(self) -> Iterator[RichTable]:
         """What to print."""
+        rate = f"{self.link / 1e6:.0f} Mbit/s"
         titles = {
-            Table.SENT_WHOLE: f"KV complete, then sent at {self.link / 1e6:.0f} Mbit/s (medians of {self.runs})",
-            Table.STREAMED: f"streamed by layer while prefill runs, {self.link / 1e6:.0f} Mbit/s (one run each)",
-            Table.FAST_LINK: "the same over unshaped loopback, where the network does not matter (one run each)",
+            Table.SENT_WHOLE: f"Sent once the KV cache is complete, {rate} (medians of {self.runs} runs)",
+            Table.STREAMED: f"Streamed by layer while prefill runs, {rate} (one run)",
+            Table.FAST_LINK: "Link not shaped: here the network does not matter (one run)",
         }
         for table, title in titles.items():
             if table in self.measurements:
                 yield self._table(table, title)
 
     def _table(self, table: Table, title: str) -> RichTable:
-        rich = RichTable(title=title, title_justify="left", title_style="bold")
+        rich = RichTable(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        rich.add_column("method")
         for column in (
-            "method", "MB: first level", "all", "bits/value",
-            "first token shown", "verified", f"token {self.decode} shown", "verified",
-            "drafted", "accepted", "bit-exact", "BF16's tokens",
-        ):  # fmt: skip
-            rich.add_column(column, justify="left" if column == "method" else "right")
+            "MB: anchor\n/ all levels",
+            "first token, s\nshown / verified",
+            f"token {self.decode}, s\nshown / verified",
+            "accepted\n/ drafted",
+            "bit-\nexact",
+            "BF16's\ntokens",
+        ):
+            rich.add_column(column, justify="right", no_wrap=True)
         for method in METHODS:
             runs = self.measurements[table][method]
-            lossy, run = runs[0].decode["lossy"], runs[0]
-            first = run.level_bytes()[0]
+            drafted, lossy = _count(runs, "drafted"), runs[0].decode["lossy"]
+
+            def times(kind: str, runs: Sequence[Measurement] = runs, lossy: bool = lossy) -> str:
+                verified = "never" if lossy else f"{_median(runs, f'{kind}_verified'):.2f}"
+                return f"{_median(runs, f'{kind}_provisional'):.2f} / {verified}"
+
             rich.add_row(
                 method,
-                f"{first / 1e6:.1f}",
-                f"{run.total_bytes / 1e6:.1f}",
-                f"{8 * first / self.values:.2f}",
-                f"{_median(runs, 'first_provisional'):.3f} s",
-                "never" if lossy else f"{_median(runs, 'first_verified'):.3f} s",
-                f"{_median(runs, 'last_provisional'):.3f} s",
-                "never" if lossy else f"{_median(runs, 'last_verified'):.3f} s",
-                str(_count(runs, "drafted")),
-                str(_count(runs, "accepted")),
+                f"{runs[0].level_bytes()[0] / 1e6:.1f} / {runs[0].total_bytes / 1e6:.1f}",
+                times("first"),
+                times("last"),
+                f"{_count(runs, 'accepted')} / {drafted}" if drafted else "",
                 "yes" if all(map(self.bit_exact, runs)) else "no",
                 "yes" if all(map(self.tokens_identical, runs)) else "no",
             )

@@ -60,6 +60,7 @@ async def _run(settings: Settings, console: Console) -> Report:
                 prefill.call("load", **model, **common),
                 decode.call("load", folder=model["folder"], **common),
             )
+            engine |= await decode.call("warm_up")  # when the other process is idle
             runs = _Runs(settings, screen, prefill=prefill, decode=decode, model=model, cache=cache, engine=engine)
             return await runs.all()
 
