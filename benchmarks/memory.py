@@ -73,7 +73,7 @@ async def receive(path: Path, target: Path) -> None:
     with CacheFileWriter(target, load_cache(path).manifest) as writer:
         async with listen("tcp://127.0.0.1:0", allocate=lambda _: writer.arrays) as receiver:
             print(receiver.url, flush=True)
-            transfer = await anext(aiter(receiver))
+            transfer = await anext(receiver)
             await transfer.exact()
         writer.commit()
 

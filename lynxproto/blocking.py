@@ -8,7 +8,7 @@ several threads.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -180,10 +180,15 @@ class _Session:
             self._endpoint.io.submit(self._endpoint.shut()).result()
             self._endpoint.stop()
 
-    def __iter__(self) -> Iterator[IncomingTransfer]:
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> IncomingTransfer:
         io = self._endpoint.thread()
-        while (incoming := _wait(io, self._endpoint.next(), None)) is not None:
-            yield IncomingTransfer(io, incoming)
+        incoming = _wait(io, self._endpoint.next(), None)
+        if incoming is None:
+            raise StopIteration
+        return IncomingTransfer(io, incoming)
 
 
 class Sender(_Session):

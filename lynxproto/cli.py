@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lynxproto.bench import bench
 from lynxproto.errors import LynxError
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class _Group(click.Group):
 @click.version_option(package_name="lynxproto")
 def main() -> None:
     """Move KV caches between machines: usable before they have arrived, bit-exact when they have."""
+
+
+main.add_command(bench)
 
 
 class BitRate(click.ParamType[float]):
@@ -257,12 +261,15 @@ async def _recv(
 
 async def _first(receiver: Receiver, failure: asyncio.Future[None]) -> IncomingTransfer:
     """The first transfer, or the failure if that comes sooner."""
-    first = asyncio.ensure_future(anext(aiter(receiver)))
-    await asyncio.wait([first, failure], return_when=asyncio.FIRST_COMPLETED)
-    if not first.done():
+    first = asyncio.ensure_future(anext(receiver))
+    waiting: list[asyncio.Future[Any]] = [first, failure]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            failure.result()
+        return await first
+    finally:
         first.cancel()
-        await failure
-    return await first
 
 
 def _free_name(directory: Path, request_id: str) -> Path:

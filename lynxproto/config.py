@@ -40,9 +40,9 @@ class Limits:
     """Transfers that the peer may have open at a time; also FETCH requests."""
     stripes: int = 64
     """Byte streams of one session."""
-    session_window: int = 32 * _MIB
+    session_window: int = 16 * _MIB
     """Bytes of one class (level) of all transfers that may be under way or not yet applied."""
-    transfer_window: int = 16 * _MIB
+    transfer_window: int = 8 * _MIB
     """The same for one class of one transfer."""
 
     def __post_init__(self) -> None:

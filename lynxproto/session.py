@@ -12,7 +12,7 @@ import logging
 import os
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -415,10 +415,15 @@ class _Session:
         await asyncio.shield(asyncio.wrap_future(endpoint.io.submit(endpoint.shut())))
         await asyncio.to_thread(endpoint.stop)
 
-    async def __aiter__(self) -> AsyncIterator[IncomingTransfer]:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> IncomingTransfer:
         io = self._endpoint.thread()
-        while (incoming := await asyncio.wrap_future(io.submit(self._endpoint.next()))) is not None:
-            yield IncomingTransfer(io, incoming)
+        incoming = await asyncio.wrap_future(io.submit(self._endpoint.next()))
+        if incoming is None:
+            raise StopAsyncIteration
+        return IncomingTransfer(io, incoming)
 
 
 class Sender(_Session):

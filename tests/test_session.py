@@ -77,7 +77,7 @@ def assert_same(arrays: Any, cache: Cache) -> None:
 
 
 async def first(receiver: Any) -> Any:
-    return await anext(aiter(receiver))
+    return await anext(receiver)
 
 
 @pytest.mark.parametrize("url", ["tcp://127.0.0.1:0", "memory://round-trip"])
@@ -790,7 +790,7 @@ def test_blocking() -> None:
     with blocking.listen("tcp://127.0.0.1:0") as receiver, blocking.connect(receiver.url) as sender:
         outgoing = sender.open(cache.manifest)
         outgoing.accepted(timeout=30)
-        incoming = next(iter(receiver))
+        incoming = next(receiver)
         with pytest.raises(DeadlineError, match="not done"):
             incoming.ready(level=0, timeout=0.01)
         for layer in range(3):
