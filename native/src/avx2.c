@@ -14,6 +14,7 @@
 
 #include <immintrin.h>
 
+#include "params.h"
 #include "words.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -88,6 +89,14 @@ static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, 
     }
 }
 
+static void choose(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params) {
+    if (dtype == LYNX_BFLOAT16) {
+        choose_as(LYNX_BFLOAT16, planes, low, high, params);
+    } else {
+        choose_as(LYNX_FLOAT16, planes, low, high, params);
+    }
+}
+
 /* Words of 16 channels as two registers of floats: magnitudes. float16 converts in natural order, so unpacking order
  * is restored by shuffling the words first. */
 INLINE void magnitudes(int dtype, __m256i words, __m256 *first, __m256 *second) {
@@ -131,7 +140,8 @@ INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t str
 }
 
 static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
-                     const lynx_params *params, uint8_t *codes) {
+                     const lynx_planes *planes, const lynx_params *params, uint8_t *codes) {
+    (void)planes; /* codes of finite words are in range without clamping */
     if (dtype == LYNX_BFLOAT16) {
         if (part == LYNX_KEY) {
             quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
@@ -271,17 +281,17 @@ static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8
     }
 }
 
-static bool check(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
+static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes *planes) {
     _Alignas(32) uint8_t valid[ROW];
     for (int c = 0; c < ROW; c++) {
-        valid[c] = c < channels ? 255 : 0;
+        valid[c] = c < planes->channels ? 255 : 0;
     }
     __m256i bad = _mm256_setzero_si256();
     for (int t = 0; t < tokens; t++) {
         for (int half = 0; half < ROW; half += 32) {
             const __m256i code = load(codes + t * ROW + half);
-            const __m256i low = part == LYNX_KEY ? load(params->low + half) : _mm256_set1_epi8((char)params->low[t]);
-            const __m256i high = part == LYNX_KEY ? load(params->high + half) : _mm256_set1_epi8((char)params->high[t]);
+            const __m256i low = part == LYNX_KEY ? load(planes->low + half) : _mm256_set1_epi8((char)planes->low[t]);
+            const __m256i high = part == LYNX_KEY ? load(planes->high + half) : _mm256_set1_epi8((char)planes->high[t]);
             const __m256i out = _mm256_or_si256(_mm256_subs_epu8(low, code), _mm256_subs_epu8(code, high));
             bad = _mm256_or_si256(bad, _mm256_and_si256(out, load(valid + half)));
         }
@@ -537,13 +547,16 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
             empty = _mm256_or_si256(empty, _mm256_cmpeq_epi8(n, _mm256_setzero_si256()));
             zeros |= (uint64_t)bits_of(in_order(_mm256_packs_epi16(zero[0], zero[1]))) << 32 * half;
             const __m256i mask = width_mask(n);
-            _Alignas(32) uint64_t fields[4], masks[4];
+            _Alignas(32) uint64_t masks[4];
+            uint64_t fields[4];
             store(masks, mask);
             for (int i = 0; i < 4; i++) {
                 fields[i] = _pdep_u64(read64(streams->a + (a_bits >> 3)) >> (a_bits & 7), masks[i]);
                 a_bits += (uint32_t)_mm_popcnt_u64(masks[i]);
             }
-            const __m256i field = load(fields), one = _mm256_set1_epi8(1);
+            const __m256i field = _mm256_set_epi64x((long long)fields[3], (long long)fields[2], (long long)fields[1],
+                                                    (long long)fields[0]);
+            const __m256i one = _mm256_set1_epi8(1);
             const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), one);
             const uint32_t flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field));
             const uint32_t above = _pdep_u32((uint32_t)(read64(streams->b + (b_bits >> 3)) >> (b_bits & 7)), flagged);
@@ -744,6 +757,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 
 const lynx_kernels lynx_avx2 = {
     .range = range,
+    .choose = choose,
     .quantise = quantise,
     .pack = pack,
     .unpack = unpack,

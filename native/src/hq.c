@@ -1,5 +1,6 @@
 /* Hierarchical quantisation: blocks, parameters and checks around the kernels. spec/codec-hq.md is the format. */
 #include "isa.h"
+#include "params.h"
 #include "words.h"
 
 #define RAW_PARAMS 0xff   /* parameter header: both widths; s and z follow in full */
@@ -17,20 +18,6 @@ static const lynx_width KEY_WIDTHS[9] = {{254, 0, 127}, {254, 0, 64}, {211, 22, 
                                          {248, 4, 0},   {252, 2, 0},  {253, 1, 0},   {254, 0, 0}};
 static const lynx_width VALUE_WIDTHS[9] = {{254, 0, 127}, {254, 0, 64}, {192, 32, 0}, {224, 16, 0}, {240, 8, 0},
                                            {248, 4, 0},   {252, 2, 0},  {253, 1, 0},  {254, 0, 0}};
-
-static const lynx_width *width_of(int part, uint8_t bits) {
-    return part == LYNX_KEY ? &KEY_WIDTHS[bits] : &VALUE_WIDTHS[bits];
-}
-
-/* Per dtype: the least and largest scale as bfloat16 words, and the ordered word from which on a value is special
- * (not finite, or so large that sums and products could overflow). */
-static const struct {
-    uint16_t least, largest;
-    int16_t special;
-} DTYPES[2] = {
-    [LYNX_BFLOAT16] = {0x0580 /* 2^-116 */, 0x7e00 /* 2^125 */, 0x7e80 /* 2^126 */},
-    [LYNX_FLOAT16] = {0x3380 /* 2^-24 */, 0x4480 /* 2^10 */, 0x7c00 /* infinity */},
-};
 
 typedef struct {
     lynx_planes planes;
@@ -168,6 +155,15 @@ static void set_planes(const lynx_hq_tile *tile, const lynx_block *block, lynx_s
     for (int c = 1; c < ROW; c++) {
         planes->uniform &= planes->widths[c] == planes->widths[0];
     }
+    for (int g = 0; g < ROW; g++) {
+        const uint8_t bits = planes->widths[tile->part == LYNX_KEY && g < block->channels ? g : 0];
+        const lynx_width *width = tile->part == LYNX_KEY ? &KEY_WIDTHS[bits] : &VALUE_WIDTHS[bits];
+        planes->steps[g] = width->range;
+        planes->full[g] = width->offset;
+        planes->base[g] = width->base;
+        planes->low[g] = width->offset;
+        planes->high[g] = (uint8_t)(width->offset + width->range + 1);
+    }
     memset(planes->anchor_expand, 0x80, sizeof planes->anchor_expand);
     memset(planes->anchor_compress, 0x80, sizeof planes->anchor_compress);
     memset(planes->rest_expand, 0x80, sizeof planes->rest_expand);
@@ -194,26 +190,15 @@ static void set_planes(const lynx_hq_tile *tile, const lynx_block *block, lynx_s
     }
 }
 
-static uint8_t group_width(const lynx_planes *planes, int part, int group) {
-    return planes->widths[part == LYNX_KEY ? group : 0];
-}
-
-/* Parameters from s and z, for bytes that are full codes (`full`) or anchors with zeros below. */
-static void set_group(lynx_params *params, int g, const lynx_width *width, uint16_t s, int z, bool full) {
-    params->s[g] = s;
-    params->z[g] = (int16_t)z;
-    params->scale[g] = bits_float((uint32_t)s << 16);
-    params->offset[g] = (int16_t)(full ? z + width->offset : z - width->base);
-    params->low[g] = width->offset;
-    params->high[g] = (uint8_t)(width->offset + width->range + 1);
+/* Set scales and offsets from s and z, for bytes that are full codes (`full`) or anchors with zeros below. */
+static void derive(const lynx_planes *planes, bool full, lynx_params *params) {
+    for (int g = 0; g < ROW; g++) {
+        params->scale[g] = bits_float((uint32_t)params->s[g] << 16);
+        params->offset[g] = (int16_t)(params->z[g] + (full ? planes->full[g] : -planes->base[g]));
+    }
 }
 
 /* --- encoder ------------------------------------------------------------------------------------------------- */
-
-static int quantised(float value, float inverse) {
-    const int magnitude = (int)((value < 0 ? -value : value) * inverse + 0.5f);
-    return value < 0 ? -magnitude : magnitude;
-}
 
 /* Extremes of a group that holds special words: over the others; 0 if there are none. */
 static void finite_range(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const lynx_block *block, int g,
@@ -222,7 +207,7 @@ static void finite_range(int part, int dtype, const uint16_t *rows, ptrdiff_t st
     bool any = false;
     for (int i = 0; i < n; i++) {
         const uint16_t word = part == LYNX_KEY ? rows[i * stride + g] : rows[g * stride + i];
-        if ((word & 0x7fff) < DTYPES[dtype].special) {
+        if ((word & 0x7fff) < LYNX_DTYPES[dtype].special) {
             const int16_t o = ordered(word);
             *low = !any || o < *low ? o : *low;
             *high = !any || o > *high ? o : *high;
@@ -236,34 +221,44 @@ static void finite_range(int part, int dtype, const uint16_t *rows, ptrdiff_t st
 
 /* Choose s and z of every group from its extremes. Returns whether the block holds a special word outside constant
  * groups. */
-static bool choose_params(const lynx_hq_tile *tile, const lynx_block *block, const uint16_t *rows, ptrdiff_t stride,
-                          lynx_scratch *s) {
+static bool choose_params(const lynx_kernels *kernels, const lynx_hq_tile *tile, const lynx_block *block,
+                          const uint16_t *rows, ptrdiff_t stride, lynx_scratch *s) {
     lynx_params *params = &s->params;
-    bool special = false;
-    memset(params, 0, sizeof *params);
+    const int16_t limit = LYNX_DTYPES[tile->dtype].special;
+    bool odd = false, special = false;
+    for (int g = block->groups; g < ROW; g++) {
+        s->low[g] = s->low[0]; /* unused groups repeat a used one */
+        s->high[g] = s->high[0];
+    }
+    for (int g = 0; g < ROW; g++) {
+        odd |= (s->low[g] == s->high[g]) | (s->high[g] >= limit) | (s->low[g] < -limit);
+    }
+    params->constant = 0;
+    if (!odd) {
+        kernels->choose(tile->dtype, &s->planes, s->low, s->high, params);
+        return false;
+    }
+    int16_t low[ROW], high[ROW];
     for (int g = 0; g < block->groups; g++) {
-        const lynx_width *width = width_of(tile->part, group_width(&s->planes, tile->part, g));
-        int16_t low = s->low[g], high = s->high[g];
-        if (low == high) {
+        low[g] = s->low[g];
+        high[g] = s->high[g];
+        if (low[g] == high[g]) {
             params->constant |= 1ull << g;
-            params->word[g] = from_ordered(low);
-            set_group(params, g, width, 0, 0, true);
-            continue;
-        }
-        if (high >= DTYPES[tile->dtype].special || low < -DTYPES[tile->dtype].special) {
+            params->word[g] = from_ordered(low[g]);
+            low[g] = high[g] = 0;
+        } else if (high[g] >= limit || low[g] < -limit) {
             special = true;
-            finite_range(tile->part, tile->dtype, rows, stride, block, g, &low, &high);
+            finite_range(tile->part, tile->dtype, rows, stride, block, g, &low[g], &high[g]);
         }
-        const float least = word_value(tile->dtype, from_ordered(low));
-        const float largest = word_value(tile->dtype, from_ordered(high));
-        const float magnitude = -least > largest ? -least : largest;
-        float step = (largest - least) / (float)width->range;
-        step = step > magnitude * 0x1p-10f ? step : magnitude * 0x1p-10f;
-        uint32_t word = (float_bits(step) + 0xffffu) >> 16;
-        word = word > DTYPES[tile->dtype].least ? word : DTYPES[tile->dtype].least;
-        params->inverse[g] = 1.0f / bits_float(word << 16) * (1.0f + 0x1.8p-22f);
-        const int k_low = quantised(least, params->inverse[g]), k_high = quantised(largest, params->inverse[g]);
-        set_group(params, g, width, (uint16_t)word, k_low == 0 && k_high == 0 ? width->base : -k_low, true);
+    }
+    memset(low + block->groups, 0, sizeof low[0] * (size_t)(ROW - block->groups));
+    memset(high + block->groups, 0, sizeof high[0] * (size_t)(ROW - block->groups));
+    kernels->choose(tile->dtype, &s->planes, low, high, params);
+    for (int g = 0; g < block->groups; g++) {
+        if (params->constant >> g & 1) {
+            params->s[g] = 0;
+            params->z[g] = 0;
+        }
     }
     return special;
 }
@@ -390,9 +385,10 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
             stride = ROW;
         }
         kernels->range(tile->part, rows, stride, block.tokens, s->low, s->high);
-        const bool special = choose_params(tile, &block, rows, stride, s);
+        const bool special = choose_params(kernels, tile, &block, rows, stride, s);
         const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
-        quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, &s->params, s->codes);
+        quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, &s->planes, &s->params,
+                            s->codes);
         memset(s->codes + block.tokens * ROW, 0, (size_t)(8 * block.octets - block.tokens) * ROW);
         pack_planes(kernels, &block, s, &anchor, &rest);
         if (headers != NULL) {
@@ -515,29 +511,34 @@ static bool read_params(const lynx_hq_tile *tile, const lynx_block *block, const
     }
     uint8_t padded[4 * ROW + 8] = {0}; /* fields are read 8 bytes at a time */
     memcpy(padded, in, size);
-    for (int g = 0; g < block->groups; g++) {
-        int scale, zero;
-        if (raw) {
-            scale = load16(padded + 4 * g);
-            zero = (int16_t)load16(padded + 4 * g + 2);
-        } else {
-            const uint32_t position = (uint32_t)(g * bits);
+    const uint16_t least = LYNX_DTYPES[tile->dtype].least, largest = LYNX_DTYPES[tile->dtype].largest;
+    bool good = true;
+    if (raw) {
+        for (int g = 0; g < block->groups; g++) {
+            const uint16_t scale = load16(padded + 4 * g), zero = load16(padded + 4 * g + 2);
+            if (scale == 0) {
+                params->constant |= 1ull << g;
+                params->word[g] = zero;
+            } else {
+                params->s[g] = scale;
+                params->z[g] = (int16_t)zero;
+                good &= scale >= least && scale <= largest && params->z[g] >= -MAX_ZERO_POINT &&
+                        params->z[g] <= MAX_ZERO_POINT;
+            }
+        }
+    } else {
+        uint32_t position = 0;
+        for (int g = 0; g < block->groups; g++, position += (uint32_t)bits) {
             const uint64_t field = load64(padded + position / 8) >> position % 8;
-            scale = s_low + (int)(field & ((1u << s_bits) - 1));
-            zero = z_low + (int)(field >> s_bits & ((1u << z_bits) - 1));
+            const int scale = s_low + (int)(field & ((1u << s_bits) - 1));
+            const int zero = z_low + (int)(field >> s_bits & ((1u << z_bits) - 1));
+            params->s[g] = (uint16_t)scale;
+            params->z[g] = (int16_t)zero;
+            good &= (scale >= least) & (scale <= largest) & (zero >= -MAX_ZERO_POINT) & (zero <= MAX_ZERO_POINT);
         }
-        const lynx_width *width = width_of(tile->part, group_width(&s->planes, tile->part, g));
-        if (raw && scale == 0) {
-            params->constant |= 1ull << g;
-            params->word[g] = (uint16_t)zero;
-            zero = 0;
-        } else if (scale < DTYPES[tile->dtype].least || scale > DTYPES[tile->dtype].largest || zero < -MAX_ZERO_POINT ||
-                   zero > MAX_ZERO_POINT) {
-            return false;
-        }
-        set_group(params, g, width, (uint16_t)scale, zero, full);
     }
-    return true;
+    derive(&s->planes, full, params);
+    return good;
 }
 
 static void read_ranks(const uint8_t *entry, const uint8_t *in, lynx_streams *streams) {
@@ -624,7 +625,7 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                 }
                 kernels->unpack(&s->planes, in_anchor, in_rest, block.tokens, s->codes);
                 if (rest != NULL &&
-                    !kernels->check(tile->part, s->codes, block.tokens, block.channels, &s->params)) {
+                    !kernels->check(tile->part, s->codes, block.tokens, &s->planes)) {
                     return fail(fault, LYNX_ERR_CODE, 1, block.index, (uint64_t)(rest - levels->rest));
                 }
                 if (entry == NULL) {

@@ -27,6 +27,10 @@ typedef struct {
      * its lane. Compressing: the channel whose byte comes at a place. */
     uint8_t anchor_expand[8][ROW], anchor_compress[8][ROW];
     uint8_t rest_expand[8][ROW], rest_compress[8][ROW];
+    /* What the widths mean for each of the block's groups; spec/codec-hq.md, "Widths". */
+    float steps[ROW];            /* R */
+    int16_t full[ROW], base[ROW]; /* o, and the anchor's lowest integer */
+    uint8_t low[ROW], high[ROW]; /* least and largest valid code */
 } lynx_planes;
 
 /* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
@@ -34,8 +38,6 @@ typedef struct {
     float scale[ROW];    /* s; 0 for constant groups */
     float inverse[ROW];  /* 1/s, a little more (encoder only) */
     int16_t offset[ROW]; /* integer = byte - offset */
-    uint8_t low[ROW];    /* least and largest valid code */
-    uint8_t high[ROW];
     uint16_t s[ROW];     /* s as a bfloat16 word */
     int16_t z[ROW];
     uint16_t word[ROW];  /* of a constant group */
@@ -60,16 +62,19 @@ typedef struct {
 typedef struct {
     /* Extremes of each group in the ordered-integer domain, w ^ ((w >> 15) & 0x7fff), where -0 differs from +0. */
     void (*range)(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
-    /* Codes of finite words. `codes` has rows of 64. */
-    void (*quantise)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_params *params,
-                     uint8_t *codes);
+    /* Scale and zero point of 64 groups from their extremes; none may be constant or hold special words. */
+    void (*choose)(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params);
+    /* Codes. Only the portable kernel takes special words and constant groups. */
+    void (*quantise)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
+                     const lynx_params *params, uint8_t *codes);
     /* Either section may be null. Rows of codes up to the next multiple of 8 must be zeros. Unless the planes are
      * uniform, a section may be written up to 16 bytes beyond its end. */
     void (*pack)(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest);
     /* Bytes of codes; planes of `rest` null are zeros. Unless the planes are uniform, a section may be read up to 16
      * bytes beyond its end. */
     void (*unpack)(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
-    bool (*check)(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
+    /* Whether all codes are valid. */
+    bool (*check)(int part, const uint8_t *codes, int tokens, const lynx_planes *planes);
     void (*dequantise)(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params, uint16_t *rows,
                        ptrdiff_t stride);
     /* Level 2. `unrank` returns LYNX_OK or LYNX_ERR_RANK; it leaves in the streams' counters what it has used. */

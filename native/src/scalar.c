@@ -1,5 +1,6 @@
 /* Portable kernels: the meaning of every other instruction set's. */
 #include "isa.h"
+#include "params.h"
 #include "words.h"
 
 static inline int group_of(int part, int token, int channel) {
@@ -21,19 +22,23 @@ static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, 
     }
 }
 
+static void choose(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params) {
+    choose_as(dtype, planes, low, high, params);
+}
+
 static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
-                     const lynx_params *params, uint8_t *codes) {
+                     const lynx_planes *planes, const lynx_params *params, uint8_t *codes) {
     for (int t = 0; t < tokens; t++) {
         for (int c = 0; c < ROW; c++) {
             const int g = group_of(part, t, c);
             const uint16_t word = rows[t * stride + c];
-            float scaled = word_magnitude(dtype, word) * params->inverse[g] + 0.5f;
+            float scaled = word_value(dtype, word & 0x7fff) * params->inverse[g] + 0.5f;
             scaled = scaled < 4095.0f ? scaled : 4095.0f; /* also for NaN */
             const int magnitude = (int)scaled;
             int code = (word & 0x8000 ? -magnitude : magnitude) + params->offset[g];
-            code = code < params->low[g] ? params->low[g] : code; /* only infinities, NaN and overflows get here */
-            code = code > params->high[g] ? params->high[g] : code;
-            code = params->constant >> g & 1 ? params->low[g] : code;
+            code = code < planes->low[g] ? planes->low[g] : code; /* only special words get here */
+            code = code > planes->high[g] ? planes->high[g] : code;
+            code = params->constant >> g & 1 ? planes->low[g] : code;
             codes[t * ROW + c] = (uint8_t)code;
         }
     }
@@ -87,13 +92,13 @@ static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8
     }
 }
 
-static bool check(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
+static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes *planes) {
     bool good = true;
     for (int t = 0; t < tokens; t++) {
-        for (int c = 0; c < channels; c++) {
+        for (int c = 0; c < planes->channels; c++) {
             const int g = group_of(part, t, c);
             const uint8_t code = codes[t * ROW + c];
-            good &= code >= params->low[g] && code <= params->high[g];
+            good &= code >= planes->low[g] && code <= planes->high[g];
         }
     }
     return good;
@@ -261,6 +266,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 
 const lynx_kernels lynx_scalar = {
     .range = range,
+    .choose = choose,
     .quantise = quantise,
     .pack = pack,
     .unpack = unpack,

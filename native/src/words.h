@@ -38,13 +38,11 @@ static inline float half_magnitude(uint16_t magnitude) {
     return bits_float(((uint32_t)magnitude << 13) + 0x38000000u);
 }
 
-static inline float word_magnitude(int dtype, uint16_t word) {
-    const uint16_t magnitude = word & 0x7fff;
-    return dtype == LYNX_BFLOAT16 ? bits_float((uint32_t)magnitude << 16) : half_magnitude(magnitude);
-}
-
 static inline float word_value(int dtype, uint16_t word) {
-    const float m = word_magnitude(dtype, word);
+    if (dtype == LYNX_BFLOAT16) {
+        return bits_float((uint32_t)word << 16);
+    }
+    const float m = half_magnitude(word & 0x7fff);
     return word & 0x8000 ? -m : m;
 }
 

@@ -1,0 +1,257 @@
+/* Round trips and hostile payloads on every instruction set of the machine. Meant to run under sanitizers: every buffer
+ * has its exact size on the heap, so that a byte read or written beyond it is found. */
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "lynxproto.h"
+
+static uint64_t state = 88172645463325252ull;
+
+static uint32_t draw(uint32_t below) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (uint32_t)(state >> 33) % below;
+}
+
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+static void *bytes(uint64_t n) {
+    void *p = malloc(n == 0 ? 1 : (size_t)n);
+    CHECK(p != NULL);
+    return p;
+}
+
+static void *copy(const void *from, uint64_t n) {
+    return memcpy(bytes(n), from, (size_t)n);
+}
+
+typedef struct {
+    uint8_t *section[6]; /* anchor, headers, parameters, rest, rank table, ranks */
+    uint64_t size[6];
+} encoded;
+
+static lynx_hq_levels levels_of(const encoded *e, int count) {
+    lynx_hq_levels levels = {.anchor = e->section[0],
+                             .param_headers = e->section[1],
+                             .params = e->section[2],
+                             .rest = count > 1 ? e->section[3] : NULL,
+                             .rank_table = count > 2 ? e->section[4] : NULL,
+                             .rank = e->section[5],
+                             .params_size = e->size[2],
+                             .rank_size = e->size[5]};
+    return levels;
+}
+
+static encoded encode(const lynx_hq_tile *tile, const uint16_t *words, uint64_t cut, void *scratch) {
+    lynx_hq_sizes all, before, after;
+    CHECK(lynx_hq_measure(tile, &all) == LYNX_OK);
+    cut %= all.blocks + 1;
+    CHECK(lynx_hq_measure_range(tile, 0, cut, &before) == LYNX_OK);
+    CHECK(lynx_hq_measure_range(tile, cut, all.blocks, &after) == LYNX_OK);
+    CHECK(before.anchor + after.anchor == all.anchor && before.rest + after.rest == all.rest);
+    encoded e = {.size = {all.anchor, LYNX_HQ_PARAM_HEADER * all.blocks, 0, all.rest, LYNX_HQ_RANK_HEADER * all.blocks, 0}};
+    for (int i = 0; i < 6; i++) {
+        e.section[i] = bytes(i == 2 ? all.max_params : i == 5 ? all.max_rank : e.size[i]);
+    }
+    const ptrdiff_t token_stride = tile->head_dim, head_stride = token_stride * (ptrdiff_t)tile->tokens;
+    /* In two ranges, as threads do; the second first. */
+    for (int part = 1; part >= 0; part--) {
+        const lynx_hq_sizes *own = part == 0 ? &before : &after;
+        uint8_t *params = bytes(own->max_params), *rank = bytes(own->max_rank);
+        lynx_hq_encoded out = {.anchor = e.section[0] + (part ? before.anchor : 0),
+                               .param_headers = e.section[1] + (part ? LYNX_HQ_PARAM_HEADER * cut : 0),
+                               .params = params,
+                               .rest = e.section[3] + (part ? before.rest : 0),
+                               .rank_table = e.section[4] + (part ? LYNX_HQ_RANK_HEADER * cut : 0),
+                               .rank = rank};
+        CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, part ? cut : 0, part ? all.blocks : cut, &out,
+                             scratch) == LYNX_OK);
+        lynx_hq_encoded bound = {.wants_rank_bound = 1};
+        CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, part ? cut : 0, part ? all.blocks : cut, &bound,
+                             scratch) == LYNX_OK);
+        CHECK(bound.rank_bound >= out.rank_bound);
+        CHECK(out.rank_bound == out.rank_size + LYNX_HQ_RANK_HEADER * own->blocks);
+        if (part == 1) {
+            e.size[2] = out.params_size;
+            e.size[5] = out.rank_size;
+            memcpy(e.section[2], params, out.params_size);
+            memcpy(e.section[5], rank, out.rank_size);
+        } else {
+            memmove(e.section[2] + out.params_size, e.section[2], e.size[2]);
+            memmove(e.section[5] + out.rank_size, e.section[5], e.size[5]);
+            memcpy(e.section[2], params, out.params_size);
+            memcpy(e.section[5], rank, out.rank_size);
+            e.size[2] += out.params_size;
+            e.size[5] += out.rank_size;
+        }
+        free(params);
+        free(rank);
+    }
+    for (int i = 0; i < 6; i++) {
+        uint8_t *exact = copy(e.section[i], e.size[i]);
+        free(e.section[i]);
+        e.section[i] = exact;
+    }
+    return e;
+}
+
+static void release(encoded *e) {
+    for (int i = 0; i < 6; i++) {
+        free(e->section[i]);
+    }
+}
+
+static int decode(const lynx_hq_tile *tile, const encoded *e, int count, uint16_t *words, void *scratch) {
+    const lynx_hq_levels levels = levels_of(e, count);
+    lynx_hq_fault fault;
+    lynx_hq_sizes sizes;
+    CHECK(lynx_hq_measure(tile, &sizes) == LYNX_OK);
+    const int error = lynx_hq_check(tile, &levels, &fault);
+    const ptrdiff_t token_stride = tile->head_dim, head_stride = token_stride * (ptrdiff_t)tile->tokens;
+    return error != LYNX_OK ? error
+                            : lynx_hq_decode(tile, &levels, words, head_stride, token_stride, 0, sizes.blocks, scratch, &fault);
+}
+
+static uint16_t word_of(int kind, uint32_t i) {
+    switch (kind) {
+    case 0: /* around one, both signs */
+        return (uint16_t)(0x3e00 + draw(0x280) + (draw(2) << 15));
+    case 1: /* anything */
+        return (uint16_t)draw(1 << 16);
+    case 2: /* mostly tame, now and then a NaN, an infinity or a zero */
+        return draw(200) == 0 ? (uint16_t)(0x7f80 + draw(0x8080)) : (uint16_t)(0x3f00 + draw(0x100));
+    case 3: /* constant runs */
+        return (uint16_t)(i / 700 % 3 == 0 ? 0x7fc1 : 0x3f80 + draw(3));
+    case 4: /* many binades */
+        return (uint16_t)(draw(0x7e00) + (draw(2) << 15));
+    default: /* far from zero */
+        return (uint16_t)(0x42c0 + draw(16));
+    }
+}
+
+static const uint32_t DIMS[] = {1, 8, 40, 64, 80, 96, 128}, TOKENS[] = {1, 7, 33, 64, 65, 130};
+
+static void hq(int isa, int round, void *scratch) {
+    const uint32_t heads = 1 + draw(2), tokens = TOKENS[draw(6)], dim = DIMS[draw(7)];
+    const uint64_t values = (uint64_t)heads * tokens * dim;
+    uint8_t *widths = bytes((uint64_t)heads * dim);
+    lynx_hq_tile tile = {(int32_t)draw(2), (int32_t)draw(2), heads, tokens, dim, widths};
+    const bool mixed = tile.part == LYNX_KEY && draw(2);
+    const uint8_t width = (uint8_t)draw(9);
+    for (uint32_t i = 0; i < heads * dim; i++) {
+        widths[i] = mixed ? (uint8_t)draw(9) : width;
+    }
+    uint16_t *words = bytes(2 * values), *out = bytes(2 * values), *other = bytes(2 * values);
+    const int kind = round % 6;
+    for (uint64_t i = 0; i < values; i++) {
+        words[i] = word_of(kind, (uint32_t)i);
+    }
+    const uint64_t cut = draw(1000);
+    CHECK(lynx_isa_select(LYNX_ISA_SCALAR) == LYNX_OK);
+    encoded plain = encode(&tile, words, cut, scratch);
+    CHECK(lynx_isa_select(isa) == LYNX_OK);
+    encoded e = encode(&tile, words, cut, scratch);
+    for (int i = 0; i < 6; i++) {
+        CHECK(e.size[i] == plain.size[i] && memcmp(e.section[i], plain.section[i], (size_t)e.size[i]) == 0);
+    }
+    for (int count = 1; count <= 3; count++) {
+        CHECK(lynx_isa_select(LYNX_ISA_SCALAR) == LYNX_OK);
+        CHECK(decode(&tile, &e, count, other, scratch) == LYNX_OK);
+        CHECK(lynx_isa_select(isa) == LYNX_OK);
+        CHECK(decode(&tile, &e, count, out, scratch) == LYNX_OK);
+        CHECK(memcmp(out, other, 2 * (size_t)values) == 0);
+    }
+    CHECK(memcmp(out, words, 2 * (size_t)values) == 0);
+    for (int mutation = 0; mutation < 12; mutation++) {
+        encoded bad = plain;
+        for (int i = 0; i < 6; i++) {
+            uint64_t size = plain.size[i];
+            if (draw(8) == 0 && (i == 2 || i == 5)) { /* the other sections' sizes follow from the tile */
+                size = draw((uint32_t)size + 1);
+            }
+            bad.section[i] = copy(plain.section[i], size);
+            bad.size[i] = size;
+            for (uint32_t hits = size == 0 ? 0 : draw(4); hits > 0; hits--) {
+                bad.section[i][draw((uint32_t)size)] = (uint8_t)draw(256);
+            }
+        }
+        const int count = 1 + (int)draw(3);
+        CHECK(lynx_isa_select(LYNX_ISA_SCALAR) == LYNX_OK);
+        const int expected = decode(&tile, &bad, count, other, scratch);
+        CHECK(lynx_isa_select(isa) == LYNX_OK);
+        const int got = decode(&tile, &bad, count, out, scratch);
+        CHECK(got == expected);
+        CHECK(got != LYNX_OK || memcmp(out, other, 2 * (size_t)values) == 0);
+        release(&bad);
+    }
+    release(&plain);
+    release(&e);
+    free(widths);
+    free(words);
+    free(out);
+    free(other);
+}
+
+static void bitplane(int isa) {
+    const int word_bytes = 1 << draw(3);
+    const size_t rows = 1 + draw(5), row_words = rows == 1 ? 1 + draw(200) : 8 * (1 + (size_t)draw(12));
+    const size_t row_bytes = row_words * (size_t)word_bytes, n = rows * row_bytes;
+    const size_t plane = (rows * row_words + 7) / 8;
+    uint8_t *words = bytes(n), *out = bytes(n);
+    for (size_t i = 0; i < n; i++) {
+        words[i] = (uint8_t)draw(256);
+    }
+    const int all = 8 * word_bytes, cut = (int)draw((uint32_t)all + 1);
+    uint8_t *first[2], *second[2];
+    for (int i = 0; i < 2; i++) {
+        CHECK(lynx_isa_select(i ? isa : LYNX_ISA_SCALAR) == LYNX_OK);
+        first[i] = bytes(plane * (size_t)cut);
+        second[i] = bytes(plane * (size_t)(all - cut));
+        CHECK(lynx_bitplane_pack(word_bytes, words, rows, row_words, (ptrdiff_t)row_bytes, 0, cut, first[i]) == LYNX_OK);
+        CHECK(lynx_bitplane_pack(word_bytes, words, rows, row_words, (ptrdiff_t)row_bytes, cut, all, second[i]) == LYNX_OK);
+        const uint8_t *planes[32] = {NULL};
+        for (int p = 0; p < all; p++) {
+            planes[p] = p < cut ? first[i] + plane * (size_t)p : second[i] + plane * (size_t)(p - cut);
+        }
+        CHECK(lynx_bitplane_unpack(word_bytes, planes, rows, row_words, (ptrdiff_t)row_bytes, out) == LYNX_OK);
+        CHECK(memcmp(out, words, n) == 0);
+    }
+    CHECK(memcmp(first[0], first[1], plane * (size_t)cut) == 0);
+    CHECK(memcmp(second[0], second[1], plane * (size_t)(all - cut)) == 0);
+    for (int i = 0; i < 2; i++) {
+        free(first[i]);
+        free(second[i]);
+    }
+    free(words);
+    free(out);
+}
+
+int main(int argc, char **argv) {
+    const int rounds = argc > 1 ? atoi(argv[1]) : 300;
+    void *scratch = bytes(lynx_hq_scratch_size());
+    CHECK(lynx_abi_version() == LYNX_ABI_VERSION);
+    CHECK(lynx_isa_select(99) == LYNX_ERR_ARGUMENT);
+    int tested = 0;
+    for (int isa = LYNX_ISA_SCALAR; isa <= LYNX_ISA_NEON; isa++) {
+        if (lynx_isa_select(isa) != LYNX_OK) {
+            continue;
+        }
+        tested++;
+        for (int round = 0; round < rounds; round++) {
+            hq(isa, round, scratch);
+            bitplane(isa);
+        }
+    }
+    free(scratch);
+    printf("ok: %d rounds on %d instruction set(s)\n", rounds, tested);
+    return 0;
+}
