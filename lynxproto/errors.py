@@ -11,6 +11,7 @@ from enum import IntEnum
 
 __all__ = [
     "AuthenticationError",
+    "BenchmarkError",
     "CacheFileError",
     "CodecError",
     "ConfigError",
@@ -100,6 +101,10 @@ class StreamClosedError(LocalError):
 
 class SpeculationError(LocalError):
     """A drafting engine broke its contract, or a phase of drafting and verification came out of order."""
+
+
+class BenchmarkError(LynxError):
+    """A measurement that proves nothing, because what was measured gave a wrong result."""
 
 
 class CodecError(LynxError):
