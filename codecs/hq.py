@@ -7,7 +7,7 @@ the words that share that code. Nothing is sent twice.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Final
@@ -40,35 +40,76 @@ class _Tile:
     widths: NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """The sections of an encoded tile; planes that nobody asked for are empty."""
+class _Encoder:
+    """One call of encode: the levels' buffers, which the kernels fill in place where sizes are known beforehand."""
 
-    sizes: Any
-    anchor: NDArray[np.uint8]
-    headers: NDArray[np.uint8]
-    params: NDArray[np.uint8]
-    rest: NDArray[np.uint8]
-    table: NDArray[np.uint8]
-    rank: NDArray[np.uint8]
-    rank_bound: int  # bytes of table and rank; without them, what they take at most
+    def __init__(self, tile: _Tile, levels: int, wanted: Collection[int], *, rank: bool) -> None:
+        sizes = self.sizes = tile.sizes
+        self.levels, self.tile = levels, tile
+        self.has_anchor, self.has_rest, self.has_rank = 0 in wanted, 1 in wanted and levels > 1, rank
+        self.planes = sizes.anchor if self.has_anchor else 0
+        self.header_bytes = lib.LYNX_HQ_PARAM_HEADER * sizes.blocks
+        # Level 0: header, planes, parameter headers, parameters. Without planes nobody sees it, but its size counts.
+        self.first = np.empty(_HEADER.size + self.planes + self.header_bytes + sizes.max_params, np.uint8)
+        self.rest = np.empty(_HEADER.size + sizes.rest if self.has_rest else 0, np.uint8)
+        self.table = np.empty(lib.LYNX_HQ_RANK_HEADER * sizes.blocks if rank else 0, np.uint8)
+        self.params: list[NDArray[np.uint8]] = []
+        self.ranks: list[NDArray[np.uint8]] = []
+        self.rank_bound = 0  # bytes of table and ranks; without them, what they take at most
 
-    def total(self, levels: int) -> int:
+    def run(self, words: NDArray[Any], threads: int) -> None:
+        """Encode all blocks."""
+        head_stride, token_stride = _strides(words)
+
+        def work(first: int, last: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
+            before, own = ffi.new("lynx_hq_sizes *"), ffi.new("lynx_hq_sizes *")
+            lib.lynx_hq_measure_range(self.tile.c, 0, first, before)
+            lib.lynx_hq_measure_range(self.tile.c, first, last, own)
+            params = np.empty(own.max_params, np.uint8)
+            ranks = np.empty(own.max_rank if self.has_rank else 0, np.uint8)
+            c = ffi.new("lynx_hq_encoded *")
+            start = address(self.first) + _HEADER.size
+            c.param_headers = start + self.planes + lib.LYNX_HQ_PARAM_HEADER * first
+            c.params = address(params)
+            c.wants_rank_bound = self.levels > 1
+            if self.has_anchor:
+                c.anchor = start + before.anchor
+            if self.has_rest:
+                c.rest = address(self.rest) + _HEADER.size + before.rest
+            if self.has_rank:
+                c.rank_table = address(self.table) + lib.LYNX_HQ_RANK_HEADER * first
+                c.rank = address(ranks)
+            source, memory = address(words, "const uint16_t *"), scratch()
+            code = lib.lynx_hq_encode(self.tile.c, source, head_stride, token_stride, first, last, c, address(memory))
+            if code != lib.LYNX_OK:
+                raise CodecError(f"hq: {error_text(code)}")
+            return params[: c.params_size], ranks[: c.rank_size], c.rank_bound
+
+        for params, ranks, bound in parallel(work, self.sizes.blocks, threads):
+            self.params.append(params)
+            self.ranks.append(ranks)
+            self.rank_bound += bound
+
+    @property
+    def total(self) -> int:
         """Bytes of all levels together; with ranks unknown, what they take at most."""
-        size = levels * _HEADER.size + self.sizes.anchor + self.headers.nbytes + self.params.nbytes
-        return int(size + self.sizes.rest + self.rank_bound if levels > 1 else size)
+        size = self.levels * _HEADER.size + self.sizes.anchor + self.header_bytes + _nbytes(self.params)
+        return int(size + self.sizes.rest + self.rank_bound if self.levels > 1 else size)
 
-    def payload(self, level: int, levels: int) -> bytes:
-        parts: list[Buffer]
+    def payload(self, level: int) -> Buffer:
+        """A wanted level."""
         if level == 0:
-            parts = [_HEADER.pack(_CODED, 0, 0, self.params.nbytes), self.anchor, self.headers, self.params]
-        elif level < levels - 1:
-            parts = [_HEADER.pack(_CODED, level, 0, 0), self.rest]
-        else:
-            parts = [_HEADER.pack(_CODED, level, 0, self.rank.nbytes), self.rest, self.table, self.rank]
-            if levels == 3:
-                del parts[1]
-        return b"".join(parts)
+            params, at = _nbytes(self.params), _HEADER.size + self.planes + self.header_bytes
+            _HEADER.pack_into(self.first.data, 0, _CODED, 0, 0, params)
+            self.first[at : at + params] = np.concatenate(self.params)
+            return self.first[: at + params].data
+        if level < self.levels - 1:
+            _HEADER.pack_into(self.rest.data, 0, _CODED, level, 0, 0)
+            return self.rest.data
+        body = [self.table, *self.ranks]
+        if level == 1:
+            body.insert(0, self.rest[_HEADER.size :])
+        return b"".join([_HEADER.pack(_CODED, level, 0, _nbytes(self.ranks)), *(part.data for part in body)])
 
 
 class HQ(Codec):
@@ -143,15 +184,16 @@ class HQ(Codec):
         wanted = list(range(self._levels)) if levels is None else list(levels)
         if any(not 0 <= level < self._levels for level in wanted):
             raise SpecError(f"hq: levels {wanted} of a codec with {self._levels}")
-        last = self._levels - 1
-        anchor, rest, rank = 0 in wanted, self.exact and 1 in wanted, self.exact and last in wanted
-        encoded = self._encode(tile, words, anchor=anchor, rest=rest, rank=rank, threads=threads)
-        if not rank and encoded.total(self._levels) >= spec.nbytes:
+        rank = self.exact and self._levels - 1 in wanted
+        encoder = _Encoder(tile, self._levels, wanted, rank=rank)
+        encoder.run(words, threads)
+        if encoder.total >= spec.nbytes and self.exact and not rank:
             # What the ranks take at most does not tell whether the tile would grow; what they take does.
-            encoded = self._encode(tile, words, anchor=anchor, rest=rest, rank=self.exact, threads=threads)
-        if encoded.total(self._levels) >= spec.nbytes:
+            encoder = _Encoder(tile, self._levels, wanted, rank=True)
+            encoder.run(words, threads)
+        if encoder.total >= spec.nbytes:
             return [self._stored(words, level) for level in wanted]
-        return [encoded.payload(level, self._levels) for level in wanted]
+        return [encoder.payload(level) for level in wanted]
 
     def decode(self, spec: ChunkSpec, levels: Sequence[Buffer], out: Any | None, *, threads: int = 1) -> DecodeState:
         """See :meth:`Codec.decode`. Without ``out`` sizes and tables are checked, and codes and ranks are not."""
@@ -186,45 +228,8 @@ class HQ(Codec):
         bits = self._key_bits if spec.part == "key" else self._value_bits
         return _tile(_PARTS[spec.part], _DTYPES[spec.dtype], spec.shape, bits)
 
-    def _encode(
-        self, tile: _Tile, words: NDArray[Any], *, anchor: bool, rest: bool, rank: bool, threads: int
-    ) -> _Encoded:
-        sizes = tile.sizes
-        planes = np.empty(sizes.anchor if anchor else 0, np.uint8)
-        headers = np.empty(lib.LYNX_HQ_PARAM_HEADER * sizes.blocks, np.uint8)
-        others = np.empty(sizes.rest if rest else 0, np.uint8)
-        table = np.empty(lib.LYNX_HQ_RANK_HEADER * sizes.blocks if rank else 0, np.uint8)
-        head_stride, token_stride = _strides(words)
-
-        def work(first: int, last: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
-            before, own = ffi.new("lynx_hq_sizes *"), ffi.new("lynx_hq_sizes *")
-            lib.lynx_hq_measure_range(tile.c, 0, first, before)
-            lib.lynx_hq_measure_range(tile.c, first, last, own)
-            params = np.empty(own.max_params, np.uint8)
-            ranks = np.empty(own.max_rank if rank else 0, np.uint8)
-            c = ffi.new("lynx_hq_encoded *")
-            c.param_headers = address(headers) + lib.LYNX_HQ_PARAM_HEADER * first
-            c.params = address(params)
-            c.wants_rank_bound = self.exact
-            if anchor:
-                c.anchor = address(planes) + before.anchor
-            if rest:
-                c.rest = address(others) + before.rest
-            if rank:
-                c.rank_table = address(table) + lib.LYNX_HQ_RANK_HEADER * first
-                c.rank = address(ranks)
-            memory = scratch()
-            source = address(words, "const uint16_t *")
-            code = lib.lynx_hq_encode(tile.c, source, head_stride, token_stride, first, last, c, address(memory))
-            if code != lib.LYNX_OK:
-                raise CodecError(f"hq: {error_text(code)}")
-            return params[: c.params_size], ranks[: c.rank_size], c.rank_bound
-
-        done = parallel(work, sizes.blocks, threads)
-        params, ranks = _join([part[0] for part in done]), _join([part[1] for part in done])
-        return _Encoded(sizes, planes, headers, params, others, table, ranks, sum(part[2] for part in done))
-
-    def _stored(self, words: NDArray[Any], level: int) -> bytes:
+    @staticmethod
+    def _stored(words: NDArray[Any], level: int) -> bytes:
         body = np.ascontiguousarray(words).tobytes() if level == 0 else b""
         return _HEADER.pack(_STORED, level, 0, 0) + body
 
@@ -328,8 +333,8 @@ def _strides(words: NDArray[Any]) -> tuple[int, int]:
     return words.strides[0] // words.itemsize, words.strides[1] // words.itemsize
 
 
-def _join(parts: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _nbytes(parts: list[NDArray[np.uint8]]) -> int:
+    return sum(part.nbytes for part in parts)
 
 
 def _check_size(level: int, payload: NDArray[np.uint8], size: int) -> None:
