@@ -322,7 +322,10 @@ class Receiver:
             has = early.pop(key, None) or _Tile(key)
             has.tile = key.tile()
             has.place, has.levels = place, levels
-            has.max_sizes = max_sizes(t.codecs[key.codec], t.manifest, has.tile)
+            try:
+                has.max_sizes = max_sizes(t.codecs[key.codec], t.manifest, has.tile)
+            except (LynxError, ValueError) as error:
+                raise ProtocolError(f"{what}: {error}") from error
             has.want = min(wanted_levels(t.wants, has.tile, levels), t.level + 1)
             if max(has.max_sizes) > largest:
                 text = f"{what}: a chunk may have {max(has.max_sizes)} bytes, the smallest window is {largest}"
@@ -700,8 +703,12 @@ class Receiver:
                 used = 0
             batches[-1].append(layer.status)
             used += size
-        common = {"result": t.result is not None, "level": t.level, "settled": t.settled, "urgent": t.urgent}
-        return [frames.Ack(layers=tuple(batch), **common) for batch in batches]
+        return [
+            frames.Ack(
+                layers=tuple(batch), result=t.result is not None, level=t.level, settled=t.settled, urgent=t.urgent
+            )
+            for batch in batches
+        ]
 
     def _emit_status(self, t: Incoming, layers: Sequence[int]) -> None:
         for body in self._status_bodies(t, layers):

@@ -118,7 +118,7 @@ class Outgoing:
     """One transfer at its sender."""
 
     def __init__(
-        self, transfer: int, manifest: Manifest, flow: Flow, fetch: int | None, ctx: Context, now: float
+        self, transfer: int, manifest: Manifest, flow: Flow, ctx: Context, now: float, *, fetch: int | None
     ) -> None:
         self.id = transfer
         self.manifest = manifest
@@ -160,7 +160,7 @@ class Outgoing:
         return (
             self.finished
             and (self.result is None or self.result_confirmed)
-            and all(layer.open == 0 and layer.end_confirmed for layer in self.layers.values())
+            and all(layer.open == 0 and layer.plan_confirmed and layer.end_confirmed for layer in self.layers.values())
         )
 
 
@@ -188,7 +188,7 @@ class Sender:
             raise LocalError(f"manifest.identity does not match the configured identity: {difference}")
         if not manifest.codecs:
             raise SpecError("manifest.codecs is empty; fill it in from the policy")
-        outgoing = Outgoing(transfer, manifest, Flow(self._order, deadline), fetch, ctx, now)
+        outgoing = Outgoing(transfer, manifest, Flow(self._order, deadline), ctx, now, fetch=fetch)
         if not manifest.lossy and not all(codec.exact for codec in outgoing.codecs):
             raise SpecError(
                 "a codec of the manifest is not exact: set Manifest.lossy, or use levels up to the exact one"
@@ -365,7 +365,8 @@ class Sender:
                 for tile in layer.tiles:
                     self._trim(tile)
             self.ctx.events.append(LevelsCancelled(transfer=t.id, level=above))
-            self._emit(t, self._closed_body(t, ErrorCode.CANCELLED, text, end=False), now)
+            if t.state is OutgoingState.SENDING:
+                self._emit(t, self._closed_body(t, ErrorCode.CANCELLED, text, end=False), now)
             self._check_confirmed(t)
 
     # --- frames from the receiver
@@ -494,7 +495,9 @@ class Sender:
         """The bytes of a chunk's frame."""
         assert chunk.payload is not None
         tile = chunk.tile
-        return frames.data_frame(tile.transfer.id, tile.key, chunk.level, chunk.attempt, tile.codec_id, chunk.payload)
+        return frames.data_frame(
+            tile.transfer.id, tile.key, chunk.level, chunk.payload, attempt=chunk.attempt, codec_id=tile.codec_id
+        )
 
     def written(self, chunk: Chunk, stripe: int, nbytes: int, now: float) -> None:
         """The frame was handed out whole: its payload is no longer held here."""

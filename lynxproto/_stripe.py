@@ -150,7 +150,8 @@ class Stripe:
         self.heard_at = now
         self.pinged_at = now
         self.my_hello = b""
-        self.peer_hello = b""
+        self.peer_hello: bytes | None = None  # payloads, as they came
+        self.peer_proof: bytes | None = None
         self.joins = False  # an existing session
         self.hello: frames.Hello | None = None  # the peer's
         self.control: deque[bytes] = deque()  # frames that belong to this stripe

@@ -530,6 +530,8 @@ class Connection:
             if not stripe.ready:
                 raise CorruptFrameError(f"{FrameType(header.type).name}: payload CRC32C is wrong")
             self._ctx.counters.corrupt += 1  # as good as lost: its sender will say it again
+        elif payload in (stripe.peer_hello, stripe.peer_proof):
+            return  # a duplicate of the handshake's frames
         elif stripe.ready:
             self._dispatch(stripe, header, frames.parse_body(header, payload, self._ctx.config.limits))
         else:
@@ -560,6 +562,7 @@ class Connection:
         """HMAC-SHA256 (RFC 2104) over both HELLOs, keyed by the shared secret and, when joining, the join token."""
         token = self._token if stripe.joins else b""
         key = hmac.digest(self._ctx.config.secret or b"", b"lynxproto 1 key" + token, "sha256")
+        assert stripe.peer_hello is not None
         mine, theirs = stripe.my_hello, stripe.peer_hello
         client, server = (mine, theirs) if self._client else (theirs, mine)
         role = b"lynxproto 1 client" if of_client else b"lynxproto 1 server"
@@ -579,6 +582,7 @@ class Connection:
                 self._on_client_hello(stripe, body)
             stripe.state = advance(STRIPE, stripe.state, "hello")
         elif isinstance(body, frames.HelloAck) and stripe.state is StripeState.PROOF:
+            stripe.peer_proof = payload
             self._on_proof(stripe, body)
         else:
             text = f"{type(body).__name__} in state {stripe.state.value!r} of the handshake"

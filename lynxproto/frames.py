@@ -256,14 +256,14 @@ def grease_frame(random: Random) -> bytes:
 
 
 def data_frame(
-    transfer: int, key: TileKey, level: int, attempt: int, codec_id: int, payload: memoryview, flags: int = 0
+    transfer: int, key: TileKey, level: int, payload: memoryview, *, attempt: int, codec_id: int
 ) -> list[memoryview]:
     """Header (with extension) and payload of a DATA frame; the payload is not copied."""
     extension = b""
     if key.bitmap:
         extension = key.bitmap + crc32c(key.bitmap).to_bytes(4, "little")
     header = Header(
-        FrameType.DATA, transfer, payload.nbytes, crc32c(payload), flags, key.layer, key.part, level, attempt,
+        FrameType.DATA, transfer, payload.nbytes, crc32c(payload), 0, key.layer, key.part, level, attempt,
         key.head_start, key.heads, key.token_start, key.token_stop, codec_id, key.codec, len(extension),
     )  # fmt: skip
     return [memoryview(header.pack() + extension), payload]

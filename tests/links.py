@@ -413,3 +413,20 @@ class World:
         else:
             raise AssertionError("timers never come to rest")
         self.now = end
+        for shell in self.shells:
+            shell.handle_events(end)
+
+    def new_pipe(self) -> Pipe:
+        """Another byte stream, its handshake carried over faithfully."""
+        pipe = Pipe(self)
+        self.pipes.append(pipe)
+        for _ in range(3):
+            for side in (0, 1):
+                pipe.collect(side)
+                frames, pipe.frames[side] = pipe.frames[side], []
+                for frame in frames:
+                    pipe.deliver(side, frame)
+        for shell in self.shells:
+            shell.handle_events(self.now)
+        self.drop_closed()
+        return pipe
