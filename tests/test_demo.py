@@ -93,7 +93,7 @@ def test_tables_and_plot(report, tmp_path):
 def measurement(**decode: object) -> Measurement:
     base = {
         "shown": [10.2], "committed": [10.4], "tokens": [1, 2], "digest": "d", "lossy": False,
-        "levels": {"0": {"wire": 1_000_000}, "1": {"wire": 500_000}},
+        "levels": {"0": {"bytes": 1_000_000}, "1": {"bytes": 500_000}},
         "drafted": 1, "accepted": 1, "redecided": [], "mismatches": [],
     }  # fmt: skip
     sent = {"complete": 10.0, "started": 10.0, "wire_bytes": 1_500_100}

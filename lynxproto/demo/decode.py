@@ -16,7 +16,6 @@ from lynxproto.config import MAX_LEVELS, Config
 from lynxproto.demo.model import load_model
 from lynxproto.demo.pipe import Pipe, serve
 from lynxproto.demo.prefill import digest
-from lynxproto.frames import HEADER_SIZE
 from lynxproto.manifest import Manifest
 from lynxproto.speculation import Event, Provisional, Speculation, Verified, measure_noise
 
@@ -120,12 +119,7 @@ class Decode:
             "marks": run.marks,
             "progress": run.progress,
             "levels": {
-                level: {
-                    "payload": stats.bytes,
-                    "frames": stats.chunks,
-                    "wire": stats.bytes + HEADER_SIZE * stats.chunks,
-                }
-                for level, stats in transfer.stats.levels.items()
+                level: {"bytes": stats.bytes, "frames": stats.chunks} for level, stats in transfer.stats.levels.items()
             },
             "lossy": transfer.manifest.lossy,
             "digest": digest(transfer.arrays),

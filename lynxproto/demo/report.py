@@ -8,6 +8,7 @@ from enum import Enum
 from statistics import median
 from typing import Any, Final
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 __all__ = ["METHODS", "Measurement", "Report", "Table", "level_names"]
@@ -69,12 +70,12 @@ class Measurement:
         return self.since_complete(self.decode["committed"][-1])
 
     def level_bytes(self) -> dict[int, int]:
-        """Bytes of each level with the headers of its frames."""
-        return {int(level): stats["wire"] for level, stats in sorted(self.decode["levels"].items())}
+        """Bytes of each level's frames."""
+        return {int(level): stats["bytes"] for level, stats in sorted(self.decode["levels"].items())}
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all levels with frame headers."""
+        """Bytes of all levels."""
         return sum(self.level_bytes().values())
 
     @property
@@ -92,11 +93,11 @@ class Measurement:
 
     def line(self) -> str:
         """The run in one line."""
-        text = f"first decoded token {self.first_provisional:6.3f} s, last {self.last_verified:6.3f} s"
+        text = f"first {self.first_provisional:6.3f} s, last {self.last_verified:6.3f} s"
         if self.decode["drafted"]:
-            text += f"; drafted {self.decode['drafted']}, accepted {self.decode['accepted']}"
+            text += f"; accepted {self.decode['accepted']} of {self.decode['drafted']}"
         if self.decode["redecided"]:
-            text += f"; decided again: {', '.join(map(str, self.decode['redecided']))}"
+            text += f"; again: {', '.join(map(str, self.decode['redecided']))}"
         return text
 
 
@@ -188,13 +189,15 @@ class Report:
                 yield self._table(table, title)
 
     def _table(self, table: Table, title: str) -> RichTable:
-        rich = RichTable(title=title, title_justify="left", title_style="bold", pad_edge=False)
-        rich.add_column("method")
+        rich = RichTable(
+            title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        rich.add_column("method", no_wrap=True)
         for column in (
-            "MB: anchor\n/ all levels",
-            "first token, s\nshown / verified",
-            f"token {self.decode}, s\nshown / verified",
-            "accepted\n/ drafted",
+            "MB: first\n/all levels",
+            "token 1, s\nshown/final",
+            f"token {self.decode}, s\nshown/final",
+            "accepted\n/drafted",
             "bit-\nexact",
             "BF16's\ntokens",
         ):

@@ -60,7 +60,7 @@ class Screen:
 
     def end(self, measurement: Measurement) -> None:
         """A run ended."""
-        self._console.print(f"  {self._progress.tasks[0].description:<32} {measurement.line()}", highlight=False)
+        self._console.print(f"  {self._progress.tasks[0].description:<31} {measurement.line()}", highlight=False)
 
     def on_prefill(self, event: dict[str, Any]) -> None:
         """An event of the prefill process."""
