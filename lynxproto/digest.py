@@ -17,9 +17,9 @@ __all__ = ["DIGEST_SIZE", "crc32c", "tile_digest"]
 DIGEST_SIZE: Final = 16
 
 
-def crc32c(data: bytes | bytearray | memoryview) -> int:
-    """CRC32C of ``data``, 32 bits; ``crc32c(b"123456789") == 0xE3069283``."""
-    return cast(int, _crc32c.crc32c(data))
+def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
+    """CRC32C of ``data``, 32 bits; ``crc32c(b"123456789") == 0xE3069283``. ``value``: that of the bytes before it."""
+    return cast(int, _crc32c.crc32c(data, value))
 
 
 def tile_digest(spec: ChunkSpec, array: Any) -> bytes:

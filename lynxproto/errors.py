@@ -13,6 +13,7 @@ __all__ = [
     "AuthenticationError",
     "BenchmarkError",
     "CacheFileError",
+    "CaptureError",
     "CodecError",
     "ConfigError",
     "ConnectionClosedError",
@@ -89,6 +90,10 @@ class ConfigError(LocalError, ValueError):
 
 class CacheFileError(LocalError):
     """A file that does not hold a KV cache, or holds a broken one."""
+
+
+class CaptureError(LocalError):
+    """A file that is no capture of frames, or a capture that cannot be written."""
 
 
 class MissingDependencyError(LocalError, ImportError):
