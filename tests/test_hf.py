@@ -7,8 +7,10 @@ import threading
 import numpy as np
 import pytest
 
+from lynxproto.codecs import get_codec
 from lynxproto.errors import SpecError, SpeculationError
 from lynxproto.manifest import Manifest
+from lynxproto.policy import Policy
 from lynxproto.speculation import Greedy, SeededSampler, Speculation, measure_noise
 
 torch = pytest.importorskip("torch")
@@ -236,3 +238,47 @@ def test_recurrent_state_is_refused():
     config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(SpecError, match=r"layer 1 .* LinearAttention"):
         WordCache(config, 8)
+
+
+@pytest.mark.model
+def test_real_model_drafts_on_an_anchor_and_ends_exact():
+    """The whole path but the wire: hq's anchor, then the exact words, into a running engine."""
+    pytest.importorskip("gguf")
+    from lynxproto.demo.model import load_model, load_tokenizer, prepare_model, prose
+
+    folder, revision = prepare_model()
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    prompt = prose(tokenizer, 160)
+    sender = HFEngine(model, WordCache(model.config, 200))
+    first = int(sender.prefill(prompt).argmax())
+    manifest = make_manifest(model, len(prompt), make_identity(model, tokenizer, revision=revision))
+    words = {
+        (layer.index, p): sender.cache.words(layer.index, p).copy() for layer in manifest.layers for p in layer.parts
+    }
+    plain = Speculation(sender, prompt, first, max_draft=0, max_tokens=13)
+    list(plain.verify())
+    list(plain.decode())
+
+    receiver = HFEngine(model, WordCache(model.config, 200))
+    arrays = receiver.cache.allocate(manifest, model)
+    policy = Policy(sinks=0, recent=0)
+    codec = get_codec(policy.body)
+
+    def install(levels: int) -> None:
+        for layer in manifest.layers:
+            for tile in policy.tiles("bfloat16", layer):
+                key = (layer.index, tile.part)
+                spec = tile.spec("bfloat16", layer.head_dim(tile.part))
+                codec.decode(spec, codec.encode(spec, words[key])[:levels], arrays[key])
+            receiver.cache.refresh(layer.index, len(prompt))
+
+    install(1)
+    assert any((arrays[key] != words[key]).any() for key in words)
+    noise = measure_noise(sender, len(prompt), plain.tokens)
+    run = Speculation(receiver, prompt, first, max_draft=8, max_tokens=13, noise=noise)
+    list(run.draft())
+    list(run.verify(lambda: install(codec.levels)))
+    list(run.decode())
+    assert all((arrays[key] == words[key]).all() for key in words)
+    assert run.tokens == plain.tokens
+    assert run.report.accepted > 0
