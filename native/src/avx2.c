@@ -351,25 +351,33 @@ static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, co
     }
 }
 
-/* --- level 2 of bfloat16; float16 takes the portable kernels ----------------------------------------------------- */
+/* --- level 2 ---------------------------------------------------------------------------------------------------- */
 
-/* Cells of 16 codes: least magnitude word and number of words; zero cells get number 1. */
-INLINE void cells(__m256i k, __m256 scale1, __m256 scale2, __m256i *low, __m256i *count, __m256i *zero) {
-    const __m256i a = _mm256_abs_epi16(k), nothing = _mm256_setzero_si256(), up = _mm256_set1_epi32(0xffff);
+/* The least magnitude words not below x (positive), in natural order. */
+INLINE __m256i ceil_words(int dtype, __m256 x1, __m256 x2) {
+    if (dtype == LYNX_FLOAT16) {
+        return in_order(_mm256_set_m128i(_mm256_cvtps_ph(x2, _MM_FROUND_TO_POS_INF), _mm256_cvtps_ph(x1, _MM_FROUND_TO_POS_INF)));
+    }
+    const __m256i up = _mm256_set1_epi32(0xffff);
+    return _mm256_packus_epi32(_mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x1), up), 16),
+                               _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x2), up), 16));
+}
+
+/* Cells of 16 integers k: least magnitude word and number of words; zero cells count 1. */
+INLINE void cells(int dtype, __m256i k, __m256 scale1, __m256 scale2, __m256i *low, __m256i *count, __m256i *zero) {
+    const __m256i a = _mm256_abs_epi16(k), nothing = _mm256_setzero_si256();
     const __m256 half = _mm256_set1_ps(0.5f);
     const __m256 middle1 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_unpacklo_epi16(a, nothing)), scale1);
     const __m256 middle2 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_unpackhi_epi16(a, nothing)), scale2);
     const __m256 h1 = _mm256_mul_ps(scale1, half), h2 = _mm256_mul_ps(scale2, half);
-#define WORD(x) _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x), up), 16)
-    *low = _mm256_packus_epi32(WORD(_mm256_sub_ps(middle1, h1)), WORD(_mm256_sub_ps(middle2, h2)));
-    const __m256i high = _mm256_packus_epi32(WORD(_mm256_add_ps(middle1, h1)), WORD(_mm256_add_ps(middle2, h2)));
-#undef WORD
+    *low = ceil_words(dtype, _mm256_sub_ps(middle1, h1), _mm256_sub_ps(middle2, h2));
+    const __m256i high = ceil_words(dtype, _mm256_add_ps(middle1, h1), _mm256_add_ps(middle2, h2));
     *zero = _mm256_cmpeq_epi16(a, nothing);
     *count = _mm256_blendv_epi8(_mm256_sub_epi16(high, *low), _mm256_set1_epi16(1), *zero);
 }
 
 /* 2^floor(log2 n) - 1 of each byte n. */
-INLINE __m256i width_mask(__m256i n) {
+INLINE __m256i width_mask8(__m256i n) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 1, 1, 3, 3, 3, 3, 7, 7, 7, 7, 7, 7, 7, 7));
     const __m256i high = _mm256_broadcastsi128_si256(
@@ -378,8 +386,35 @@ INLINE __m256i width_mask(__m256i n) {
                            _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(n, 4), nibble)));
 }
 
+/* The same of each 16-bit n below 2048. */
+INLINE __m256i width_mask16(__m256i n) {
+    n = _mm256_srli_epi16(n, 1);
+    n = _mm256_or_si256(n, _mm256_srli_epi16(n, 1));
+    n = _mm256_or_si256(n, _mm256_srli_epi16(n, 2));
+    n = _mm256_or_si256(n, _mm256_srli_epi16(n, 4));
+    return _mm256_or_si256(n, _mm256_srli_epi16(n, 8));
+}
+
 INLINE uint32_t bits_of(__m256i bytes) {
     return (uint32_t)_mm256_movemask_epi8(bytes);
+}
+
+/* One bit per 16-bit lane of two registers of 0 or -1. */
+INLINE uint32_t bits_of16(__m256i first, __m256i second) {
+    return bits_of(in_order(_mm256_packs_epi16(first, second)));
+}
+
+/* Bytes of 0 or -1 from 32 bits. */
+INLINE __m256i bytes_of(uint32_t bits) {
+    const __m256i pick = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
+                                          3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), pick);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+}
+
+INLINE __m256i half_of(__m256i bytes, int i) { /* 16 of 32 signed bytes as 16-bit lanes */
+    return _mm256_cvtepi8_epi16(i == 0 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1));
 }
 
 INLINE uint64_t read64(const uint8_t *p) {
@@ -411,10 +446,41 @@ INLINE uint32_t position(const bit_writer *out, const uint8_t *start) {
     return (uint32_t)(8 * (out->at - start)) + out->filled;
 }
 
-INLINE void rank_zeros(uint64_t zeros, const uint16_t *row, int part, int token, const lynx_params *params,
+/* The bits that `mask` selects in each of four 64-bit lanes of `v`. */
+INLINE void put_lanes(bit_writer *out, __m256i v, __m256i mask) {
+    _Alignas(32) uint64_t values[4], masks[4];
+    store(values, v);
+    store(masks, mask);
+    for (int i = 0; i < 4; i++) {
+        put(out, _pext_u64(values[i], masks[i]), (uint32_t)_mm_popcnt_u64(masks[i]));
+    }
+}
+
+INLINE __m256i get_lanes(const uint8_t *stream, uint32_t *bits, __m256i mask) {
+    _Alignas(32) uint64_t masks[4];
+    uint64_t values[4];
+    store(masks, mask);
+    for (int i = 0; i < 4; i++) {
+        values[i] = _pdep_u64(read64(stream + (*bits >> 3)) >> (*bits & 7), masks[i]);
+        *bits += (uint32_t)_mm_popcnt_u64(masks[i]);
+    }
+    return _mm256_set_epi64x((long long)values[3], (long long)values[2], (long long)values[1], (long long)values[0]);
+}
+
+INLINE uint32_t get_flagged(const uint8_t *stream, uint32_t *bits, uint32_t flagged) {
+    const uint32_t values = _pdep_u32((uint32_t)(read64(stream + (*bits >> 3)) >> (*bits & 7)), flagged);
+    *bits += (uint32_t)_mm_popcnt_u32(flagged);
+    return values;
+}
+
+INLINE void rank_zeros(int part, int dtype, uint64_t zeros, const uint16_t *row, int token, const lynx_params *params,
                        lynx_streams *streams) {
     for (; zeros != 0; zeros &= zeros - 1) {
         const int c = __builtin_ctzll(zeros);
+        if (dtype == LYNX_FLOAT16) {
+            streams->x[streams->x_count++] = row[c];
+            continue;
+        }
         const uint32_t magnitude = row[c] & 0x7fff;
         const float half_scale = params->scale[part == LYNX_KEY ? c : token] * 0.5f;
         uint32_t code = ceil_word(LYNX_BFLOAT16, half_scale) - 1 - magnitude;
@@ -428,75 +494,14 @@ INLINE void rank_zeros(uint64_t zeros, const uint16_t *row, int part, int token,
     }
 }
 
-INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, int channels,
-                    const lynx_params *params, lynx_streams *streams) {
-    _Alignas(32) float scales[ROW];
-    unpack_order(params->scale, scales);
-    const uint64_t valid = channels == ROW ? ~0ull : (1ull << channels) - 1;
-    memset(streams->w, 0, sizeof streams->w);
-    streams->w_count = streams->x_count = 0;
-    bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
-    for (int t = 0; t < tokens; t++) {
-        const uint16_t *row = rows + t * stride;
-        const __m256 of_token = _mm256_set1_ps(params->scale[t]);
-        const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
-        uint64_t zeros = 0;
-        for (int half = 0; half < 2; half++) {
-            __m256i low[2], count[2], zero[2], r[2];
-            for (int i = 0; i < 2; i++) {
-                const int at = 2 * half + i;
-                const __m256i k = codes_minus_offset(part, codes + t * ROW, at, params, token_offset);
-                cells(k, part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at) : of_token,
-                      part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at + 8) : of_token, &low[i], &count[i], &zero[i]);
-                const __m256i magnitude = _mm256_and_si256(load(row + 16 * at), _mm256_set1_epi16(0x7fff));
-                r[i] = _mm256_andnot_si256(zero[i], _mm256_sub_epi16(magnitude, low[i]));
-            }
-            __m256i n = in_order(_mm256_packus_epi16(count[0], count[1]));
-            const __m256i ranks = in_order(_mm256_packus_epi16(r[0], r[1]));
-            zeros |= (uint64_t)bits_of(in_order(_mm256_packs_epi16(zero[0], zero[1]))) << 32 * half;
-            __m256i mask = width_mask(n);
-            const __m256i field = _mm256_and_si256(ranks, mask);
-            const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), _mm256_set1_epi8(1));
-            /* field < extra, and the bit above the field */
-            uint32_t flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field));
-            const uint32_t above = ~bits_of(_mm256_cmpeq_epi8(field, ranks));
-            if (channels < ROW) {
-                _Alignas(32) uint8_t keep[32];
-                for (int c = 0; c < 32; c++) {
-                    keep[c] = 32 * half + c < channels ? 255 : 0;
-                }
-                mask = _mm256_and_si256(mask, load(keep));
-                flagged &= (uint32_t)(valid >> 32 * half);
-            }
-            _Alignas(32) uint64_t fields[4], masks[4];
-            store(fields, field);
-            store(masks, mask);
-            for (int i = 0; i < 4; i++) {
-                put(&a, _pext_u64(fields[i], masks[i]), (uint32_t)_mm_popcnt_u64(masks[i]));
-            }
-            put(&b, _pext_u32(above, flagged), (uint32_t)_mm_popcnt_u32(flagged));
-        }
-        rank_zeros(zeros & valid, row, part, t, params, streams);
-    }
-    streams->a_bits = position(&a, streams->a);
-    streams->b_bits = position(&b, streams->b);
-}
-
-static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
-                 int channels, const lynx_params *params, lynx_streams *streams) {
-    if (dtype != LYNX_BFLOAT16 || params->constant != 0) {
-        lynx_scalar.rank(part, dtype, rows, stride, codes, tokens, channels, params, streams);
-    } else if (part == LYNX_KEY) {
-        rank_as(LYNX_KEY, rows, stride, codes, tokens, channels, params, streams);
-    } else {
-        rank_as(LYNX_VALUE, rows, stride, codes, tokens, channels, params, streams);
-    }
-}
-
-INLINE bool unrank_zeros(uint64_t zeros, uint16_t *row, int part, int token, const lynx_params *params,
+INLINE bool unrank_zeros(int part, int dtype, uint64_t zeros, uint16_t *row, int token, const lynx_params *params,
                          lynx_streams *streams) {
     for (; zeros != 0; zeros &= zeros - 1) {
         const int c = __builtin_ctzll(zeros);
+        if (dtype == LYNX_FLOAT16) {
+            row[c] = streams->x[streams->x_count++];
+            continue;
+        }
         const uint32_t field = get_bits(streams->w, 12 * streams->w_count++, 12);
         const uint32_t code = field & 2047, sign = field >> 11 << 15;
         const uint32_t top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : token] * 0.5f) - 1;
@@ -512,66 +517,134 @@ INLINE bool unrank_zeros(uint64_t zeros, uint16_t *row, int part, int token, con
     return true;
 }
 
-INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+/* What rank and unrank need of 32 channels of a row: integers and cells. */
+typedef struct {
+    __m256i k[2], low[2], count[2];
+    uint32_t zeros;
+} half_row;
+
+INLINE half_row half_row_of(int part, int dtype, const uint8_t *codes, int token, int half, const float *scales,
+                            const lynx_params *params) {
+    const __m256 of_token = _mm256_set1_ps(params->scale[token]);
+    const __m256i token_offset = _mm256_set1_epi16(params->offset[token]);
+    half_row row;
+    __m256i zero[2];
+    for (int i = 0; i < 2; i++) {
+        const int at = 2 * half + i;
+        row.k[i] = codes_minus_offset(part, codes + token * ROW, at, params, token_offset);
+        cells(dtype, row.k[i], part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at) : of_token,
+              part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at + 8) : of_token, &row.low[i], &row.count[i], &zero[i]);
+    }
+    row.zeros = bits_of16(zero[0], zero[1]);
+    return row;
+}
+
+/* All ones in the channels that a block has. */
+INLINE __m256i kept_channels(int channels, int half) {
+    const int n = channels - 32 * half;
+    return bytes_of(n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1);
+}
+
+INLINE void rank_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                    int channels, const lynx_params *params, lynx_streams *streams) {
+    _Alignas(32) float scales[ROW];
+    unpack_order(params->scale, scales);
+    const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
+    const __m256i magnitude_bits = _mm256_set1_epi16(0x7fff);
+    memset(streams->w, 0, sizeof streams->w);
+    streams->w_count = streams->x_count = 0;
+    bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
+    for (int t = 0; t < tokens; t++) {
+        const uint16_t *row = rows + t * stride;
+        uint64_t zeros = 0;
+        for (int half = 0; half < 2; half++) {
+            const half_row in = half_row_of(part, dtype, codes, t, half, scales, params);
+            zeros |= (uint64_t)(in.zeros & bits_of(keep[half])) << 32 * half;
+            __m256i r[2];
+            for (int i = 0; i < 2; i++) {
+                const __m256i magnitude = _mm256_and_si256(load(row + 32 * half + 16 * i), magnitude_bits);
+                r[i] = _mm256_sub_epi16(magnitude, in.low[i]);
+            }
+            uint32_t flagged, above; /* ranks of which B holds a bit, and the bit */
+            if (dtype == LYNX_BFLOAT16) {
+                const __m256i n = in_order(_mm256_packus_epi16(in.count[0], in.count[1]));
+                const __m256i rank8 = in_order(_mm256_packus_epi16(r[0], r[1]));
+                const __m256i mask = width_mask8(n), field = _mm256_and_si256(rank8, mask);
+                const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), _mm256_set1_epi8(1));
+                flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field)); /* field < extra */
+                above = ~bits_of(_mm256_cmpeq_epi8(field, rank8));
+                put_lanes(&a, field, _mm256_and_si256(mask, keep[half]));
+            } else {
+                __m256i has[2], same[2];
+                for (int i = 0; i < 2; i++) {
+                    const __m256i mask = width_mask16(in.count[i]), field = _mm256_and_si256(r[i], mask);
+                    const __m256i extra = _mm256_sub_epi16(_mm256_sub_epi16(in.count[i], mask), _mm256_set1_epi16(1));
+                    has[i] = _mm256_cmpgt_epi16(extra, field);
+                    same[i] = _mm256_cmpeq_epi16(field, r[i]);
+                    put_lanes(&a, field, _mm256_and_si256(mask, half_of(keep[half], i)));
+                }
+                flagged = bits_of16(has[0], has[1]);
+                above = ~bits_of16(same[0], same[1]);
+            }
+            flagged &= bits_of(keep[half]);
+            put(&b, _pext_u32(above, flagged), (uint32_t)_mm_popcnt_u32(flagged));
+        }
+        rank_zeros(part, dtype, zeros, row, t, params, streams);
+    }
+    streams->a_bits = position(&a, streams->a);
+    streams->b_bits = position(&b, streams->b);
+}
+
+INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                      lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
     _Alignas(32) float scales[ROW];
     unpack_order(params->scale, scales);
-    const uint64_t valid = channels == ROW ? ~0ull : (1ull << channels) - 1;
-    const __m256i pick = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
-                                          3, 3, 3, 3, 3, 3);
-    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
     streams->w_count = streams->x_count = 0;
     uint32_t a_bits = 0, b_bits = 0;
     __m256i empty = _mm256_setzero_si256();
     for (int t = 0; t < tokens; t++) {
         uint16_t *row = rows + t * stride;
-        const __m256 of_token = _mm256_set1_ps(params->scale[t]);
-        const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
         uint64_t zeros = 0;
         for (int half = 0; half < 2; half++) {
-            __m256i k[2], low[2], count[2], zero[2];
-            for (int i = 0; i < 2; i++) {
-                const int at = 2 * half + i;
-                k[i] = codes_minus_offset(part, codes + t * ROW, at, params, token_offset);
-                cells(k[i], part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at) : of_token,
-                      part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at + 8) : of_token, &low[i], &count[i], &zero[i]);
-            }
-            __m256i n = in_order(_mm256_packus_epi16(count[0], count[1]));
-            if (channels < ROW) {
-                _Alignas(32) uint8_t keep[32];
-                for (int c = 0; c < 32; c++) {
-                    keep[c] = 32 * half + c < channels ? 255 : 0;
+            const half_row in = half_row_of(part, dtype, codes, t, half, scales, params);
+            zeros |= (uint64_t)(in.zeros & bits_of(keep[half])) << 32 * half;
+            __m256i ranks[2];
+            if (dtype == LYNX_BFLOAT16) {
+                const __m256i one = _mm256_set1_epi8(1);
+                const __m256i n = _mm256_blendv_epi8(one, in_order(_mm256_packus_epi16(in.count[0], in.count[1])),
+                                                     keep[half]);
+                empty = _mm256_or_si256(empty, _mm256_cmpeq_epi8(n, _mm256_setzero_si256()));
+                const __m256i mask = width_mask8(n), field = get_lanes(streams->a, &a_bits, mask);
+                const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), one);
+                const uint32_t flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field));
+                const __m256i above = bytes_of(get_flagged(streams->b, &b_bits, flagged));
+                const __m256i rank8 = _mm256_add_epi8(field, _mm256_and_si256(above, _mm256_add_epi8(mask, one)));
+                ranks[0] = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(rank8));
+                ranks[1] = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(rank8, 1));
+            } else {
+                const __m256i one = _mm256_set1_epi16(1);
+                __m256i mask[2], field[2], has[2];
+                for (int i = 0; i < 2; i++) {
+                    const __m256i n = _mm256_blendv_epi8(one, in.count[i], half_of(keep[half], i));
+                    empty = _mm256_or_si256(empty, _mm256_cmpeq_epi16(n, _mm256_setzero_si256()));
+                    mask[i] = width_mask16(n);
+                    field[i] = get_lanes(streams->a, &a_bits, mask[i]);
+                    const __m256i extra = _mm256_sub_epi16(_mm256_sub_epi16(n, mask[i]), one);
+                    has[i] = _mm256_cmpgt_epi16(extra, field[i]);
                 }
-                n = _mm256_blendv_epi8(_mm256_set1_epi8(1), n, load(keep));
+                const __m256i above = bytes_of(get_flagged(streams->b, &b_bits, bits_of16(has[0], has[1])));
+                for (int i = 0; i < 2; i++) {
+                    const __m256i high = _mm256_and_si256(half_of(above, i), _mm256_add_epi16(mask[i], one));
+                    ranks[i] = _mm256_add_epi16(field[i], high);
+                }
             }
-            empty = _mm256_or_si256(empty, _mm256_cmpeq_epi8(n, _mm256_setzero_si256()));
-            zeros |= (uint64_t)bits_of(in_order(_mm256_packs_epi16(zero[0], zero[1]))) << 32 * half;
-            const __m256i mask = width_mask(n);
-            _Alignas(32) uint64_t masks[4];
-            uint64_t fields[4];
-            store(masks, mask);
-            for (int i = 0; i < 4; i++) {
-                fields[i] = _pdep_u64(read64(streams->a + (a_bits >> 3)) >> (a_bits & 7), masks[i]);
-                a_bits += (uint32_t)_mm_popcnt_u64(masks[i]);
-            }
-            const __m256i field = _mm256_set_epi64x((long long)fields[3], (long long)fields[2], (long long)fields[1],
-                                                    (long long)fields[0]);
-            const __m256i one = _mm256_set1_epi8(1);
-            const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), one);
-            const uint32_t flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field));
-            const uint32_t above = _pdep_u32((uint32_t)(read64(streams->b + (b_bits >> 3)) >> (b_bits & 7)), flagged);
-            b_bits += (uint32_t)_mm_popcnt_u32(flagged);
-            const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)above), pick), bit);
-            const __m256i set = _mm256_cmpeq_epi8(spread, bit);
-            const __m256i ranks = _mm256_add_epi8(field, _mm256_and_si256(set, _mm256_add_epi8(mask, one)));
             for (int i = 0; i < 2; i++) {
-                const __m128i r = i == 0 ? _mm256_castsi256_si128(ranks) : _mm256_extracti128_si256(ranks, 1);
-                const __m256i magnitude = _mm256_add_epi16(low[i], _mm256_cvtepu8_epi16(r));
-                store(row + 32 * half + 16 * i,
-                      _mm256_or_si256(magnitude, _mm256_and_si256(k[i], _mm256_set1_epi16(INT16_MIN))));
+                const __m256i sign = _mm256_and_si256(in.k[i], _mm256_set1_epi16(INT16_MIN));
+                store(row + 32 * half + 16 * i, _mm256_or_si256(_mm256_add_epi16(in.low[i], ranks[i]), sign));
             }
         }
-        if (!unrank_zeros(zeros & valid, row, part, t, params, streams)) {
+        if (!unrank_zeros(part, dtype, zeros, row, t, params, streams)) {
             return LYNX_ERR_RANK;
         }
     }
@@ -580,15 +653,26 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
     return _mm256_testz_si256(empty, empty) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
+static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                 int channels, const lynx_params *params, lynx_streams *streams) {
+    if (dtype == LYNX_FLOAT16) {
+        rank_as(part, LYNX_FLOAT16, rows, stride, codes, tokens, channels, params, streams);
+    } else if (part == LYNX_KEY) {
+        rank_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, codes, tokens, channels, params, streams);
+    } else {
+        rank_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, codes, tokens, channels, params, streams);
+    }
+}
+
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
-    if (dtype != LYNX_BFLOAT16 || params->constant != 0) {
-        return lynx_scalar.unrank(part, dtype, codes, tokens, channels, params, streams, rows, stride);
+    if (dtype == LYNX_FLOAT16) {
+        return unrank_as(part, LYNX_FLOAT16, codes, tokens, channels, params, streams, rows, stride);
     }
     if (part == LYNX_KEY) {
-        return unrank_as(LYNX_KEY, codes, tokens, channels, params, streams, rows, stride);
+        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, channels, params, streams, rows, stride);
     }
-    return unrank_as(LYNX_VALUE, codes, tokens, channels, params, streams, rows, stride);
+    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, channels, params, streams, rows, stride);
 }
 
 /* ceil(log2) of the largest cell of an integer of magnitude a: at most 512 / (2a + 1) + 1 words, 214 for a = 1. A zero
@@ -689,9 +773,6 @@ INLINE void pack_row_as(int word_bytes, const uint8_t *words, size_t count, int 
 }
 
 INLINE void unpack_row_as(int word_bytes, const uint8_t *const *planes, size_t count, uint8_t *words) {
-    const __m256i pick = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
-                                          3, 3, 3, 3, 3, 3);
-    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
     for (size_t i = 0; i < count; i += 32) {
         __m256i bytes[4];
         for (int byte = 0; byte < word_bytes; byte++) {
@@ -702,8 +783,7 @@ INLINE void unpack_row_as(int word_bytes, const uint8_t *const *planes, size_t c
                 if (planes[p] != NULL) {
                     uint32_t bits;
                     memcpy(&bits, planes[p] + i / 8, sizeof bits);
-                    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), pick);
-                    v = _mm256_sub_epi8(v, _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit));
+                    v = _mm256_sub_epi8(v, bytes_of(bits));
                 }
             }
             bytes[byte] = v;

@@ -632,7 +632,7 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                     kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, to, stride);
                 } else {
                     read_ranks(entry, levels->rank + ranks, &s->streams);
-                    const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar;
+                    const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
                     if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,
                                        &s->streams, to, stride) != LYNX_OK ||
                         !ranks_fit(&s->streams, entry)) {
