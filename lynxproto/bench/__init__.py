@@ -14,6 +14,7 @@ __all__ = ["bench"]
 #: name -> "module:attribute" of a click command
 _COMMANDS = {
     "codec": "lynxproto.bench.codec:codec",
+    "instructions": "lynxproto.bench.instructions:instructions",
 }
 
 

@@ -21,7 +21,7 @@ from lynxproto.chunk import ChunkSpec
 from lynxproto.codecs import Codec, codec_ids, get_codec
 from lynxproto.errors import ConfigError
 
-__all__ = ["PEERS", "PRESETS", "Contestant", "Ours", "Peer", "Skipped", "select"]
+__all__ = ["PEERS", "PRESETS", "Contestant", "Ours", "Peer", "Skipped", "own_names", "select"]
 
 #: Presets of the hq codec, in the order in which they are shown.
 PRESETS = ("fast", "balanced", "dense")
@@ -359,14 +359,20 @@ def select(names: Sequence[str], presets: Sequence[str]) -> tuple[list[Contestan
     """
     chosen: list[Contestant] = []
     skipped: list[Skipped] = []
-    for name in names or _default_names(presets):
+    for name in names or [*own_names(presets), *PEERS]:
         if name in PEERS:
             try:
                 chosen.append(PEERS[name]())
             except NotInstalled as absent:
                 skipped.append(Skipped(name, f"not installed: pip install {absent}"))
         elif name == "hq":
-            chosen += [Ours(get_codec("hq", preset=preset), preset) for preset in presets or PRESETS]
+            for preset in presets or PRESETS:
+                try:
+                    chosen.append(Ours(get_codec("hq", preset=preset), preset))
+                except ConfigError as error:
+                    if presets:
+                        raise
+                    skipped.append(Skipped(f"hq {preset}", str(error)))
         elif name.startswith("{"):
             chosen.append(Ours(get_codec(_config(name)), _brief(_config(name))))
         elif name in codec_ids():
@@ -378,9 +384,9 @@ def select(names: Sequence[str], presets: Sequence[str]) -> tuple[list[Contestan
     return chosen, skipped
 
 
-def _default_names(presets: Sequence[str]) -> list[str]:
-    ours = ["hq"] if presets else ["hq", *_UNIFORM, "bitplane"]
-    return [*ours, *PEERS]
+def own_names(presets: Sequence[str]) -> list[str]:
+    """The default choice among lynxproto's codecs: only hq if ``presets`` of it are given."""
+    return ["hq"] if presets else ["hq", *_UNIFORM, "bitplane"]
 
 
 def _config(text: str) -> dict[str, Any]:

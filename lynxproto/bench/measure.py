@@ -29,7 +29,7 @@ __all__ = ["Case", "Memcpy", "Run", "policy_bits"]
 
 _GIGA: Final = 1e9
 #: A peer gets no further round after this many seconds of a source.
-PEER_SECONDS: Final = 5.0
+PEER_SECONDS: Final = 3.0
 _SCRIBBLE: Final = 0x5A
 
 Step = Callable[[], None]
