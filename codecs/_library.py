@@ -38,6 +38,10 @@ ISAS: Final[dict[str, int]] = {
 
 T = TypeVar("T")
 
+_wanted = os.environ.get("LYNXPROTO_ISA")
+if _wanted and ISAS.get(_wanted) != lib.lynx_isa():
+    raise ConfigError(f"LYNXPROTO_ISA={_wanted}: no such kernels on this machine; known: {', '.join(ISAS)}")
+
 
 def instruction_set() -> str:
     """Name of the instruction set whose kernels run (``LYNXPROTO_ISA`` in the environment sets the first choice)."""

@@ -169,11 +169,12 @@ class HQ(Codec):
         }
 
     def max_encoded_size(self, spec: ChunkSpec, level: int) -> int:
-        """The header, and the tile's bytes: what a ``stored`` level 0 takes; no level takes more."""
-        self._tile(spec)
+        """The header and, in the middle level, its planes; elsewhere the tile's bytes, which ``stored`` tiles take."""
+        sizes = self._tile(spec).sizes
         if not 0 <= level < self._levels:
             raise SpecError(f"hq: level {level} of {self._levels}")
-        return _HEADER.size + spec.nbytes
+        middle = 0 < level < self._levels - 1
+        return _HEADER.size + min(spec.nbytes, int(sizes.rest) if middle else spec.nbytes)
 
     def encode(
         self, spec: ChunkSpec, array: Any, *, levels: Sequence[int] | None = None, threads: int = 1
@@ -327,6 +328,8 @@ def _tile(part: int, dtype: int, shape: tuple[int, int, int], bits: int) -> _Til
 
 def _strides(words: NDArray[Any]) -> tuple[int, int]:
     """Strides of heads and tokens in words."""
+    if not words.flags.aligned:
+        raise SpecError(f"the array's address is not a multiple of the word's {words.itemsize} bytes")
     for stride in words.strides[:2]:
         if stride % words.itemsize:
             raise SpecError(f"strides {words.strides} are not multiples of the word's {words.itemsize} bytes")

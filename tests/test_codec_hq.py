@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -483,6 +486,34 @@ def test_support() -> None:
                 codec.encode(spec, np.zeros(spec.shape, spec.word_dtype))
 
 
+def test_a_missing_library_is_a_named_error() -> None:
+    """Without the native module `raw` works, and the others say how to build it."""
+    script = """
+import sys
+sys.modules["lynxproto._native"] = None
+from lynxproto import get_codec
+from lynxproto.errors import MissingDependencyError
+get_codec("raw")
+for codec in ("hq", "bitplane"):
+    try:
+        get_codec(codec)
+    except MissingDependencyError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.count("pip install -e .") == 2
+
+
+def test_the_environment_selects_an_instruction_set() -> None:
+    script = "from lynxproto.codecs._library import instruction_set; print(instruction_set())"
+    for name in AVAILABLE:
+        environment = {**os.environ, "LYNXPROTO_ISA": name}
+        run = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+        )
+        assert run.stdout.strip() == name
+
+
 def test_misuse() -> None:
     codec = get_codec("hq")
     words = make("channels", "bfloat16", (1, 64, 64), 29)
@@ -503,6 +534,11 @@ def test_misuse() -> None:
         codec.encode(spec, words, threads=0)
     with pytest.raises(ConfigError):
         select_instruction_set("mmx")
+    odd = np.zeros(words.nbytes + 1, np.uint8)[1:].view(np.uint16).reshape(words.shape)
+    with pytest.raises(SpecError, match="address"):
+        codec.decode(spec, levels, odd)
+    with pytest.raises(SpecError, match="address"):
+        codec.encode(spec, odd)
     readonly = words.copy()
     readonly.flags.writeable = False
     with pytest.raises(SpecError):
