@@ -451,8 +451,15 @@ INLINE void put_lanes(bit_writer *out, __m256i v, __m256i mask) {
     _Alignas(32) uint64_t values[4], masks[4];
     store(values, v);
     store(masks, mask);
-    for (int i = 0; i < 4; i++) {
-        put(out, _pext_u64(values[i], masks[i]), (uint32_t)_mm_popcnt_u64(masks[i]));
+    for (int i = 0; i < 4; i += 2) { /* two lanes at once where they fit, which is nearly always */
+        const uint64_t first = _pext_u64(values[i], masks[i]), second = _pext_u64(values[i + 1], masks[i + 1]);
+        const uint32_t bits = (uint32_t)_mm_popcnt_u64(masks[i]), more = (uint32_t)_mm_popcnt_u64(masks[i + 1]);
+        if (__builtin_expect(bits + more <= 56, 1)) {
+            put(out, first | second << bits, bits + more);
+        } else {
+            put(out, first, bits);
+            put(out, second, more);
+        }
     }
 }
 
