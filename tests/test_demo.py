@@ -27,7 +27,7 @@ needs_model = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    settings = Settings(tokens=192, decode=6, max_draft=8, runs=1, link=40e6)
+    settings = Settings(tokens=192, decode=6, max_draft=8, runs=1, link=40e6, threads=1)
     return run(settings, Console(file=io.StringIO()))
 
 

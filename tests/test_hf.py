@@ -20,6 +20,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 from lynxproto.integrations.hf import HFEngine, WordCache, make_identity, make_manifest  # noqa: E402
 
+torch.set_num_threads(1)  # small matrices; on a busy machine several threads wait for each other
+
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 48,
