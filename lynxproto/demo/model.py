@@ -103,8 +103,8 @@ def _import() -> tuple[Any, Any]:
 def _convert(gguf: Path, folder: Path) -> None:
     torch, transformers = _import()
     try:
-        import accelerate  # noqa: F401
-        import gguf as gguf_package  # noqa: F401
+        for name in ("accelerate", "gguf"):  # transformers needs both here, and names them less well
+            importlib.import_module(name)
     except ImportError as error:
         raise MissingDependencyError(f"converting GGUF needs {error.name}; run: pip install 'lynxproto[hf]'") from error
     model = transformers.AutoModelForCausalLM.from_pretrained(

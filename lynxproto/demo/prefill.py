@@ -20,7 +20,7 @@ from lynxproto.demo.model import MAX_TOKENS, MODEL, cache_folder, load_model, lo
 from lynxproto.demo.pipe import Pipe, serve
 from lynxproto.errors import CacheFileError, ConfigError
 from lynxproto.manifest import Manifest
-from lynxproto.policy import Policy
+from lynxproto.policy import Policy, PolicyName
 from lynxproto.transports import TokenBucket
 
 __all__ = ["Prefill", "main"]
@@ -94,7 +94,7 @@ class Prefill:
             "prefill_s": prefill_s,
         }
 
-    async def send(self, url: str, method: str, link: float | None) -> Mapping[str, Any]:
+    async def send(self, url: str, method: PolicyName, link: float | None) -> Mapping[str, Any]:
         """Send the prefilled cache. ``complete`` is when the sender began: the KV was complete then."""
         cache = self._cache
         assert cache is not None
@@ -109,7 +109,7 @@ class Prefill:
             await transfer.finish()
         return {"complete": complete, "started": complete, "wire_bytes": bucket.carried_bytes if bucket else None}
 
-    async def stream(self, url: str, method: str, link: float | None) -> Mapping[str, Any]:
+    async def stream(self, url: str, method: PolicyName, link: float | None) -> Mapping[str, Any]:
         """Prefill again, for real, and send each layer as it is made. ``complete`` is when the last layer existed."""
         from lynxproto.integrations.hf import HFEngine, WordCache
 
@@ -164,7 +164,7 @@ def digest(arrays: Arrays) -> str:
     state = xxhash.xxh3_128()
     for _, words in sorted(arrays.items()):
         for head in words:
-            state.update(np.ascontiguousarray(head))
+            state.update(memoryview(np.ascontiguousarray(head)))
     return state.hexdigest()
 
 

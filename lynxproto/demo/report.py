@@ -292,8 +292,8 @@ class Report:
 
 
 def _median(runs: Sequence[Measurement], name: str) -> float:
-    return median(getattr(run, name) for run in runs)
+    return median(float(getattr(run, name)) for run in runs)
 
 
 def _count(runs: Sequence[Measurement], name: str) -> int:
-    return round(median(run.decode[name] for run in runs))
+    return round(median(int(run.decode[name]) for run in runs))
