@@ -164,7 +164,7 @@ def digest(arrays: Arrays) -> str:
     state = xxhash.xxh3_128()
     for _, words in sorted(arrays.items()):
         for head in words:
-            state.update(memoryview(np.ascontiguousarray(head)))
+            state.update(np.ascontiguousarray(head).data)
     return state.hexdigest()
 
 
