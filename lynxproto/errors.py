@@ -13,6 +13,7 @@ __all__ = [
     "AuthenticationError",
     "BenchmarkError",
     "CacheFileError",
+    "CalibrationError",
     "CaptureError",
     "CodecError",
     "ConfigError",
@@ -94,6 +95,10 @@ class CacheFileError(LocalError):
 
 class CaptureError(LocalError):
     """A file that is no capture of frames, or a capture that cannot be written."""
+
+
+class CalibrationError(LocalError, ValueError):
+    """A calibration that is broken, does not fit its model, or cannot be measured."""
 
 
 class MissingDependencyError(LocalError, ImportError):
