@@ -36,8 +36,12 @@ _log = logging.getLogger("lynxproto")
 
 Dial = Callable[[], Coroutine[Any, Any, ByteStream]]
 
-#: Bytes asked of the connection at once: what a more urgent frame may have to wait for, besides the kernel's share.
-_SEND_BYTES: Final = 64 << 10
+#: What is asked of the connection at once is what the link lately carried in this time, within bounds: a more urgent
+#: frame has to wait for it (and for the kernel's share), and each time costs some CPU.
+_SEND_S: Final = 2e-3
+_SEND_BYTES: Final = (16 << 10, 1 << 20)
+#: Protocol timers are looked at so late at most.
+_TIMER_SLACK_S: Final = 5e-3
 #: Seconds that a stream which is to be closed may take to send its last words.
 _LINGER_S: Final = 2.0
 
@@ -87,6 +91,7 @@ class Peer:
         self._fetches: dict[int, asyncio.Future[Incoming]] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._redialing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pumping = False
@@ -98,6 +103,8 @@ class Peer:
         if self.over:
             self._track(stream.aclose())
             return
+        if self._options.capture is not None:
+            stream = self._options.capture.attach(stream, client=self._dial is not None, received=received)
         now = time.monotonic()
         stripe = _Stripe(self.connection.open_stripe(now), stream)
         self._stripes[stripe.number] = stripe
@@ -137,13 +144,19 @@ class Peer:
         self._lost(stripe, error)
 
     async def _send(self, stripe: _Stripe) -> None:
+        low, high = _SEND_BYTES
+        limit = low
         try:
             while True:
                 stripe.wake.clear()
-                data = self.connection.data_to_send(time.monotonic(), stripe.number, _SEND_BYTES)
+                started = time.monotonic()
+                data = self.connection.data_to_send(started, stripe.number, limit)
                 if data:
                     await stripe.stream.send(data)
-                    self.bytes_sent += sum(part.nbytes for part in data)
+                    nbytes = sum(part.nbytes for part in data)
+                    rate = nbytes / max(time.monotonic() - started, 1e-9)
+                    limit = int(max(low, min(rate * _SEND_S, 2 * limit, high)))
+                    self.bytes_sent += nbytes
                     for transfer in self.outgoing.values():
                         transfer.count()
                     self.pump()
@@ -219,6 +232,11 @@ class Peer:
             self._pumping = False
         for stripe in self._stripes.values():
             stripe.wake.set()
+        if self._look is None:  # the timer changes with nearly everything: it is not looked up every time
+            self._look = self._loop.call_later(_TIMER_SLACK_S, self._set_timer)
+
+    def _set_timer(self) -> None:
+        self._look = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -337,9 +355,9 @@ class Peer:
         await self.changed.until(lambda: not self._stripes)
         if self._redialing is not None:
             self._redialing.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._look):
+            if timer is not None:
+                timer.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
