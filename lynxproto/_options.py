@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lynxproto.cachefile import Cache
+from lynxproto.capture import CaptureWriter
 from lynxproto.chunk import DTYPES, Part
 from lynxproto.config import MAX_LEVELS
 from lynxproto.errors import ConfigError
@@ -71,6 +72,7 @@ class Options:
     stripes: int = 1
     threads: int | None = None
     connect_timeout: float = 10.0
+    capture: CaptureWriter | None = None
 
     def __post_init__(self) -> None:
         for name in ("stripes", "threads", "connect_timeout"):

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lynxproto.errors import LynxError
 if TYPE_CHECKING:
     import ssl
 
+    from lynxproto.capture import CaptureWriter
     from lynxproto.config import Config
     from lynxproto.session import IncomingTransfer, OutgoingTransfer, Receiver, TransferStats
     from lynxproto.transports import TokenBucket
@@ -65,6 +67,11 @@ _shared = (
     click.option("--certificate", type=_FILE, help="This side's certificate, a PEM file (tcps://)."),
     click.option("--key", type=_FILE, help="Key of the certificate, a PEM file (tcps://)."),
     click.option("--secret-file", type=_FILE, help="Shared secret that the peer must know: 16 bytes or more."),
+    click.option(
+        "--capture",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Record what crosses the session's streams into a file, for `lynxproto inspect`.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON on stdout."),
     click.option("--quiet", "-q", is_flag=True, help="No progress on stderr."),
 )
@@ -107,6 +114,36 @@ def send(cache: Path, url: str, policy: Any, **shared: Any) -> None:
 def recv(url: str, output: Path, model: str | None, revision: str, **shared: Any) -> None:
     """Receive one KV cache on URL, e.g. tcp://0.0.0.0:7411 (port 0: any free one), and dump it into a directory."""
     _run(_recv(url, output, model, revision, **shared))
+
+
+@main.command()
+@click.argument("source", default="-")
+@click.option("--listen", "listen_url", metavar="URL", help="Tap: take connections here, e.g. tcp://127.0.0.1:7412.")
+@click.option("--connect", "connect_url", metavar="URL", help="Tap: pass them on to the real receiver.")
+@click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Tap: record into a capture file too.")
+@click.option("--transfer", "transfers", multiple=True, metavar="HEX", help="Only transfers whose id begins so.")
+@click.option("--type", "types", multiple=True, metavar="TYPE", help="Only frames of this type: data, ack, 0x801b...")
+@click.option("--layer", "layers", multiple=True, metavar="N|A-B", help="Only frames about these layers.")
+@click.option("--level", "levels", multiple=True, metavar="N|A-B", help="Only DATA of these levels.")
+@click.option("--frame", type=click.IntRange(min=0), help="One frame, field by field.")
+@click.option(
+    "--bytes", "payload_bytes", type=click.IntRange(min=0), default=256, show_default=True,
+    help="With --frame: how much of a DATA payload to dump.",
+)  # fmt: skip
+@click.option("--summary", is_flag=True, help="Bytes and ratio by level and layer, order, resends, timeline.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as one web page.")
+@click.option("--json", "as_json", is_flag=True, help="JSON: one object a line, or one summary.")
+def inspect(source: str, **options: Any) -> None:
+    """Show what is on the wire: SOURCE is a capture (.lynx), a pcap, raw frames, or - for standard input.
+
+    Exit code 3: the source is broken, and was shown as far as it goes.
+    """
+    from lynxproto.inspect.command import run_inspect
+
+    try:
+        sys.exit(run_inspect(source, **options))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @main.command()
@@ -163,6 +200,12 @@ def _tls(
     return server_context(certificate=certificate, key=key, ca=ca)
 
 
+def _writer(capture: Path | None) -> AbstractContextManager[CaptureWriter | None]:
+    from lynxproto.capture import CaptureWriter
+
+    return nullcontext() if capture is None else CaptureWriter(capture)
+
+
 def _bucket(link: float | None) -> TokenBucket | None:
     from lynxproto.transports import TokenBucket
 
@@ -179,6 +222,7 @@ async def _send(
     certificate: Path | None,
     key: Path | None,
     secret_file: Path | None,
+    capture: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -188,10 +232,13 @@ async def _send(
 
     cache = load_cache(path)
     tls = _tls(url, server=False, ca=ca, certificate=certificate, key=key)
-    async with connect(url, _config(secret_file), policy=Policy.named(policy), tls=tls, link=_bucket(link)) as session:
-        transfer = session.open(cache.manifest)
-        async with _Watch(transfer, quiet=quiet):
-            await transfer.send(cache)
+    with _writer(capture) as recording:
+        async with connect(
+            url, _config(secret_file), policy=Policy.named(policy), tls=tls, link=_bucket(link), capture=recording
+        ) as session:
+            transfer = session.open(cache.manifest)
+            async with _Watch(transfer, quiet=quiet):
+                await transfer.send(cache)
     _summary("send", transfer, as_json=as_json, path=path)
 
 
@@ -206,6 +253,7 @@ async def _recv(
     certificate: Path | None,
     key: Path | None,
     secret_file: Path | None,
+    capture: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -233,21 +281,27 @@ async def _recv(
 
     tls = _tls(url, server=True, ca=ca, certificate=certificate, key=key)
     try:
-        async with listen(
-            url, _config(secret_file, model, revision), allocate=allocate, tls=tls, link=_bucket(link)
-        ) as receiver:
-            if not quiet:
-                click.echo(f"listening on {receiver.url}", err=True)
-            transfer = await _first(receiver, no_room)
-            async with _Watch(transfer, quiet=quiet):
-                if transfer.manifest.lossy:
-                    await transfer.ready(level=MAX_LEVELS - 1)
-                else:
-                    await transfer.exact()
-                try:
-                    result = await transfer.result()
-                except NotFoundError:  # the sender knew none
-                    result = None
+        with _writer(capture) as recording:
+            async with listen(
+                url,
+                _config(secret_file, model, revision),
+                allocate=allocate,
+                tls=tls,
+                link=_bucket(link),
+                capture=recording,
+            ) as receiver:
+                if not quiet:
+                    click.echo(f"listening on {receiver.url}", err=True)
+                transfer = await _first(receiver, no_room)
+                async with _Watch(transfer, quiet=quiet):
+                    if transfer.manifest.lossy:
+                        await transfer.ready(level=MAX_LEVELS - 1)
+                    else:
+                        await transfer.exact()
+                    try:
+                        result = await transfer.result()
+                    except NotFoundError:  # the sender knew none
+                        result = None
         if result is None:
             path = writers[0].commit()
         else:

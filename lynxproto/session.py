@@ -23,6 +23,7 @@ from lynxproto._outgoing import Outgoing, borrow
 from lynxproto._peer import Peer
 from lynxproto._stats import LevelStats, Progress, Result, TransferStats
 from lynxproto.cachefile import Cache
+from lynxproto.capture import CaptureWriter
 from lynxproto.chunk import Part
 from lynxproto.config import Config
 from lynxproto.connection import hello_session
@@ -480,6 +481,7 @@ def connect(
     stripes: int = 1,
     threads: int | None = None,
     connect_timeout: float = 10.0,
+    capture: CaptureWriter | None = None,
 ) -> Sender:
     """Connect to a peer: ``async with connect("tcps://decode:7411") as sender``.
 
@@ -506,6 +508,7 @@ def connect(
         stripes=stripes,
         threads=threads,
         connect_timeout=connect_timeout,
+        capture=capture,
     )
     return Sender(_Client(url, config, options))
 
@@ -523,6 +526,7 @@ def listen(
     tls: ssl.SSLContext | None = None,
     link: TokenBucket | None = None,
     threads: int | None = None,
+    capture: CaptureWriter | None = None,
 ) -> Receiver:
     """Listen for peers: ``async with listen("tcp://0.0.0.0:7411") as receiver``. Port 0 takes a free one.
 
@@ -531,7 +535,8 @@ def listen(
     thread, and refuses a transfer by raising a :class:`~lynxproto.errors.LynxError`. ``wants(manifest)`` tells what
     this side lacks (None: everything). ``on_fetch(key, wants)`` returns the :class:`~lynxproto.cachefile.Cache` that a
     peer asks for, or None; it is sent by ``policy``. ``deadlines``: see :class:`Deadline`. ``intermediate``: decode
-    every level as it arrives, not only the first, the last and those that somebody waits for.
+    every level as it arrives, not only the first, the last and those that somebody waits for. ``capture`` records what
+    crosses the session's streams, unencrypted; the caller closes it after the session.
     """
     options = Options(
         policy=policy or Policy(),
@@ -543,5 +548,6 @@ def listen(
         tls=tls,
         link=link,
         threads=threads,
+        capture=capture,
     )
     return Receiver(_Server(url, config, options))
