@@ -228,6 +228,9 @@ class Receiver:
         has.verified = False
         has.held.clear()
         has.corrupt.clear()
+        stale = [e for e in self.ctx.events if isinstance(e, ChunkReceived) and (e.transfer, e.tile) == (t.id, tile)]
+        for event in stale:
+            self.ctx.events.remove(event)
         self._judge(t, layer, has)
         self.ctx.emit(frames.Nack(items=(frames.NackItem(has.key, 0, 1, 1),)), t.id)
         self._touch(t, layer)
@@ -242,7 +245,7 @@ class Receiver:
         if above is None or above < 0:
             if t.state is IncomingState.OFFERED:
                 self.reject(t.id, code, text, now)
-            elif t.live:
+            elif t.state is IncomingState.RECEIVING:
                 self.ctx.events.append(Cancelled(transfer=t.id, by_peer=False, code=code, text=text))
                 self._give_up(t, frames.Cancel(above=-1, code=code, text=text))
         elif t.state is IncomingState.RECEIVING and above < t.level:
@@ -549,11 +552,13 @@ class Receiver:
         repeated = False
         for t in list(self.transfers.values()):
             if now >= t.heard_at + self.ctx.config.lease:
-                if t.live:
+                if t.state in (IncomingState.OFFERED, IncomingState.RECEIVING):
                     text = f"transfer {t.id:032x}: nothing heard of its sender for {self.ctx.config.lease:g} s"
                     self.fail(t, DeadlineError(text))
                     t.heard_at = now
                 else:
+                    if t.state is IncomingState.COMPLETE:
+                        self.ctx.events.append(TransferReleased(transfer=t.id, complete=True))
                     self._forget(t)
             elif t.state is not IncomingState.OFFERED and self.ctx.ready and now >= t.backoff.at:
                 self._repeat(t, resume=False)
@@ -564,8 +569,6 @@ class Receiver:
 
     def fail(self, t: Incoming, error: RemoteError) -> None:
         """End a transfer with an error, on this side and on the other."""
-        if not t.live:
-            return
         self.ctx.events.append(TransferFailed(transfer=t.id, error=error))
         if t.state is IncomingState.OFFERED:
             self.reject(t.id, error.code, str(error), 0.0)
@@ -576,12 +579,12 @@ class Receiver:
         """The session is over: release everything."""
         for t in list(self.transfers.values()):
             if t.live:
-                if error is not None:
+                complete = t.state is IncomingState.COMPLETE
+                if error is not None and not complete:
                     self.ctx.events.append(TransferFailed(transfer=t.id, error=error))
-                elif t.state is not IncomingState.COMPLETE:
+                elif not complete:
                     text = "the session was closed"
                     self.ctx.events.append(Cancelled(transfer=t.id, by_peer=False, code=ErrorCode.SHUTDOWN, text=text))
-                complete = t.state is IncomingState.COMPLETE
                 self.ctx.events.append(TransferReleased(transfer=t.id, complete=complete))
             t.state = IncomingState.CLOSED
             self._bury(t, None)

@@ -155,6 +155,11 @@ class Outgoing:
         )
 
     @property
+    def waiting(self) -> bool:
+        """Whether it is the peer's or the link's turn, not the shell's."""
+        return self.unconfirmed or any(layer.open for layer in self.layers.values())
+
+    @property
     def confirmed(self) -> bool:
         """Whether the peer has all that it wants, and this side has nothing left to say."""
         return (
@@ -549,7 +554,7 @@ class Sender:
         keepalive = self._keepalive()
         for t in self.transfers.values():
             times.append(t.spoke_at + keepalive)
-            if t.unconfirmed or t.flow.order in self._waiting:
+            if t.waiting:
                 times.append(t.progress_at + self.ctx.config.lease)
             if t.unconfirmed and self.ctx.ready:
                 times.append(t.backoff.at)
@@ -564,8 +569,7 @@ class Sender:
         probe = False
         keepalive = self._keepalive()
         for t in list(self.transfers.values()):
-            waits = t.unconfirmed or t.flow.order in self._waiting
-            if waits and now >= t.progress_at + self.ctx.config.lease:
+            if t.waiting and now >= t.progress_at + self.ctx.config.lease:
                 self.fail(t, DeadlineError(f"transfer {t.id:032x}: no progress for {self.ctx.config.lease:g} s"))
                 continue
             if t.unconfirmed and self.ctx.ready and now >= t.backoff.at:

@@ -190,8 +190,7 @@ class Connection:
         self._next_stripe += 1
         stripe.reader = FrameReader(_Handler(self, stripe))
         self._stripes[stripe.index] = stripe
-        if self._client:
-            self._say_hello(stripe)
+        self._greet()
         return stripe.index
 
     def stripe_lost(self, stripe: int, now: float, error: RemoteError | None = None) -> None:
@@ -237,7 +236,6 @@ class Connection:
         """
         self._now = now
         found = self._stripe(stripe)
-        self._receiver.flush()
         chunks: list[memoryview] = []
         while limit > 0 and (found.out or self._next_frame(found)):
             part = found.out.popleft()
@@ -415,7 +413,8 @@ class Connection:
     ) -> None:
         """The words do not match the digest, or the codec refused a payload (``ErrorCode.PAYLOAD``).
 
-        The first time the whole tile is asked for again (attempt 1); the second time the transfer fails.
+        The first time the whole tile is asked for again (attempt 1); the second time the transfer fails. No chunk of
+        the failed attempt is delivered after this; the shell calls nothing more for those that were.
         """
         self._now = now
         self._receiver.tile_failed(transfer, tile, now, code, text)
@@ -452,6 +451,7 @@ class Connection:
 
         Both sides may. The whole: :class:`~lynxproto.events.TransferReleased` is queued before this returns. Levels:
         :class:`~lynxproto.events.LevelsCancelled` on both sides, and the transfer then completes at that level.
+        A no-op for a transfer that is over, or complete at its receiver.
         """
         self._now = now
         outgoing = self._sender.transfers.get(transfer)
@@ -538,6 +538,15 @@ class Connection:
             self._handshake(stripe, frames.parse_body(header, payload, self._ctx.config.limits), bytes(payload))
 
     # --- stripes: handshake
+
+    def _greet(self) -> None:
+        """The client's HELLOs. While there is no session yet one stripe makes it; the others wait to join."""
+        if not self._client or self.closed:
+            return
+        for stripe in self._stripes.values():
+            others = any(other.my_hello and not other.closed for other in self._stripes.values())
+            if not stripe.my_hello and not stripe.closed and (self._session is not None or not others):
+                self._say_hello(stripe)
 
     def _say_hello(self, stripe: Stripe, *, token: bytes = b"") -> None:
         config = self._ctx.config
@@ -653,6 +662,7 @@ class Connection:
                 )
             )
         ctx.events.append(StripeReady(stripe=stripe.index, resumed=was is SessionState.SUSPENDED))
+        self._greet()
         if first:
             self._resync()
 
@@ -698,6 +708,7 @@ class Connection:
             stripe.writing = None
         self._ctx.events.append(StripeClosed(stripe=stripe.index, error=error))
         if not was_ready:
+            self._greet()
             return
         if self._ready_stripes():
             self._resync()
@@ -757,9 +768,12 @@ class Connection:
         """Start the most urgent frame on ``stripe``; False if there is none."""
         if stripe.control:
             self._start_control(stripe, stripe.control.popleft(), 0)
-        elif not stripe.ready:
+            return True
+        if not stripe.ready:
             return False
-        elif self._ctx.control:
+        if not self._ctx.control:
+            self._receiver.flush()  # not before: while frames wait, more changes fit into the same ACK
+        if self._ctx.control:
             self._start_control(stripe, *self._ctx.control.popleft())
         else:
             chunk = self._sender.next_frame()

@@ -85,10 +85,6 @@ class ChunkQueue(Generic[C]):
         self._pushes += 1
         heappush(heaps[order], (chunk.place, self._pushes, chunk))
 
-    def __contains__(self, order: int) -> bool:
-        """Whether a transfer (by its flow's order) has chunks here."""
-        return any(self._top(level, order) is not None for level in range(MAX_LEVELS))
-
     def forget(self, flow: Flow) -> None:
         """Drop all chunks of a transfer that is over."""
         self._flows.pop(flow.order, None)

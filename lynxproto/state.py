@@ -118,7 +118,7 @@ INCOMING: Final = _table(
     {
         _i.OFFERED: {"accept": _i.RECEIVING, "reject": _i.CLOSED, "closed": _i.CLOSED},
         _i.RECEIVING: {"complete": _i.COMPLETE, "give up": _i.CLOSING, "closed": _i.CLOSED},
-        _i.COMPLETE: {"give up": _i.CLOSING, "closed": _i.CLOSED},
+        _i.COMPLETE: {"closed": _i.CLOSED},
         _i.CLOSING: {"closed": _i.CLOSED},
         _i.CLOSED: {},
     }

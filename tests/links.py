@@ -326,6 +326,12 @@ class Pipe:
             self.partial[side] += part
         self.frames[side] += split_frames(self.partial[side])
 
+    def collect_frame(self, side: int) -> None:
+        """Take the next frame that ``side`` wants to send, and no more."""
+        self.collect(side, 1)
+        while self.partial[side]:
+            self.collect(side, 1)
+
     def deliver(self, side: int, frame: bytes) -> None:
         """Give bytes that ``side`` sent to the other side."""
         if self.alive:

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from links import Pipe, Received, World, cache, small_config
+
 from lynxproto import events as ev
 from lynxproto.config import MAX_LEVELS
 from lynxproto.errors import DeadlineError, ErrorCode, LynxError
-from lynxproto.frames import HEADER_SIZE, Header
+from lynxproto.frames import HEADER_SIZE
 from lynxproto.manifest import Want
 
 CONFIG = small_config(grease=True)
@@ -100,7 +101,7 @@ class LossyLink(RuleBasedStateMachine):
         seed=st.integers(0, 1 << 16), rounds=st.integers(1, 8), bad=st.sampled_from([0.05, 0.2, 0.5]),
         headers=st.booleans(),
     )  # fmt: skip
-    def run(self, seed: int, rounds: int, bad: float, headers: bool) -> None:
+    def run(self, *, seed: int, rounds: int, bad: float, headers: bool) -> None:
         """Everybody works; each frame may be lost, doubled, delayed, corrupted, or cut off with its stripe."""
         random, world = Random(seed), self.world
         for _ in range(rounds):
@@ -114,10 +115,10 @@ class LossyLink(RuleBasedStateMachine):
                         if random.random() < bad:
                             random.shuffle(frames)
                         for frame in frames:
-                            self.mistreat(pipe, side, frame, random, bad, headers)
+                            self.mistreat(pipe, side, frame, random, bad=bad, headers=headers)
             self.after()
 
-    def mistreat(self, pipe: Pipe, side: int, frame: bytes, random: Random, bad: float, headers: bool) -> None:
+    def mistreat(self, pipe: Pipe, side: int, frame: bytes, random: Random, *, bad: float, headers: bool) -> None:
         if random.random() >= bad:
             pipe.deliver(side, frame)
             return
@@ -169,7 +170,7 @@ class LossyLink(RuleBasedStateMachine):
                     assert 0 <= window.charged - window.released <= CONFIG.limits.transfer_window
             assert all(0 <= held <= 2 * CONFIG.encode_ahead for held in sender._held)
             for window in sender.windows:
-                assert 0 <= window.reserved
+                assert window.reserved >= 0
                 assert window.charged + window.reserved <= window.limit
 
     @invariant()
@@ -192,7 +193,7 @@ class LossyLink(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         world = self.world
-        self.run(len(self.sent), 20, 0.3, True)
+        self.run(seed=len(self.sent), rounds=20, bad=0.3, headers=True)
         for pipe in world.pipes:
             if pipe.alive:
                 pipe.cut()
