@@ -131,7 +131,7 @@ class Peer(Contestant):
 
 
 def _bytes(words: NDArray[Any]) -> memoryview:
-    return memoryview(words.reshape(-1).view(np.uint8))
+    return words.reshape(-1).view(np.uint8).data
 
 
 class ZipNN(Peer):

@@ -269,8 +269,8 @@ class Run:
 
     def _same(self, case: Case, what: str) -> None:
         """Lossy levels have nothing to be compared with but the first round, and the same chunk in another copy."""
-        digests = [xxhash.xxh3_128_digest(chunk.out) for chunk in self.set.originals]
-        last = [xxhash.xxh3_128_digest(chunk.out) for chunk in self.set.chunks[-len(digests) :]]
+        digests = [xxhash.xxh3_128_digest(chunk.out.data) for chunk in self.set.originals]
+        last = [xxhash.xxh3_128_digest(chunk.out.data) for chunk in self.set.chunks[-len(digests) :]]
         if last != digests or case._digests.setdefault(what, digests) != digests:
             raise BenchmarkError(f"{case.contestant.label}: {what} of {case.source} gave different words this time")
 

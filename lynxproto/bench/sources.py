@@ -54,7 +54,7 @@ class Source:
     @property
     def tokens(self) -> int:
         """Tokens of the longest layer."""
-        return max(words.shape[1] for words in self.arrays.values())
+        return max(int(words.shape[1]) for words in self.arrays.values())
 
     def layer_specs(self) -> list[LayerSpec]:
         """The layers as a manifest describes them, for policies."""
