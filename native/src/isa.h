@@ -8,6 +8,10 @@
 
 #include "lynxproto.h"
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "lynxproto's kernels read words in memory order and need a little-endian machine"
+#endif
+
 #define ROW LYNX_BLOCK
 #define BLOCK_VALUES (ROW * ROW)
 
