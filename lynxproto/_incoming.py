@@ -64,7 +64,7 @@ class _Tile:
     decoded: int = -1
     shown: int = -1
     pending: list[events.ChunkReceived] = field(default_factory=list)
-    running: bool = False
+    running: int | None = None  # the level that a worker is decoding to
     digest: bytes | None = None
     verified: bool = False
 
@@ -226,16 +226,22 @@ class Incoming:
         if above_level is None:
             await self.wait_released()
         else:
-            await self.changed.until(lambda: self.released or self.final is not None)
+            await self.changed.until(lambda: self.released or self._quiet_above(above_level))
+
+    def _quiet_above(self, level: int) -> bool:
+        return all(tile.running is None or tile.running <= level for tile in self._tiles.values())
 
     async def wait_released(self) -> None:
         """Return when nothing writes to the destination any more."""
         await self.changed.until(lambda: self.released)
 
     def _check(self) -> None:
+        """Raise why the transfer is over: only once nothing writes to the destination any more."""
+        if not self.released:
+            return
         if self.error is not None:
             raise self.error
-        if self.released and not self.complete:
+        if not self.complete:
             raise TransferCancelledError(f"transfer {self.id:032x} was cancelled")
 
     def _final_error(self) -> LynxError:
@@ -369,7 +375,7 @@ class Incoming:
 
     def _advance(self, tile: _Tile) -> None:
         """Start the tile's next job, if there is one and none is running."""
-        if tile.running:
+        if tile.running is not None:
             return
         chunks = tile.pending
         level = chunks[-1].level if chunks else tile.decoded
@@ -386,9 +392,9 @@ class Incoming:
     def _run(
         self, tile: _Tile, level: int, chunks: Sequence[events.ChunkReceived], work: Callable[[], _Outcome]
     ) -> None:
-        tile.running = True
+        tile.running = level
         attempt = tile.attempt
-        self._peer.workers.run(
+        self._peer.work(
             self,
             (max(level, 0), tile.layer.index),
             work,
@@ -398,7 +404,8 @@ class Incoming:
     def _done(
         self, tile: _Tile, attempt: int, level: int, chunks: Sequence[events.ChunkReceived], future: Future[_Outcome]
     ) -> None:
-        tile.running = False
+        tile.running = None
+        self.changed.notify()
         if attempt != tile.attempt:
             self._advance(tile)
             return

@@ -122,7 +122,7 @@ class Outgoing:
             self._peer.connection.end_layer(self.id, layer.index, [b""] * len(tiles), time.monotonic())
         else:
             self._digesting += 1
-            self._peer.workers.run(
+            self._peer.work(
                 self,
                 (_DIGEST_URGENCY, layer.index),
                 lambda: [_digest(self.manifest, layer, tile, words[tile.part]) for tile in tiles],
@@ -197,7 +197,7 @@ class Outgoing:
         codec = self._codecs[tile.codec]
         urgency = (0 if request.level == 0 else _DIGEST_URGENCY + request.level, tile.layer)
         self.encoding += 1
-        self._peer.workers.run(
+        self._peer.work(
             self,
             urgency,
             lambda: _encode(codec, spec, words, layer, request),
@@ -239,7 +239,11 @@ class Outgoing:
         if error is not None:
             self._break(error)
             return
-        self._peer.connection.chunk_encoded(self.id, request.tile, request.level, future.result(), time.monotonic())
+        try:
+            self._peer.connection.chunk_encoded(self.id, request.tile, request.level, future.result(), time.monotonic())
+        except LocalError as refused:  # a codec that breaks its own promises
+            self._break(refused)
+            return
         self._peer.pump()
 
     def _digested(self, layer: int, future: Future[list[bytes]]) -> None:

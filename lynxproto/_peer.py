@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lynxproto import events
 from lynxproto._incoming import Incoming
@@ -20,6 +21,7 @@ from lynxproto.connection import Connection
 from lynxproto.errors import (
     ConnectionClosedError,
     ErrorCode,
+    LocalError,
     LynxError,
     RejectedError,
     RemoteError,
@@ -32,6 +34,7 @@ from lynxproto.transports import ByteStream
 
 __all__ = ["Dial", "Peer"]
 
+T = TypeVar("T")
 _log = logging.getLogger("lynxproto")
 
 Dial = Callable[[], Coroutine[Any, Any, ByteStream]]
@@ -141,6 +144,8 @@ class Peer:
             return
         except RemoteError as broken:
             error = broken
+        except Exception as bug:
+            self._crash(bug)
         self._lost(stripe, error)
 
     async def _send(self, stripe: _Stripe) -> None:
@@ -169,6 +174,8 @@ class Peer:
         except RemoteError as error:
             self._lost(stripe, error)
             return
+        except Exception as bug:
+            self._crash(bug)
         await self._hang_up(stripe)
 
     def _lost(self, stripe: _Stripe, error: RemoteError) -> None:
@@ -228,6 +235,9 @@ class Peer:
             while (event := self.connection.next_event()) is not None:
                 self._handle(event)
             self._encode()
+        except Exception as error:
+            self._pumping = False
+            self._crash(error)
         finally:
             self._pumping = False
         for stripe in self._stripes.values():
@@ -248,6 +258,31 @@ class Peer:
         self._timer = None
         self.connection.handle_timer(time.monotonic())
         self.pump()
+
+    def _crash(self, error: Exception) -> None:
+        """A bug must end the session with an error that everybody sees; it must not leave them waiting."""
+        _log.critical("bug in the session with %s", self.name, exc_info=error)
+        if not self.over:
+            self._end(LocalError(f"internal error in the session with {self.name}: {error!r}"))
+            self.connection.close(time.monotonic(), ErrorCode.INTERNAL, "internal error")
+            self.pump()
+
+    def work(
+        self,
+        owner: Hashable,
+        urgency: tuple[int, int],
+        work: Callable[[], T],
+        done: Callable[[Future[T]], None],
+    ) -> None:
+        """Run ``work`` on a codec thread, then ``done`` here; see :meth:`Workers.run`."""
+
+        def guarded(future: Future[T]) -> None:
+            try:
+                done(future)
+            except Exception as error:
+                self._crash(error)
+
+        self.workers.run(owner, urgency, work, guarded)
 
     def _encode(self) -> None:
         encoding = sum(transfer.encoding for transfer in self.outgoing.values())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import trustme
 
 from lynxproto import blocking, connect, listen
 from lynxproto.cachefile import Cache
@@ -34,7 +37,14 @@ from lynxproto.errors import (
 from lynxproto.manifest import FetchKey, Identity, LayerSpec, Manifest, Want
 from lynxproto.policy import Policy
 from lynxproto.session import Deadline, Progress
-from lynxproto.transports import TokenBucket, open_listener, open_stream, parse_url
+from lynxproto.transports import (
+    TokenBucket,
+    client_context,
+    open_listener,
+    open_stream,
+    parse_url,
+    server_context,
+)
 from lynxproto.transports.abc import ByteStream
 
 IDENTITY = Identity(model="test/model", revision="r1")
@@ -48,7 +58,7 @@ def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
     before = set(threading.enumerate())
     outcome = asyncio.run(bounded())
-    left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("lynxproto")]
+    left = [t.name for t in set(threading.enumerate()) - before if t.is_alive()]
     assert not left, f"threads outlived their session: {left}"
     return outcome
 
@@ -396,6 +406,27 @@ def test_cancel_by_the_receiver_stops_all_writing() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("wait_for", [(0, 0), (0, None), (1, 0)])
+def test_memory_is_the_callers_again_after_cancel(wait_for: tuple[int, int | None]) -> None:
+    """Cancelled at full speed, with decoding under way: what the caller writes afterwards stays."""
+    cache = make_cache(layers=6, tokens=1500)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+            incoming = await first(receiver)
+            await incoming.ready(*wait_for)
+            await incoming.cancel()
+            for array in incoming.arrays.values():
+                array[...] = 0xABCD
+            with contextlib.suppress(TransferCancelledError):
+                await sending  # or it was done before
+        for array in incoming.arrays.values():
+            assert (array == 0xABCD).all()
+
+    run(main)
+
+
 def test_cancel_by_the_sender_releases_its_memory() -> None:
     cache = make_cache(layers=4, tokens=600)
 
@@ -697,6 +728,52 @@ def test_nobody_there() -> None:
     run(main)
 
 
+def test_peers_that_say_nothing() -> None:
+    async def main() -> None:
+        async with await open_listener("tcp://127.0.0.1:0") as listener:  # the kernel accepts, nobody answers
+            with pytest.raises(DeadlineError, match="no handshake"):
+                await connect(listener.url, Config(peer_timeout=0.1)).__aenter__()
+            with pytest.raises(TransportError, match=r"no answer within 0\.1 s"):
+                await connect(listener.url.replace("tcp", "tcps"), connect_timeout=0.1).__aenter__()
+        async with listen("tcp://127.0.0.1:0", Config(peer_timeout=0.1)) as receiver:
+            async with await open_stream(receiver.url) as stranger:
+                assert await stranger.receive_into(memoryview(bytearray(1))) == 0  # it is not kept for ever
+            async with await open_stream(receiver.url) as stranger:
+                await stranger.send([memoryview(b"L")])
+                assert await stranger.receive_into(memoryview(bytearray(1))) == 0
+
+    run(main)
+
+
+def test_tls_with_both_sides_known(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    files: dict[str, dict[str, Path]] = {}
+    for name in ("localhost", "client@example.org"):
+        folder = tmp_path / name
+        folder.mkdir()
+        issued = authority.issue_cert(name)
+        issued.private_key_pem.write_to_path(folder / "key.pem")
+        issued.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
+        authority.cert_pem.write_to_path(folder / "ca.pem")
+        files[name] = {k: folder / f"{k}.pem" for k in ("key", "certificate", "ca")}
+    server = server_context(**files["localhost"])
+    cache = make_cache()
+
+    async def main() -> None:
+        async with listen("tcps://localhost:0", tls=server) as receiver:
+            url = f"tcps://localhost:{parse_url(receiver.url).port}"
+            with pytest.raises(AuthenticationError, match="not trusted"):
+                await connect(url).__aenter__()
+            with pytest.raises((AuthenticationError, TransportError)):
+                await connect(url, tls=client_context(ca=files["localhost"]["ca"])).__aenter__()
+            async with connect(url, tls=client_context(**files["client@example.org"])) as sender:
+                _, incoming = await asyncio.gather(sender.open(cache.manifest).send(cache), first(receiver))
+                await incoming.exact()
+                assert_same(incoming.arrays, cache)
+
+    run(main)
+
+
 def test_shared_secrets() -> None:
     right, wrong = Config(secret=b"0123456789abcdef"), Config(secret=b"fedcba9876543210")
     cache = make_cache(layers=1)
@@ -730,6 +807,33 @@ def test_limits_are_enforced_before_allocation() -> None:
             with pytest.raises(LynxError, match=r"1000|limit|bytes"):
                 await sender.open(cache.manifest).send(cache)
         assert not allocated
+
+    run(main)
+
+
+# --- priorities
+
+
+def test_a_new_anchor_overtakes_queued_residuals() -> None:
+    large, small = make_cache(layers=4, tokens=1500, request_id="large"), make_cache(layers=1, tokens=100)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url, link=slow(0.3, large)) as sender:
+            first_out = sender.open(large.manifest)
+            first_sending = asyncio.ensure_future(first_out.send(large))
+            first_in = await first(receiver)
+            await first_in.ready(level=0)
+            before = first_in.stats.bytes
+            second_sending = asyncio.ensure_future(sender.open(small.manifest).send(small))
+            second_in = await first(receiver)
+            await second_in.ready(level=0)
+            # Besides what was under way, little of the first one's residual went before the new anchor.
+            assert first_in.stats.bytes - before < 0.3 * large.manifest.nbytes
+            assert not first_in.is_ready(level=2)
+            first_in.urgent()
+            await asyncio.gather(first_in.exact(), second_in.exact(), first_sending, second_sending)
+            assert_same(first_in.arrays, large)
+            assert_same(second_in.arrays, small)
 
     run(main)
 
@@ -823,13 +927,5 @@ def test_transfers_may_be_awaited_on_any_loop() -> None:
             receiving = asyncio.to_thread(asyncio.run, incoming.exact())
             await asyncio.gather(sending, receiving)
             assert_same(incoming.arrays, cache)
-
-    run(main)
-
-
-def test_port_in_url() -> None:
-    async def main() -> None:
-        async with listen("tcp://127.0.0.1:0") as receiver:
-            assert parse_url(receiver.url).port > 0
 
     run(main)
