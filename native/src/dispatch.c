@@ -12,6 +12,7 @@ static const lynx_kernels *kernels_of(int isa) {
         return &lynx_scalar;
 #if defined(__x86_64__)
     case LYNX_ISA_AVX2:
+        __builtin_cpu_init();
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")
                    ? &lynx_avx2
                    : NULL;
