@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lynxproto.bench import bench
+from lynxproto.calibrate_command import calibrate
 from lynxproto.errors import LynxError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(calibrate)
 
 
 class BitRate(click.ParamType[float]):
