@@ -8,7 +8,7 @@ that verification uses. Drafts change when tokens appear, never which. Two thing
 * draft and verification choose each token with the same noise (greedy: none; sampling: Gumbel-max noise that is a
   function of the seed and the token's position), so equal logits give equal tokens;
 * a batched forward and single steps round differently. Where the two best scores lie within twice the largest
-  difference ever measured between the two (``noise``), the token is decided again step by step, and reported.
+  difference measured between the two (``noise``), the token is decided again step by step, and reported.
 
 Verification by one forward over all drafts is speculative decoding (arXiv 2211.17192) with the same model in both
 roles; only the cache differs.
@@ -253,7 +253,7 @@ class Speculation:
     ``prompt`` are the tokens whose KV is (or will be) in the engine's cache; ``first_token`` is what prefill already
     chose (RESULT), committed from the start, or None, in which case the last prompt token is fed again.
     ``eos`` ends a request with its token; ``stop`` gets the generated tokens and says whether the newest ends it;
-    ``processors`` rewrite logits, in order. ``noise`` comes from :func:`measure_noise`.
+    ``processors`` rewrite logits, in order. ``noise`` comes from :func:`measure_noise`; one number holds for all depths.
 
     ``draft``, ``verify`` and ``decode`` are generators, called in that order; they do their work as they are
     iterated, so a caller timestamps, shows and interrupts at each event. Not thread-safe.
@@ -274,14 +274,15 @@ class Speculation:
         stop: Callable[[Sequence[int]], bool] | None = None,
         max_draft: int = 64,
         max_tokens: int | None = None,
-        noise: float = 0.0,
+        noise: float | Sequence[float] = 0.0,
     ) -> None:
         if not prompt:
             raise ConfigError("a speculation needs a prompt of at least one token")
         if max_draft < 0 or (max_tokens is not None and max_tokens < 1):
             raise ConfigError(f"max_draft {max_draft} or max_tokens {max_tokens} is out of range")
-        if not (math.isfinite(noise) and noise >= 0):
-            raise ConfigError(f"noise must be a finite difference of logits, not {noise}")
+        by_depth = np.maximum.accumulate(np.atleast_1d(np.asarray(noise, np.float64)))
+        if by_depth.ndim != 1 or not by_depth.size or not (np.isfinite(by_depth).all() and by_depth[0] >= 0):
+            raise ConfigError(f"noise must be finite differences of logits, not {noise}")
         self._engine = engine
         self._sampler: Sampler = Greedy() if sampler is None else sampler
         self._processors = tuple(processors)
@@ -289,7 +290,9 @@ class Speculation:
         self._stop = stop
         self._max_draft = max_draft
         self._max_tokens = max_tokens
-        self.report = Report(noise=noise)
+        #: Largest difference of logits that follow 1, 2... tokens (the last entry: or more) after the stepwise ones.
+        self._noise = by_depth
+        self.report = Report(noise=float(by_depth[-1]))
 
         self._prompt = len(prompt)
         self._sequence = [int(token) for token in prompt]  # the prompt and the committed tokens
@@ -377,11 +380,12 @@ class Speculation:
             logits = self._process(self._sequence, row)
             if self._stepwise >= position - 1:
                 self._stepwise = position
-            elif self._sampler.near_tie(logits, position, self.report.noise):
+            elif self._near_tie(logits, position):
                 self.report.redecided += (position - self._prompt,)
                 batched = self._sampler.choose(logits, position)
+                depth = position - self._stepwise
                 exact = self._replay()
-                self._observe(row, exact)
+                self._observe(row, exact, depth)
                 logits = self._process(self._sequence, exact)
                 if self._sampler.choose(logits, position) != batched:
                     self.report.mismatches += (position - self._prompt,)
@@ -402,7 +406,7 @@ class Speculation:
             i, position = len(choices), start + len(choices)
             sequence = self._sequence + choices
             logits = self._process(sequence, rows[i])
-            tie = self._sampler.near_tie(logits, position, self.report.noise)
+            tie = self._near_tie(logits, position)
             if i == len(draft):
                 choices.append(self._sampler.choose(logits, position))
                 break
@@ -418,7 +422,7 @@ class Speculation:
         self.report.redecided += (start + len(choices) - 1 - self._prompt,)
         self._engine.crop(self._stepwise)
         for i, batched in enumerate(choices):
-            self._observe(rows[i], self._decide_stepwise())
+            self._observe(rows[i], self._decide_stepwise(), i + 1)
             token = self._sequence[-1]
             if token != batched:
                 self.report.mismatches += (start + i - self._prompt,)
@@ -455,8 +459,16 @@ class Speculation:
         row: Logits = self._checked(self._engine.step(token), 1)[0]
         return row
 
-    def _observe(self, batched: Logits, exact: Logits) -> None:
-        self.report.noise = max(self.report.noise, _difference(batched, exact))
+    def _near_tie(self, logits: Logits, position: int) -> bool:
+        depth = position - self._stepwise
+        return self._sampler.near_tie(logits, position, float(self._noise[min(depth, len(self._noise)) - 1]))
+
+    def _observe(self, batched: Logits, exact: Logits, depth: int) -> None:
+        """Learn from logits that were computed both ways, ``depth`` tokens after the stepwise ones."""
+        difference = float(_differences(batched, exact).max())
+        from_here = self._noise[min(depth, len(self._noise)) - 1 :]
+        np.maximum(from_here, difference, out=from_here)
+        self.report.noise = float(self._noise[-1])
 
     def _process(self, sequence: Sequence[int], logits: Logits) -> Logits:
         for processor in self._processors:
@@ -487,22 +499,28 @@ class Speculation:
             raise SpeculationError(done if phase == "draft" else "call verify() before decode()")
 
 
-def measure_noise(engine: Engine, length: int, tokens: Sequence[int]) -> float:
-    """The largest difference between batched and stepwise logits over ``tokens``, fed after ``length`` cached ones.
+def measure_noise(engine: Engine, length: int, tokens: Sequence[int], batches: Sequence[int] = ()) -> tuple[float, ...]:
+    """The largest difference between batched and stepwise logits, by depth.
 
-    Use at least as many tokens as a verification feeds: kernels round differently at different batch shapes. The
-    engine is left with its first ``length`` tokens.
+    ``tokens`` are fed after ``length`` cached ones, once step by step, and in one forward for each of ``batches`` (how
+    many of them; default: all), since kernels round differently at different shapes. Entry i holds for logits that
+    follow at most i + 1 tokens: the more K and V a batch made, the more the logits differ. Use at least as many tokens
+    as will be drafted. The engine is left with its first ``length`` tokens.
     """
     engine.crop(length)
-    batched = np.array(engine.verify(tokens))
-    engine.crop(length)
     stepwise = np.stack([np.array(engine.step(token)) for token in tokens])
+    largest = np.zeros(len(tokens))
+    for count in batches or (len(tokens),):
+        engine.crop(length)
+        batched = np.array(engine.verify(tokens[:count]))
+        largest[:count] = np.maximum(largest[:count], _differences(batched, stepwise[:count]))
     engine.crop(length)
-    return _difference(batched, stepwise)
+    return tuple(map(float, np.maximum.accumulate(largest)))
 
 
-def _difference(a: Logits, b: Logits) -> float:
-    return float(np.abs(np.asarray(a, np.float64) - b).max())
+def _differences(a: Logits, b: Logits) -> NDArray[np.float64]:
+    """The largest difference in each row."""
+    return np.asarray(np.abs(np.asarray(a, np.float64) - b).max(axis=-1))
 
 
 def _argmax(scores: Logits, position: int) -> int:

@@ -33,11 +33,20 @@ GREEDY = Greedy()
 class ToyEngine:
     """Logits are a hash of all tokens, plus an error while the prompt is approximate, plus a smaller one for batches.
 
-    ``rounding`` bounds the error of logits that were computed in a batch, or on KV that a batch made.
+    ``rounding`` bounds the error of logits that were computed in a batch, or on KV that a batch made; if ``growing``,
+    :meth:`bounds` are tighter where fewer tokens follow the first that a batch made.
     """
 
-    def __init__(self, prompt: Sequence[int], error: float = 0.0, rounding: float = 0.0, grid: float = 0.0) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        error: float = 0.0,
+        rounding: float = 0.0,
+        grid: float = 0.0,
+        growing: bool = False,
+    ) -> None:
         self.prompt, self.error, self.rounding, self.grid = list(prompt), error, rounding, grid
+        self.growing = growing
         self.approximate = True
         self.cache = [(token, False) for token in prompt]  # (token, its KV was made by a batch)
 
@@ -45,6 +54,13 @@ class ToyEngine:
         assert len(self.cache) <= len(self.prompt), "KV after the prompt must be dropped first"
         self.approximate = False
         self.cache = [(token, False) for token in self.prompt]
+
+    def bounds(self) -> list[float]:
+        """The error's bound by the number of tokens since the first that a batch made."""
+        return [self._bound(depth) for depth in range(1, 40)] if self.growing else [self.rounding]
+
+    def _bound(self, depth: int) -> float:
+        return self.rounding * (min(depth, 20) / 20 if self.growing else 1)
 
     def _logits(self, batched: bool) -> Logits:
         tokens = bytes(token for token, _ in self.cache)
@@ -59,7 +75,8 @@ class ToyEngine:
             logits += self.error * noise("quantised")
         kinds = tuple(kind for _, kind in self.cache)
         if batched or any(kinds):
-            logits += self.rounding * noise("batch", batched, kinds)
+            depth = len(kinds) - kinds.index(True)
+            logits += self._bound(depth) * noise("batch", batched, kinds)
         return logits
 
     def step(self, token: int) -> Logits:
@@ -144,22 +161,23 @@ prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4)
     error=st.sampled_from([0.0, 0.1, 0.5, 2.0, 50.0]),
     rounding=st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
     grid=st.sampled_from([0.0, 0.5]),
+    growing=st.booleans(),
 )
 def test_output_is_that_of_plain_decoding(  # noqa: PLR0917 (hypothesis passes by keyword)
-    prompt, first, sampler, processors, eos, stop_sum, max_tokens, max_draft, interrupt, error, rounding, grid
+    prompt, first, sampler, processors, eos, stop_sum, max_tokens, max_draft, interrupt, error, rounding, grid, growing
 ):
     def stop(generated):
         return stop_sum > 0 and len(generated) > 3 and sum(generated[-3:]) % 7 == stop_sum
 
     rules = {"sampler": sampler, "processors": processors, "eos": eos, "stop": stop, "max_tokens": max_tokens}
     expected = reference(ToyEngine(prompt, grid=grid), first, **rules)
-    engine = ToyEngine(prompt, error, rounding, grid)
+    engine = ToyEngine(prompt, error, rounding, grid, growing)
     run = Speculation(
         engine,
         prompt,
         first,
         max_draft=max_draft,
-        noise=rounding,
+        noise=engine.bounds(),
         **rules,
     )
     asked = count()
@@ -183,7 +201,7 @@ def test_output_is_that_of_plain_decoding(  # noqa: PLR0917 (hypothesis passes b
     assert len(shown) == committed
     assert run.finished
     assert run.report.accepted <= run.report.drafted
-    assert run.report.noise == rounding  # the bound given was right, so nothing larger was seen
+    assert run.report.noise == engine.bounds()[-1]  # the bound given was right, so nothing larger was seen
     if rounding == 0:
         assert run.report.redecided == run.report.mismatches == ()
         assert run.report.batches <= 1
@@ -264,12 +282,15 @@ def test_a_short_batch_is_stepped_again_so_that_ties_cost_nothing_later():
 
 
 def test_measure_noise():
-    engine = ToyEngine([1, 2], rounding=0.25)
+    engine = ToyEngine([1, 2], rounding=0.25, growing=True)
     engine.install()
-    noise = measure_noise(engine, 2, [3, 4, 5, 6])
-    assert 0.1 < noise <= 0.25
+    noise = measure_noise(engine, 2, [3, 4, 5, 6] * 5, batches=(4, 20))
+    assert len(noise) == 20
+    assert list(noise) == sorted(noise)
+    assert all(0 < measured <= bound for measured, bound in zip(noise, engine.bounds(), strict=False))
+    assert noise[-1] > 0.1
     assert len(engine.cache) == 2
-    assert measure_noise(ToyEngine([1]), 1, [3, 4]) == 0
+    assert measure_noise(ToyEngine([1]), 1, [3, 4]) == (0.0, 0.0)
 
 
 def test_seeded_noise_depends_on_seed_and_position_only():
@@ -338,6 +359,8 @@ def test_phases_come_in_order():
         lambda: Speculation(ToyEngine([1]), [1], max_draft=-1),
         lambda: Speculation(ToyEngine([1]), [1], max_tokens=0),
         lambda: Speculation(ToyEngine([1]), [1], noise=float("nan")),
+        lambda: Speculation(ToyEngine([1]), [1], noise=[-1.0, 2.0]),
+        lambda: Speculation(ToyEngine([1]), [1], noise=[]),
         lambda: SeededSampler(-1),
         lambda: SeededSampler(1, temperature=0),
         lambda: SeededSampler(1, top_p=0),

@@ -80,7 +80,7 @@ class Decode:
         engine.crop(tokens)
         return min(times)  # what the machine can do; a busy moment should not slow down the link
 
-    async def receive(self, progressive: bool, max_draft: int, count: int, noise: float) -> Mapping[str, Any]:
+    async def receive(self, progressive: bool, max_draft: int, count: int, noise: list[float]) -> Mapping[str, Any]:
         """Take the next transfer and decode ``count`` tokens after the one that prefill chose.
 
         Lists of times have one entry for each decoded token: when it was first shown, and when it was committed.
@@ -130,10 +130,9 @@ class Decode:
             "noise": report.noise,
         }
 
-    async def calibrate(self, tokens: list[int]) -> Mapping[str, Any]:
-        """The largest difference between batched and stepwise logits, on the cache that was received last."""
-        self._engine.crop(self._tokens)
-        return {"noise": await asyncio.to_thread(measure_noise, self._engine, self._tokens, tokens)}
+    async def calibrate(self, tokens: list[int], batches: list[int]) -> Mapping[str, Any]:
+        """How much batched and stepwise logits differ, on the cache that was received last."""
+        return {"noise": await asyncio.to_thread(measure_noise, self._engine, self._tokens, tokens, batches)}
 
     async def _draft(self, transfer: Any, layers: list[int], speculation: Speculation, run: _Run) -> None:
         exact = threading.Event()

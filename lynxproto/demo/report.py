@@ -180,7 +180,7 @@ class Report:
         """What to print."""
         rate = f"{self.link / 1e6:.0f} Mbit/s"
         titles = {
-            Table.SENT_WHOLE: f"Sent once the KV cache is complete, {rate} (medians of {self.runs} runs)",
+            Table.SENT_WHOLE: f"Sent once the KV cache is complete, {rate} ({_runs(self.runs)})",
             Table.STREAMED: f"Streamed by layer while prefill runs, {rate} (one run)",
             Table.FAST_LINK: "Link not shaped: here the network does not matter (one run)",
         }
@@ -226,6 +226,12 @@ class Report:
         yield (
             f"First decoded token: [bold]{self.speedup:.2f} times[/bold] sooner than INT8 "
             f"(ceiling by bytes {self.ceiling:.2f}: INT8's bytes over the anchor's)."
+        )
+        ours, theirs = (self.measurements[Table.SENT_WHOLE][method] for method in ("lynxproto", "bf16"))
+        yield (
+            f"All {self.decode} tokens final after {_median(ours, 'last_verified'):.2f} s; BF16's bytes alone take "
+            f"{self.cache_bytes * 8 / self.link:.2f} s, and its token {self.decode} comes after "
+            f"{_median(theirs, 'last_verified'):.2f} s."
         )
         runs = [r for table in self.measurements.values() for r in table["lynxproto"]]
         again = sorted({position for run in runs for position in run.decode["redecided"]})
@@ -289,6 +295,10 @@ class Report:
             "bit_exact": all(map(self.bit_exact, runs)),
             "tokens_identical": all(map(self.tokens_identical, runs)),
         }
+
+
+def _runs(count: int) -> str:
+    return "one run" if count == 1 else f"medians of {count} runs"
 
 
 def _median(runs: Sequence[Measurement], name: str) -> float:

@@ -84,7 +84,7 @@ class _Runs:
         self._prefill = prefill
         self._decode = decode
         self._engine = engine
-        self._noise = 0.0
+        self._noise: list[float] = [0.0]
         self._link = settings.link or _default_link(cache["values"] * 2, engine["step_s"])
         self._report = Report(
             model=MODEL,
@@ -102,14 +102,16 @@ class _Runs:
     async def all(self) -> Report:
         report, settings = self._report, self._settings
         self._screen.facts(report)
+        self._screen.plan(1 + len(METHODS) * (settings.runs + 1 + settings.streamed))
         # One transfer that is not counted warms up sockets, codecs and engine, and gives the reference: what this
         # engine decodes step by step on the BF16 cache. Rounding noise is measured on the same cache.
-        reference = await self._once("bf16", None, "warming up")
+        reference = await self._once("bf16", None, "not counted")
         report.reference = tuple(reference.decode["tokens"])
         tokens = list(report.reference)
-        draws = [tokens[:n] for n in {min(len(tokens), n) for n in (9, settings.decode + 1, settings.max_draft + 1)}]
-        noises = [(await self._decode.call("calibrate", tokens=draw))["noise"] for draw in draws]
-        self._noise = report.noise = max(noises)
+        draw = (tokens * (settings.max_draft // len(tokens) + 1))[: settings.max_draft + 1]
+        batches = sorted({min(n, len(draw)) for n in (9, settings.decode + 1, len(draw))})
+        self._noise = (await self._decode.call("calibrate", tokens=draw, batches=batches))["noise"]
+        report.noise = self._noise[-1]
         report.text = (await self._prefill.call("text", tokens=tokens))["text"]
 
         for number in range(settings.runs):

@@ -45,6 +45,10 @@ class Screen:
         """Say what is going on."""
         self._progress.update(self._stage, description=text)
 
+    def plan(self, runs: int) -> None:
+        """How many runs there will be."""
+        self._progress.update(self._stage, total=runs)
+
     def facts(self, report: Report) -> None:
         """Print what the runs have in common."""
         for line in report.facts():
@@ -60,6 +64,7 @@ class Screen:
 
     def end(self, measurement: Measurement) -> None:
         """A run ended."""
+        self._progress.advance(self._stage)
         self._console.print(f"  {self._progress.tasks[0].description:<31} {measurement.line()}", highlight=False)
 
     def on_prefill(self, event: dict[str, Any]) -> None:
