@@ -253,7 +253,7 @@ class Speculation:
     ``prompt`` are the tokens whose KV is (or will be) in the engine's cache; ``first_token`` is what prefill already
     chose (RESULT), committed from the start, or None, in which case the last prompt token is fed again.
     ``eos`` ends a request with its token; ``stop`` gets the generated tokens and says whether the newest ends it;
-    ``processors`` rewrite logits, in order. ``noise`` comes from :func:`measure_noise`; one number holds for all depths.
+    ``processors`` rewrite logits, in order. ``noise`` comes from :func:`measure_noise`; one number: for all depths.
 
     ``draft``, ``verify`` and ``decode`` are generators, called in that order; they do their work as they are
     iterated, so a caller timestamps, shows and interrupts at each event. Not thread-safe.
