@@ -48,6 +48,8 @@ class Context:
     counters: Counters = field(default_factory=Counters)
     control: deque[tuple[bytes, int]] = field(default_factory=deque)
     """Control frames for whichever stripe is free first, each with its transfer."""
+    now: float = 0.0
+    """The time of the call that is being handled."""
     ready: bool = False
     """At least one stripe is ready. While none is, nothing is queued: state is sent afresh when one is."""
     peer: Peer | None = None

@@ -41,7 +41,7 @@ from lynxproto.events import (
     TransferReleased,
 )
 from lynxproto.frames import LayerStatus, TileKey, TileStatus
-from lynxproto.manifest import Manifest, Want, wanted_levels
+from lynxproto.manifest import Manifest, Want, check_wants, wanted_levels
 from lynxproto.state import INCOMING, IncomingState, advance
 from lynxproto.windows import ReceiveWindow
 
@@ -165,8 +165,10 @@ class Receiver:
         t = self._get(transfer)
         if t is None or not t.live:
             return
+        wanted = (Want(),) if wants is None else tuple(wants)
+        check_wants(wanted)
         t.state = advance(INCOMING, t.state, "accept")
-        t.wants = (Want(),) if wants is None else tuple(wants)
+        t.wants = wanted
         t.heard_at = now
         t.backoff.reset(now)
         self._emit_accept(t)
@@ -313,7 +315,9 @@ class Receiver:
         frames.check_cover(what, body.tiles, parts, heads, range(spec.token_start, spec.token_stop))
         limits = self.ctx.config.limits
         t.positions += sum(key.positions for key in body.tiles)
-        if len(t.by_tile) + len(body.tiles) > limits.tiles or t.positions > limits.positions:
+        room = self.ctx.peer.limits.control_bytes if self.ctx.peer else 0  # for one layer's status
+        too_many = len(t.by_tile) + len(body.tiles) > limits.tiles or 3 * len(body.tiles) + 1024 > room
+        if too_many or t.positions > limits.positions:
             self.fail(t, ProtocolError(f"{what}: more tiles or token positions than the limits allow", ErrorCode.LIMIT))
             return
         largest = min(limits.frame_bytes, limits.session_window, limits.transfer_window)
@@ -687,7 +691,7 @@ class Receiver:
         """Something that the sender should know has changed."""
         if layer is not None:
             t.changed.add(layer.index)
-        t.backoff.reset(t.heard_at)
+        t.backoff.reset(self.ctx.now)
         self._dirty[t.id] = t
 
     def _status_bodies(self, t: Incoming, layers: Sequence[int]) -> list[frames.Ack]:

@@ -102,7 +102,7 @@ class _Tile:
 class _Layer:
     """``open`` counts the tiles that are not done."""
 
-    __slots__ = ("digests", "end_confirmed", "index", "open", "plan_confirmed", "status", "tiles")
+    __slots__ = ("digests", "end_confirmed", "index", "open", "plan_confirmed", "positions", "status", "tiles")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -112,6 +112,7 @@ class _Layer:
         self.end_confirmed = False
         self.status: frames.LayerStatus | None = None
         self.open = 0
+        self.positions = 0
 
 
 class Outgoing:
@@ -236,6 +237,7 @@ class Sender:
             if not 0 <= tile.codec < len(t.codecs):
                 raise SpecError(f"tile codec {tile.codec}: the manifest has {len(t.codecs)} codecs")
             layer.tiles.append(_Tile(t, layer, tile, key, t.codecs[tile.codec]))
+            layer.positions += key.positions
         parts = [PARTS.index(part) for part in spec.parts]
         heads = range(spec.head_start, spec.head_start + spec.kv_heads)
         try:
@@ -264,7 +266,10 @@ class Sender:
         tiles = len(t.by_tile) + sum(tile.tile not in t.by_tile for tile in layer.tiles)
         if tiles > limits.tiles:
             raise SpecError(f"{tiles} tiles: the peer's limit is {limits.tiles}; use larger tiles")
-        size = len(frames.control_frame(self._plan_body(layer)))
+        positions = sum(other.positions for other in {*t.layers.values(), layer})
+        if positions > limits.positions:
+            raise SpecError(f"{positions} explicit token positions: the peer's limit is {limits.positions}; use ranges")
+        size = max(len(frames.control_frame(self._plan_body(layer))), 18 * len(layer.tiles) + 128)  # PLAN, END
         if size > limits.control_bytes:
             raise SpecError(f"layer {layer.index}: a plan of {size} bytes, the peer's limit is {limits.control_bytes}")
 
@@ -463,8 +468,8 @@ class Sender:
                 self._restart(tile)
             elif item.attempt == tile.attempt and tile.chunks:
                 chunk = tile.chunks[item.level]
-                if item.count > chunk.nacks and chunk.state is ChunkState.SENT:
-                    chunk.nacks = item.count
+                if item.times > chunk.nacks and chunk.state is ChunkState.SENT:
+                    chunk.nacks = item.times
                     self._resend(t, chunk)
 
     def on_credit(self, transfer: int, limits: Sequence[int], now: float) -> None:

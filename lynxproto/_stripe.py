@@ -19,6 +19,8 @@ _SCRATCH = 64 * 1024
 #: Payloads with less than this still to come are read together with what follows them, and copied once.
 _DIRECT = 8 * 1024
 _MAX_PROBES = 16
+#: Where the bytes go that nobody wants.
+_SINK = bytearray(_SCRATCH)
 
 
 class FrameHandler(Protocol):
@@ -54,6 +56,7 @@ class FrameReader:
         self._stopped = True
         self._target = None
         self._direct = False
+        self._scratch = _SINK
 
     def get_buffer(self) -> memoryview:
         """Where to read the next bytes to."""

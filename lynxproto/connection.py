@@ -39,6 +39,7 @@ from lynxproto.errors import (
     PeerError,
     ProtocolError,
     RemoteError,
+    SpecError,
     VersionError,
 )
 from lynxproto.events import (
@@ -53,7 +54,7 @@ from lynxproto.events import (
     UnknownFrame,
 )
 from lynxproto.frames import HEADER_SIZE, MAX_HELLO, VERSION, FrameType, Header
-from lynxproto.manifest import FetchKey, Manifest, Want
+from lynxproto.manifest import FetchKey, Manifest, Want, check_wants
 from lynxproto.state import SESSION, STRIPE, IncomingState, SessionState, StripeState, advance
 
 __all__ = ["ChunkRequest", "Connection", "hello_session"]
@@ -140,7 +141,6 @@ class Connection:
         self._next_stripe = 0
         self._sender = Sender(ctx)
         self._receiver = Receiver(ctx)
-        self._now = 0.0
         self._alone_since: float | None = None  # without a ready stripe
         self._pings = 0
         self._budget = 2 * config.control_rate  # control frames that the peer may still send
@@ -183,19 +183,22 @@ class Connection:
         Raises :class:`~lynxproto.errors.LocalError` if the session is over.
         """
         self._check_open()
-        self._now = now
+        self._ctx.now = now
         if self._alone_since is None and not self._ctx.ready:
             self._alone_since = now
         stripe = Stripe(self._next_stripe, now)
         self._next_stripe += 1
         stripe.reader = FrameReader(_Handler(self, stripe))
         self._stripes[stripe.index] = stripe
+        gone = [index for index, old in self._stripes.items() if old.closed]
+        for index in gone[: -self._ctx.config.limits.stripes]:
+            del self._stripes[index]
         self._greet()
         return stripe.index
 
     def stripe_lost(self, stripe: int, now: float, error: RemoteError | None = None) -> None:
         """The byte stream ended. Idempotent. The session lives on, and resumes on its other stripes or on the next."""
-        self._now = now
+        self._ctx.now = now
         found = self._stripe(stripe)
         if not found.closed:
             self._drop_stripe(found, error)
@@ -216,7 +219,7 @@ class Connection:
 
     def buffer_updated(self, nbytes: int, now: float, stripe: int = 0) -> None:
         """``nbytes`` bytes were read into the start of :meth:`get_buffer`'s last result."""
-        self._now = now
+        self._ctx.now = now
         found = self._stripe(stripe)
         if found.closed or not nbytes:
             return
@@ -234,7 +237,7 @@ class Connection:
         At each frame boundary the most urgent frame is taken. What is returned counts as written: if the write
         fails, call :meth:`stripe_lost`. Ask again when the stream can take more, and after other calls.
         """
-        self._now = now
+        self._ctx.now = now
         found = self._stripe(stripe)
         chunks: list[memoryview] = []
         while limit > 0 and (found.out or self._next_frame(found)):
@@ -274,7 +277,7 @@ class Connection:
         """The time is ``now``: pings, resends, timeouts. May be called at any time."""
         if self.closed:
             return
-        self._now = now
+        self._ctx.now = now
         config = self._ctx.config
         for stripe in list(self._stripes.values()):
             since = stripe.heard_at if stripe.ready else stripe.opened_at
@@ -302,7 +305,7 @@ class Connection:
         """End the session: release all transfers now, send GOAWAY. Idempotent. Drain data_to_send, then hang up."""
         if self.closed:
             return
-        self._now = now
+        self._ctx.now = now
         self._receiver.flush()
         for stripe in self._ready_stripes()[:1]:  # what was said before must not be lost: a peer may wait for its ACK
             stripe.control.extend(frame for frame, _ in self._ctx.control)
@@ -319,7 +322,7 @@ class Connection:
         another identity than the configured one, or codecs or sizes that the peer has said it refuses.
         """
         self._check_open()
-        self._now = now
+        self._ctx.now = now
         transfer = self._new_id()
         self._sender.open(transfer, manifest, now, deadline, fetch)
         if fetch is not None:
@@ -333,7 +336,7 @@ class Connection:
         Raises :class:`~lynxproto.errors.LocalError` for a second plan, tiles outside the layer, overlapping tiles, or
         a chunk that could be larger than the peer's windows.
         """
-        self._now = now
+        self._ctx.now = now
         self._sender.plan(transfer, layer, tiles, now)
 
     def next_chunk(self, now: float) -> ChunkRequest | None:
@@ -341,7 +344,7 @@ class Connection:
 
         The same chunk is asked for again when it must be resent: it must be encoded to the same bytes.
         """
-        self._now = now
+        self._ctx.now = now
         chunk = self._sender.next_chunk(now)
         return None if chunk is None else ChunkRequest(chunk.tile.transfer.id, chunk.tile.tile, chunk.level)
 
@@ -352,7 +355,7 @@ class Connection:
         Raises :class:`~lynxproto.errors.LocalError` if it was not asked for, is empty, or is larger than the codec's
         ``max_encoded_size``.
         """
-        self._now = now
+        self._ctx.now = now
         self._sender.chunk_encoded(transfer, tile, level, payload, now)
 
     def end_layer(self, transfer: int, layer: int, digests: Sequence[bytes], now: float) -> None:
@@ -361,22 +364,22 @@ class Connection:
         b"" means that the sender vouches for nothing; allowed if the manifest is ``lossy`` or the tile unwanted.
         A no-op for a transfer that is over.
         """
-        self._now = now
+        self._ctx.now = now
         self._sender.end_layer(transfer, layer, digests, now)
 
     def result(self, transfer: int, first_token: int, logit_gap: float | None, now: float) -> None:
         """Send RESULT. A no-op for a transfer that is over."""
-        self._now = now
+        self._ctx.now = now
         self._sender.result(transfer, first_token, logit_gap, now)
 
     def finish(self, transfer: int, now: float) -> None:
         """All layers are planned and ended: when the peer has confirmed everything, the transfer is released."""
-        self._now = now
+        self._ctx.now = now
         self._sender.finish(transfer, now)
 
     def not_found(self, request: int, now: float) -> None:
         """Answer a :class:`~lynxproto.events.FetchRequested`: nothing is held under that key."""
-        self._now = now
+        self._ctx.now = now
         if request not in self._requests:
             raise LocalError(f"no FETCH {request:032x} is open")
         self._requests[request] = True
@@ -386,12 +389,12 @@ class Connection:
 
     def accept(self, transfer: int, now: float, wants: Sequence[Want] | None = None) -> None:
         """Memory is ready (ACCEPT). ``wants`` says what this side lacks; None means everything."""
-        self._now = now
+        self._ctx.now = now
         self._receiver.accept(transfer, now, wants)
 
     def reject(self, transfer: int, code: ErrorCode, text: str, now: float) -> None:
         """Refuse an offered transfer (REJECT)."""
-        self._now = now
+        self._ctx.now = now
         self._receiver.reject(transfer, code, text, now)
 
     def applied(self, transfer: int, tile: Tile, level: int, now: float) -> None:
@@ -400,12 +403,12 @@ class Connection:
         To be called once for each :class:`~lynxproto.events.ChunkReceived`, from any order of chunks, unless the tile
         failed. A no-op for a transfer that is over.
         """
-        self._now = now
+        self._ctx.now = now
         self._receiver.applied(transfer, tile, level, now)
 
     def tile_verified(self, transfer: int, tile: Tile, now: float) -> None:
         """All levels are applied and the words match the digest in END."""
-        self._now = now
+        self._ctx.now = now
         self._receiver.tile_verified(transfer, tile, now)
 
     def tile_failed(
@@ -416,12 +419,12 @@ class Connection:
         The first time the whole tile is asked for again (attempt 1); the second time the transfer fails. No chunk of
         the failed attempt is delivered after this; the shell calls nothing more for those that were.
         """
-        self._now = now
+        self._ctx.now = now
         self._receiver.tile_failed(transfer, tile, now, code, text)
 
     def urgent(self, transfer: int, now: float) -> None:
         """Ask the sender to promote this transfer's residual (URGENT)."""
-        self._now = now
+        self._ctx.now = now
         self._receiver.urgent(transfer, now)
 
     def fetch(self, key: FetchKey, now: float, wants: Sequence[Want] | None = None, lease: float = 0.0) -> int:
@@ -430,9 +433,13 @@ class Connection:
         :class:`~lynxproto.events.FetchFailed`. ``lease``: seconds that the peer should keep the cache afterwards.
         """
         self._check_open()
-        self._now = now
+        self._ctx.now = now
         request = self._new_id()
         body = frames.Fetch(key=key, wants=(Want(),) if wants is None else tuple(wants), lease=float(lease))
+        check_wants(body.wants)
+        size = len(frames.control_frame(body)) + 64
+        if self._ctx.peer is not None and size > self._ctx.peer.limits.control_bytes:
+            raise SpecError(f"a FETCH of {size} bytes, the peer's limit is {self._ctx.peer.limits.control_bytes}")
         self._fetches[request] = _Fetch(body, Backoff(self._ctx.config, now), now + self._ctx.config.lease)
         self._ctx.emit(body, request)
         return request
@@ -453,7 +460,7 @@ class Connection:
         :class:`~lynxproto.events.LevelsCancelled` on both sides, and the transfer then completes at that level.
         A no-op for a transfer that is over, or complete at its receiver.
         """
-        self._now = now
+        self._ctx.now = now
         outgoing = self._sender.transfers.get(transfer)
         incoming = self._receiver.transfers.get(transfer)
         if outgoing is not None:
@@ -501,15 +508,15 @@ class Connection:
         """Control frames cost no credit; their rate is limited instead (a token bucket)."""
         rate = self._ctx.config.control_rate
         if self._budget_at is not None:
-            self._budget = min(2 * rate, self._budget + rate * (self._now - self._budget_at))
-        self._budget_at = self._now
+            self._budget = min(2 * rate, self._budget + rate * (self._ctx.now - self._budget_at))
+        self._budget_at = self._ctx.now
         self._budget -= 1
         if self._budget < 0:
             raise ProtocolError(f"more than {rate:g} control frames a second", ErrorCode.LIMIT)
 
     def _begin_payload(self, stripe: Stripe, header: Header, bitmap: bytes) -> bytearray | None:
         if header.type == FrameType.DATA:
-            stripe.arrival = self._receiver.admit(header, bitmap, self._now)
+            stripe.arrival = self._receiver.admit(header, bitmap, self._ctx.now)
             return None if stripe.arrival is None else stripe.arrival.buffer
         counters = self._ctx.counters
         counters.control_frames_received += 1
@@ -525,12 +532,12 @@ class Connection:
         if header.type == FrameType.DATA:
             arrival, stripe.arrival = stripe.arrival, None
             assert arrival is not None
-            self._receiver.arrived(arrival, self._now)
+            self._receiver.arrived(arrival, self._ctx.now)
         elif crc32c(payload) != header.payload_crc:
             if not stripe.ready:
                 raise CorruptFrameError(f"{FrameType(header.type).name}: payload CRC32C is wrong")
             self._ctx.counters.corrupt += 1  # as good as lost: its sender will say it again
-        elif payload in (stripe.peer_hello, stripe.peer_proof):
+        elif bytes(payload) in (stripe.peer_hello, stripe.peer_proof):
             return  # a duplicate of the handshake's frames
         elif stripe.ready:
             self._dispatch(stripe, header, frames.parse_body(header, payload, self._ctx.config.limits))
@@ -561,7 +568,7 @@ class Connection:
             features=config.features,
             session=self._session or b"",
             token=token,
-            alive=tuple(other.number for other in self._ready_stripes()) if self._client else (),
+            alive=tuple(other.number for other in self._stripes.values() if not other.closed) if self._client else (),
         )
         frame = self._ctx.encode(hello)
         stripe.my_hello = frame[HEADER_SIZE:]
@@ -641,7 +648,7 @@ class Connection:
         ctx = self._ctx
         if not self._client:
             for other in self._ready_stripes():
-                if other is not stripe and other.number not in hello.alive:
+                if other.number < stripe.number and other.number not in hello.alive:
                     self._drop_stripe(other, ConnectionClosedError("the client says that it lost this stripe"))
         was, first = self._state, not ctx.ready
         self._state = advance(SESSION, self._state, "stripe ready")
@@ -667,8 +674,8 @@ class Connection:
             self._resync()
 
     def _resync(self) -> None:
-        self._sender.resync(self._now)
-        self._receiver.resync(self._now)
+        self._sender.resync(self._ctx.now)
+        self._receiver.resync(self._ctx.now)
         for request, fetch in self._fetches.items():
             self._ctx.emit(fetch.body, request)
 
@@ -716,7 +723,7 @@ class Connection:
         else:
             self._ctx.ready = False
             self._ctx.control.clear()
-            self._alone_since = self._now
+            self._alone_since = self._ctx.now
             self._state = advance(SESSION, self._state, "last stripe lost")
 
     def _say_everywhere(self, body: frames.Body) -> None:
@@ -759,7 +766,7 @@ class Connection:
 
     def _ping(self, stripe: Stripe, *, probe: bool) -> None:
         self._pings += 1
-        stripe.pinged_at = self._now
+        stripe.pinged_at = self._ctx.now
         if probe:
             stripe.note_probe(self._pings, self._sender.sequence)
         stripe.control.append(self._ctx.encode(frames.Ping(id=self._pings, probe=probe)))
@@ -797,17 +804,21 @@ class Connection:
     def _frame_written(self, stripe: Stripe) -> None:
         chunk, stripe.writing = stripe.writing, None
         if chunk is not None:
-            self._sender.written(chunk, stripe.index, stripe.writing_bytes, self._now)
+            self._sender.written(chunk, stripe.index, stripe.writing_bytes, self._ctx.now)
 
     # --- frames after the handshake
 
     def _dispatch(self, stripe: Stripe, header: Header, body: frames.Body) -> None:
         transfer = header.transfer
         name = FrameType(header.type).name
+        found = self._sender.transfers.get(transfer) or self._receiver.transfers.get(transfer)
+        if found is not None:
+            found.counters.control_frames_received += 1
+            found.counters.control_bytes_received += HEADER_SIZE + header.payload_length
         if header.type in _OF_SESSION:
             _OF_SESSION[header.type](self, stripe, transfer, body)
         elif isinstance(body, frames.Credit):
-            self._sender.on_credit(transfer, body.limits, self._now)
+            self._sender.on_credit(transfer, body.limits, self._ctx.now)
         elif isinstance(body, frames.Error) and not transfer:
             self._fail(PeerError(f"the peer ended the session: {body.text or body.code.name}", body.code), tell=False)
         elif not transfer:
@@ -820,7 +831,7 @@ class Connection:
             raise ProtocolError(f"{name} after the handshake", ErrorCode.STATE)
 
     def _to_sender(self, transfer: int, body: frames.Body, name: str) -> None:
-        sender, now = self._sender, self._now
+        sender, now = self._sender, self._ctx.now
         t = sender.transfers.get(transfer)
         if t is None:
             if transfer in self._receiver.transfers:
@@ -829,7 +840,6 @@ class Connection:
             if last_word is not None and not isinstance(body, frames.Reject):
                 self._ctx.emit(last_word, transfer)
             return
-        t.counters.control_frames_received += 1
         match body:
             case frames.Accept():
                 sender.on_accept(t, body, now)
@@ -849,7 +859,7 @@ class Connection:
                 sender.on_error(t, body)
 
     def _to_receiver(self, transfer: int, body: frames.Body, name: str) -> None:
-        receiver, now = self._receiver, self._now
+        receiver, now = self._receiver, self._ctx.now
         if transfer in self._sender.transfers:
             raise ProtocolError(f"{name} for a transfer that goes the other way")
         if isinstance(body, frames.Open):
@@ -861,7 +871,6 @@ class Connection:
         if t is None:
             return  # late
         t.heard_at = now
-        t.counters.control_frames_received += 1
         if isinstance(body, frames.Closed):
             receiver.on_closed(t, body, now)
             return

@@ -20,7 +20,7 @@ from lynxproto.chunk import PARTS, Tile, TokenSet
 from lynxproto.config import MAX_LEVELS, Limits
 from lynxproto.digest import DIGEST_SIZE, crc32c
 from lynxproto.errors import CorruptFrameError, ErrorCode, LimitError, ProtocolError, SpecError, VersionError
-from lynxproto.manifest import FetchKey, Want
+from lynxproto.manifest import MAX_WANTS, FetchKey, Want
 
 HEADER_SIZE: Final = 64
 MAGIC: Final = b"\xabLYX"
@@ -35,8 +35,6 @@ CRITICAL_FLAGS: Final = 0xFF00
 
 _LAYOUT = struct.Struct("<4sBBHHBBI16sHBBHHIIHHIII")
 assert _LAYOUT.size == HEADER_SIZE
-
-_MAX_WANTS = 4096
 
 
 class FrameType(IntEnum):
@@ -124,7 +122,8 @@ class TileKey(NamedTuple):
         bitmap = value[6] if len(value) == 7 else b""
         if type(bitmap) is not bytes or (len(value) == 7 and not bitmap):
             raise ProtocolError(f"{what}: the bitmap of a tile must be a non-empty byte string")
-        key = cls(layer, *value[:6], bitmap)
+        part, head_start, heads, token_start, token_stop, codec = value[:6]
+        key = cls(layer, part, head_start, heads, token_start, token_stop, codec, bitmap)
         key.check(what)
         return key
 
@@ -281,24 +280,24 @@ def parse_extension(data: bytes | bytearray | memoryview) -> bytes:
 
 
 class Body:
-    """Base of the bodies of control frames: ``TYPE``, ``to_map``, ``from_fields``."""
+    """Base of the bodies of control frames: ``TYPE``, ``_to_map``, ``_from_fields``."""
 
     __slots__ = ()
     TYPE: ClassVar[FrameType]
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         """The CBOR map, without grease."""
         raise NotImplementedError
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
         """Decode, checking types and bounds."""
         raise NotImplementedError
 
 
 def control_frame(body: Body, transfer: int = 0, grease: Random | None = None) -> bytes:
     """One control frame; with ``grease``, now and then with a reserved parameter or flag in it."""
-    fields_ = body.to_map()
+    fields_ = body._to_map()
     flags = 0
     if grease is not None and grease.random() < 1 / 16:
         fields_[f"grease-{grease.randrange(1 << 16):04x}"] = grease.randrange(1 << 16)
@@ -311,7 +310,7 @@ def parse_body(header: Header, payload: bytes | bytearray | memoryview, limits: 
     """Decode the payload of a known control frame. Raises :class:`~lynxproto.errors.ProtocolError`."""
     cls = _BODIES[header.type]
     f = _cbor.loads(payload, cls.TYPE.name)
-    body = cls.from_fields(f, limits)
+    body = cls._from_fields(f, limits)
     f.done()
     return body
 
@@ -322,7 +321,7 @@ def _code(f: _cbor.Fields) -> ErrorCode:
 
 
 def _limits_from(f: _cbor.Fields) -> Limits:
-    values = {item.name: f.integer(item.name, 1) for item in fields(Limits)}
+    values = {item.name: f.integer(item.name, 1, default=item.default) for item in fields(Limits)}
     values["frame_bytes"] = min(values["frame_bytes"], (1 << 32) - 1)
     try:
         return Limits(**values)
@@ -351,7 +350,7 @@ class Hello(Body):
     alive: tuple[int, ...] = ()
     """Client: its other stripes that are alive; the server drops those that are not listed."""
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {
             "versions": list(self.versions),
             "nonce": self.nonce,
@@ -367,7 +366,7 @@ class Hello(Body):
         }
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Hello:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Hello:
         low, high = f.integers("versions", 2, 0, 255)
         lease = f.number("lease")
         if not 0 < lease < 1e9:
@@ -398,11 +397,11 @@ class HelloAck(Body):
     version: int
     mac: bytes
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"version": self.version, "mac": self.mac}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> HelloAck:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> HelloAck:
         return cls(version=f.integer("version", 0, 255), mac=f.data("mac", 32, 32))
 
 
@@ -414,12 +413,12 @@ class Open(Body):
     manifest: bytes
     fetch: int | None = None
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         fetch = b"" if self.fetch is None else self.fetch.to_bytes(16, "big")
         return {"manifest": self.manifest, "fetch": fetch}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Open:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Open:
         fetch = f.data("fetch", 0, 16)
         if len(fetch) not in (0, 16):
             raise ProtocolError("OPEN: a request id has 16 bytes")
@@ -475,7 +474,7 @@ class Status(Body):
     """The level of the last CLOSED that it has seen."""
     urgent: bool = False
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         layers = [layer.as_list() for layer in self.layers]
         state = {"result": self.result, "level": self.level, "settled": self.settled, "urgent": self.urgent}
         return {"layers": layers, **state}
@@ -499,7 +498,7 @@ class Ack(Status):
     TYPE = FrameType.ACK
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Ack:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Ack:
         return cls(**cls._take(f, limits))
 
 
@@ -510,12 +509,12 @@ class Resume(Status):
     TYPE = FrameType.RESUME
     wants: tuple[Want, ...]
 
-    def to_map(self) -> dict[str, Any]:
-        return {**Status.to_map(self), "want": [want.as_list() for want in self.wants]}
+    def _to_map(self) -> dict[str, Any]:
+        return {**Status._to_map(self), "want": [want.as_list() for want in self.wants]}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
-        wants = tuple(Want.from_list(v) for v in f.array("want", _MAX_WANTS))
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
+        wants = tuple(Want.from_list(v) for v in f.array("want", MAX_WANTS))
         return cls(wants=wants, **cls._take(f, limits))
 
 
@@ -526,12 +525,12 @@ class Accept(Resume):
     TYPE = FrameType.ACCEPT
     credit: tuple[int, ...]
 
-    def to_map(self) -> dict[str, Any]:
-        return {**Resume.to_map(self), "credit": list(self.credit)}
+    def _to_map(self) -> dict[str, Any]:
+        return {**Resume._to_map(self), "credit": list(self.credit)}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
-        wants = tuple(Want.from_list(v) for v in f.array("want", _MAX_WANTS))
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
+        wants = tuple(Want.from_list(v) for v in f.array("want", MAX_WANTS))
         return cls(credit=f.integers("credit", MAX_LEVELS), wants=wants, **cls._take(f, limits))
 
 
@@ -540,11 +539,11 @@ class _Report(Body):
     code: ErrorCode
     text: str = ""
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"code": int(self.code), "text": self.text[:1024]}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
         return cls(code=_code(f), text=f.text("text"))
 
 
@@ -585,7 +584,7 @@ class Fetch(Body):
     wants: tuple[Want, ...]
     lease: float
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {
             "identity": self.key.identity,
             "blocks": list(self.key.blocks),
@@ -595,7 +594,7 @@ class Fetch(Body):
         }
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Fetch:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Fetch:
         key = FetchKey(
             identity=f.data("identity", 16, 16),
             blocks=f.blobs("blocks", limits.tokens, tuple(range(8, 33))),
@@ -604,7 +603,7 @@ class Fetch(Body):
         lease = f.number("lease")
         if not 0 <= lease < 1e9:
             raise ProtocolError(f"FETCH: lease of {lease} s")
-        return cls(key=key, wants=tuple(Want.from_list(v) for v in f.array("want", _MAX_WANTS)), lease=lease)
+        return cls(key=key, wants=tuple(Want.from_list(v) for v in f.array("want", MAX_WANTS)), lease=lease)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -616,11 +615,11 @@ class Plan(Body):
     tiles: tuple[TileKey, ...]
     levels: tuple[int, ...]
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"layer": self.layer, "tiles": [key.as_list() for key in self.tiles], "levels": bytes(self.levels)}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Plan:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Plan:
         layer = f.integer("layer", 0, 0xFFFF)
         items = f.array("tiles", limits.tiles)
         tiles = tuple(TileKey.from_list(layer, v, f"PLAN of layer {layer}") for v in items)
@@ -638,11 +637,11 @@ class Result(Body):
     first_token: int
     logit_gap: float | None
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"token": self.first_token, "gap": self.logit_gap}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Result:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Result:
         return cls(first_token=f.integer("token", 0, 0xFFFFFFFF), logit_gap=f.number("gap", default=None))
 
 
@@ -654,22 +653,22 @@ class End(Body):
     layer: int
     digests: tuple[bytes, ...]
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"layer": self.layer, "digests": list(self.digests)}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> End:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> End:
         layer = f.integer("layer", 0, 0xFFFF)
         return cls(layer=layer, digests=f.blobs("digests", limits.tiles, (0, DIGEST_SIZE)))
 
 
 class NackItem(NamedTuple):
-    """One chunk that arrived corrupt for the ``count``-th time (or a tile that failed: ``level`` 0, attempt 1)."""
+    """One chunk that arrived corrupt for the ``times``-th time (or a tile that failed: ``level`` 0, attempt 1)."""
 
     key: TileKey
     level: int
     attempt: int
-    count: int
+    times: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -679,11 +678,11 @@ class Nack(Body):
     TYPE = FrameType.NACK
     items: tuple[NackItem, ...]
 
-    def to_map(self) -> dict[str, Any]:
-        return {"chunks": [[i.key.layer, i.key.as_list(), i.level, i.attempt, i.count] for i in self.items]}
+    def _to_map(self) -> dict[str, Any]:
+        return {"chunks": [[i.key.layer, i.key.as_list(), i.level, i.attempt, i.times] for i in self.items]}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Nack:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Nack:
         items = []
         for value in f.array("chunks", 1 << 16):
             if type(value) is not list or [type(x) for x in value] != [int, list, int, int, int]:
@@ -702,11 +701,11 @@ class Credit(Body):
     TYPE = FrameType.CREDIT
     limits: tuple[int, ...]
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"limits": list(self.limits)}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Credit:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Credit:
         return cls(limits=f.integers("limits", MAX_LEVELS))
 
 
@@ -719,11 +718,11 @@ class Cancel(Body):
     code: ErrorCode
     text: str = ""
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"above": self.above, "code": int(self.code), "text": self.text[:1024]}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Cancel:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Cancel:
         return cls(above=f.integer("above", -1, MAX_LEVELS - 1), code=_code(f), text=f.text("text"))
 
 
@@ -739,12 +738,12 @@ class Closed(Body):
     code: ErrorCode
     text: str = ""
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         final = list(self.final)
         return {"level": self.level, "end": self.end, "final": final, "code": int(self.code), "text": self.text[:1024]}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Closed:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Closed:
         return cls(
             level=f.integer("level", 0, MAX_LEVELS - 1),
             end=f.flag("end"),
@@ -760,11 +759,11 @@ class Urgent(Body):
 
     TYPE = FrameType.URGENT
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Urgent:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Urgent:
         return cls()
 
 
@@ -776,11 +775,11 @@ class Ping(Body):
     id: int
     probe: bool
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"id": self.id, "probe": self.probe}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Ping:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Ping:
         return cls(id=f.integer("id"), probe=f.flag("probe"))
 
 
@@ -791,11 +790,11 @@ class Pong(Body):
     TYPE = FrameType.PONG
     id: int
 
-    def to_map(self) -> dict[str, Any]:
+    def _to_map(self) -> dict[str, Any]:
         return {"id": self.id}
 
     @classmethod
-    def from_fields(cls, f: _cbor.Fields, limits: Limits) -> Pong:
+    def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Pong:
         return cls(id=f.integer("id"))
 
 

@@ -6,7 +6,7 @@ tiers come in PLAN, digests in END, the first token in RESULT.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FetchKey", "Identity", "LayerSpec", "Manifest", "Want"]
 
+MAX_WANTS = 4096
 _MAX_CODECS = 256
 _MAX_TABLES = 1024
 
@@ -321,6 +322,12 @@ class Want:
 
 def _meet(span: tuple[int, int] | None, start: int, stop: int) -> bool:
     return span is None or (span[0] < stop and start < span[1])
+
+
+def check_wants(wants: Sequence[Want]) -> None:
+    """Raise :class:`~lynxproto.errors.SpecError` if there are more than a frame may hold."""
+    if len(wants) > MAX_WANTS:
+        raise SpecError(f"{len(wants)} wants, a frame holds {MAX_WANTS}; use larger rectangles")
 
 
 def wanted_levels(wants: Iterable[Want], tile: Tile, levels: int) -> int:

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lynxproto import frames
 from lynxproto.chunk import PARTS, Tile, TokenSet
 from lynxproto.config import MAX_LEVELS, Limits
