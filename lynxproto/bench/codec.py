@@ -23,7 +23,7 @@ _MEMORY_SHARE: Final = (
     8  # of the available memory; words, outputs, payloads and peers' buffers take 4 to 5 times as much
 )
 _QUICK_BYTES: Final = 64 << 20
-_QUICK_CODECS: Final = ("hq", "zipnn")
+_QUICK_CODECS: Final = ("hq", *contestants_.UNIFORM, "zipnn")
 _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -42,6 +42,11 @@ _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Rounds; medians are reported.")
 @click.option("--chunk", "chunk_kib", type=click.IntRange(1), default=2048, show_default=True, help="Chunk size, KiB.")
 @click.option("--working-set", type=click.IntRange(1), help="MiB of words; default: 8 times the last-level cache.")
+@click.option(
+    "--warm-allocator",
+    is_flag=True,
+    help="Make glibc keep freed memory: no page faults for codecs that return new memory, which all peers do.",
+)
 @click.option("--quick", is_flag=True, help="One small source, few rounds, ZipNN as the only peer: not to be quoted.")
 @click.option("--quality", type=_FILE, help="JSON of `bench quality`, for the plot of rate against acceptance.")
 @click.option("--json", "json_path", metavar="FILE|-", help="Write the results as JSON; - for standard output.")
@@ -56,6 +61,7 @@ def codec(
     runs: int,
     chunk_kib: int,
     working_set: int | None,
+    warm_allocator: bool,
     quick: bool,
     quality: Path | None,
     json_path: str | None,
@@ -84,7 +90,7 @@ def codec(
     console = Console(stderr=True)
     measured: list[measure.Run] = []
     policy: dict[tuple[str, str], list[float]] = {}
-    with machine.calm(), _progress(console) as (note, advance):
+    with machine.calm(warm_allocator=warm_allocator), _progress(console) as (note, advance):
         loaded = [sources.read_source(path) for path in paths]
         if names or not paths:
             loaded += sources.built_in(names or tuple(sources.BUILT_IN), note)
@@ -114,6 +120,7 @@ def codec(
             "working_set_bytes": min(target, bound),
             "working_set_bound_by_memory": bound < target,
             "last_level_cache_bytes": machine.last_level_cache(),
+            "warm_allocator": warm_allocator,
             "quick": quick,
         },
         machine.environment(),

@@ -21,12 +21,12 @@ from lynxproto.chunk import ChunkSpec
 from lynxproto.codecs import Codec, codec_ids, get_codec
 from lynxproto.errors import ConfigError
 
-__all__ = ["PEERS", "PRESETS", "Contestant", "Ours", "Peer", "Skipped", "own_names", "select"]
+__all__ = ["PEERS", "PRESETS", "UNIFORM", "Contestant", "Ours", "Peer", "Skipped", "ZipNN", "own_names", "select"]
 
 #: Presets of the hq codec, in the order in which they are shown.
 PRESETS = ("fast", "balanced", "dense")
 #: Its anchors of one width for all key channels, which need no calibration.
-_UNIFORM = ('{"id": "hq", "key_bits": 4, "value_bits": 3}',)
+UNIFORM = ('{"id": "hq", "key_bits": 4, "value_bits": 3}',)
 
 
 class NotInstalled(Exception):
@@ -138,25 +138,30 @@ class ZipNN(Peer):
     """ZipNN (arXiv 2411.05239): exponent bytes by Huffman code, in its bfloat16 mode.
 
     Its ``compress`` reorders bytes of its input in place: it gets a copy, and making that is not timed. The byte
-    interface is the fastest of its interfaces, and pieces of about 1 MiB suit it best.
+    interface is the fastest of its interfaces, and pieces of about 1 MiB suit it better than a whole cache.
     """
 
     codec, package, module = "zipnn", "zipnn", "zipnn"
     config = "ZipNN(input_format='byte', bytearray_dtype='bfloat16', threads=1)"
 
     def open(self) -> None:
+        """Make the compressor."""
         self._zipnn = self.lib.ZipNN(input_format="byte", bytearray_dtype="bfloat16", threads=1)
 
     def supports(self, spec: ChunkSpec) -> bool:
+        """bfloat16 only."""
         return spec.dtype == "bfloat16"
 
     def prepare(self, words: NDArray[Any]) -> Any:
+        """A copy, to be destroyed."""
         return bytearray(_bytes(words))
 
     def compress(self, data: Any) -> list[Any]:
+        """One call."""
         return [self._zipnn.compress(data)]
 
     def decode(self, spec: ChunkSpec, payloads: list[Any], out: NDArray[Any]) -> Any:
+        """One call; its result is new memory."""
         return self._zipnn.decompress(payloads[0])
 
 
@@ -386,7 +391,7 @@ def select(names: Sequence[str], presets: Sequence[str]) -> tuple[list[Contestan
 
 def own_names(presets: Sequence[str]) -> list[str]:
     """The default choice among lynxproto's codecs: only hq if ``presets`` of it are given."""
-    return ["hq"] if presets else ["hq", *_UNIFORM, "bitplane"]
+    return ["hq"] if presets else ["hq", *UNIFORM, "bitplane"]
 
 
 def _config(text: str) -> dict[str, Any]:

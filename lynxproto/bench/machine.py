@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lynxproto.errors import ConfigError
+
 __all__ = ["Seconds", "Workers", "available_bytes", "calm", "cpus", "environment", "last_level_cache", "spin"]
 
 _CPU0 = Path("/sys/devices/system/cpu/cpu0")
@@ -77,13 +79,18 @@ def environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def calm() -> Iterator[None]:
-    """No garbage collection, and an allocator that keeps its memory, so that only the first round has page faults.
+def calm(*, warm_allocator: bool) -> Iterator[None]:
+    """No garbage collection; with ``warm_allocator`` only the first round has page faults.
 
-    glibc gives large blocks back to the system at once and gets them back as pages to be zeroed, which would be
-    charged to whoever allocates. Elsewhere the allocator is left as it is.
+    glibc gives large blocks back to the system and gets them back as pages that the system must clear. That is
+    charged to whoever allocates, as in any program. ``warm_allocator`` makes glibc keep its memory, until the process
+    ends.
+
+    Raises :class:`~lynxproto.errors.ConfigError` for ``warm_allocator`` with another C library.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if warm_allocator:
+        if platform.libc_ver()[0] != "glibc":
+            raise ConfigError("--warm-allocator needs glibc")
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 2**31 - 1)

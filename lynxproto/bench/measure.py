@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -31,8 +31,10 @@ _GIGA: Final = 1e9
 #: A peer gets no further round after this many seconds of a source.
 PEER_SECONDS: Final = 3.0
 _SCRIBBLE: Final = 0x5A
+_BLOCK_TOKENS: Final = 64
+_CALLS: Final = 30
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ class Case:
     #: Bytes by part and level.
     sizes: dict[str, list[int]] = field(default_factory=dict)
     state_bytes: int = 0
+    #: Least seconds of one call on a tile of one block: what a call costs besides its words.
+    call_seconds: dict[str, float] = field(default_factory=dict)
     spent: float = 0.0
     _digests: dict[str, list[bytes]] = field(default_factory=dict)
 
@@ -142,6 +146,8 @@ class Run:
                             progress(f"{self.set.source.name}: {case.contestant.label}")
                             self._round(case, number, workers)
         for case in self.cases:
+            if isinstance(case.contestant, Ours) and case.threads == 1:
+                self._calls(case, case.contestant)
             for series in (case.times, case.wall, case.to_memcpy, case.part_times):
                 _drop_first(series)
         for times in (self.memcpy.chunked, self.memcpy.whole, *self.arithmetic.values()):
@@ -244,6 +250,24 @@ class Run:
                 self._same(case, f"refine to level {level}")
         if ours.exact:
             self._check(case, "refine to the last level", [None] * len(chunks))
+
+    def _calls(self, case: Case, ours: Ours) -> None:
+        whole = self.set.originals[0]
+        words = whole.words[:1, :_BLOCK_TOKENS]
+        out = np.empty_like(words)
+        spec = replace(whole.spec, heads=1, tokens=words.shape[1], token_set=None)
+        payload = ours.encode(spec, words)
+        calls: dict[str, Step] = {
+            "anchor_encode": lambda: ours.encode(spec, words, [0]),
+            "anchor_decode": lambda: ours.start(spec, payload[0], out),
+        }
+        for name, call in calls.items():
+            times = []
+            for _ in range(_CALLS):
+                start = time.process_time()
+                call()
+                times.append(time.process_time() - start)
+            case.call_seconds[name] = min(times)
 
     def _weigh(self, case: Case, payloads: list[Any]) -> None:
         levels = case.contestant.levels

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lynxproto.bench.contestants import Ours, Skipped
+from lynxproto.bench.contestants import Ours, Skipped, ZipNN
 from lynxproto.bench.measure import Case, Run
 from lynxproto.errors import ConfigError, MissingDependencyError
 
@@ -86,6 +86,11 @@ class Report:
             "version": contestant.version,
             "runs": case.rounds,
         }
+        if case.call_seconds:
+            result["call_seconds"] = {name: _round(value) for name, value in case.call_seconds.items()}
+        to_zipnn = self._to_zipnn(run, case)
+        if to_zipnn:
+            result["to_zipnn"] = to_zipnn
         if case.state_bytes:
             result["state_bits_per_value"] = _round(8 * case.state_bytes / case.values)
         policy = self.policy.get((case.source, contestant.label))
@@ -94,6 +99,14 @@ class Report:
         if case.threads > 1:
             result["scaling"] = self._scaling(run, case)
         return result
+
+    def _to_zipnn(self, run: Run, case: Case) -> dict[str, float]:
+        """Speeds as multiples of ZipNN's, both relative to the memcpy beside them."""
+        zipnn = next((c for c in run.cases if c.contestant.codec == ZipNN.codec), None)
+        if zipnn is None or not isinstance(case.contestant, Ours):
+            return {}
+        pairs = {o: (case.ratio_to_memcpy(o), zipnn.ratio_to_memcpy(o)) for o in ("encode", "exact_decode")}
+        return {o: float(f"{ours / theirs:.4g}") for o, (ours, theirs) in pairs.items() if ours is not None and theirs}
 
     def _part(self, case: Case, part: str) -> dict[str, Any]:
         speeds = {f"{o}_gb_per_s": _round(case.part_speed(o, part)) for o in case.times}
@@ -135,6 +148,11 @@ class Report:
                     "thread are of processor time; those of several threads are of wall time and mean little.",
                     style="yellow",
                 )
+            for case in run.cases:
+                to_zipnn = self._to_zipnn(run, case)
+                if to_zipnn:
+                    text = ", ".join(f"{o.replace('_', ' ')} {factor:.2f}" for o, factor in to_zipnn.items())
+                    console.print(f"{case.contestant.label}, times ZipNN's speed: {text}")
             self._print_scaling(console, run)
         for (name, label), bits in self.policy.items():
             console.print(f"{name}: {label} under the default policy: {_bits(bits)} bits a value")
