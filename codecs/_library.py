@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import Any, Final, TypeVar
@@ -78,7 +78,10 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def parallel(work: Callable[[int, int], T], count: int, threads: int) -> list[T]:
-    """Call ``work(first, last)`` on up to ``threads`` ranges that cover ``[0, count)``; results in order."""
+    """Call ``work(first, last)`` on up to ``threads`` ranges that cover ``[0, count)``; results in order.
+
+    An error of any range is raised when all have ended.
+    """
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
     parts = min(threads, count)
@@ -86,5 +89,8 @@ def parallel(work: Callable[[int, int], T], count: int, threads: int) -> list[T]
         return [work(0, count)]
     cuts = [count * i // parts for i in range(parts + 1)]
     futures = [_pool().submit(work, a, b) for a, b in pairwise(cuts[1:])]
-    first = work(cuts[0], cuts[1])  # the caller's thread takes its share
+    try:
+        first = work(cuts[0], cuts[1])  # the caller's thread takes its share
+    finally:
+        wait(futures)  # even after an error: nobody may touch the caller's memory once this returns
     return [first, *(future.result() for future in futures)]

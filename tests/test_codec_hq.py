@@ -320,6 +320,24 @@ def test_truncated_and_padded_payloads_are_errors(part: str, kind: str, count: i
                     codec.decode(spec, [*levels[:level], wrong], out)
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_error_in_any_block_is_raised(threads: int) -> None:
+    words = make("channels", "bfloat16", (1, 512, 64), 31)
+    spec = specification("key", "bfloat16", words.shape)
+    codec = get_codec("hq", anchor_bits=4)
+    levels = codec.encode(spec, words)
+    broken = bytearray(levels[2])
+    sizes = np.frombuffer(levels[2], "<u2", count=4 * 8, offset=8).reshape(8, 4)
+    for block in range(8):
+        table = sizes.copy()
+        table[block, 0] -= 1  # a byte of A becomes one of B: the sum stays
+        table[block, 1] += 1
+        broken[8 : 8 + table.nbytes] = table.tobytes()
+        out = np.zeros_like(words)
+        with pytest.raises(PayloadError, match=rf"level 2.*ranks of block {block} of 8"):
+            codec.decode(spec, [*levels[:2], bytes(broken)], out, threads=threads)
+
+
 def test_hostile_parameters_are_errors() -> None:
     words = make("channels", "bfloat16", (1, 64, 64), 17)
     spec = specification("key", "bfloat16", words.shape)
