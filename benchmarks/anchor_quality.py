@@ -1,0 +1,171 @@
+"""Acceptance of anchors against their bits, beside INT4 with attention sinks, on the same windows.
+
+    python benchmarks/anchor_quality.py --calibration smollm2.json --budgets 2:2.5,2.5:3
+
+``--budgets`` are mean widths of keys and values. Anchors are simulated in floating point (lynxproto.calibration), so
+that widths can be tried on any model that transformers runs; their bytes are widths plus the parameters that the real
+codec writes for the same words. ``--policies`` measures real codecs. Results print as a table, and with ``--json`` as
+schema lynxproto.bench.quality/1.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lynxproto import quality
+from lynxproto.calibration import Calibration, Widths, anchor_keys, anchor_values, from_ranges
+from lynxproto.chunk import ChunkSpec, Part
+from lynxproto.codecs import get_codec
+from lynxproto.demo.model import MODEL, cache_folder
+from lynxproto.frames import HEADER_SIZE
+from lynxproto.integrations.hf import make_identity
+from lynxproto.integrations.loading import open_model, use_threads
+from lynxproto.manifest import LayerSpec
+from lynxproto.policy import Policy
+
+FINE_BITS = 8
+
+
+def _floats(words: NDArray[Any]) -> Any:
+    import torch
+
+    return torch.from_numpy(np.array(words).view(np.int16)).view(torch.bfloat16).float()
+
+
+def _words(floats: Any) -> NDArray[Any]:
+    import torch
+
+    return floats.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+
+class Simulated:
+    """Sinks exact, the last ``recent`` tokens at 8 bits, the rest as anchors of ``widths``.
+
+    ``widths`` is a function of all words of a layer's part for the calibration-free case, else fixed.
+    """
+
+    def __init__(self, widths: Widths, sinks: int = 4, recent: int = 32) -> None:
+        self.widths, self.sinks, self.recent = widths, sinks, recent
+        self._flat = [get_codec("hq", anchor_bits=bits, levels=1) for bits in (4, 5)]
+
+    def __call__(self, layer: LayerSpec, part: Part, words: NDArray[Any]) -> tuple[NDArray[Any], float]:
+        import torch
+
+        values = _floats(words)
+        heads, tokens, dim = words.shape
+        fine = tokens - self.recent
+        chosen = (self.widths.keys if part == "key" else self.widths.values)[layer.index]
+        nbytes = heads * dim * self.sinks * 2.0 + HEADER_SIZE * (self.sinks > 0)
+        anchor = anchor_keys if part == "key" else anchor_values
+        for span, bits in ((slice(self.sinks, fine), chosen), (slice(fine, tokens), np.full_like(chosen, FINE_BITS))):
+            source = words[:, span]
+            if not source.size:
+                continue
+            values[:, span] = anchor(values[:, span], torch.from_numpy(bits.astype(np.int64)))
+            spec = ChunkSpec(part, "bfloat16", heads, source.shape[1], dim)
+            four, five = (memoryview(codec.encode(spec, source)[0]).nbytes for codec in self._flat)
+            # A bit more for all values costs the difference; what is left without any bits is parameters and headers.
+            nbytes += HEADER_SIZE + four + (float(bits.mean()) - 4) * (five - four)
+        return _words(values), nbytes
+
+
+def int4_with_sinks(layer: LayerSpec, part: Part, words: NDArray[Any]) -> tuple[NDArray[Any], float]:
+    """KIVI's grouping (keys per channel over 64 tokens, values per token over 64 channels), bf16 scale and minimum."""
+    import torch
+
+    values, sinks, group = _floats(words), 4, 64
+    body = values[:, sinks:]
+    if part == "key":
+        missing = -body.shape[1] % group
+        groups = torch.cat([body, body[:, -1:].expand(-1, missing, -1)], 1).unflatten(1, (-1, group))
+        dim = 2
+    else:
+        groups, dim = body.unflatten(2, (-1, group)), 3
+    low = groups.amin(dim, keepdim=True).bfloat16().float()
+    scale = ((groups.amax(dim, keepdim=True) - low) / 15).bfloat16().float().clamp(min=1e-30)
+    codes = ((groups - low) / scale).round().clamp(0, 15)
+    out = (codes * scale + low).flatten(dim - 1, dim)
+    values[:, sinks:] = out[:, : body.shape[1]]
+    return _words(values), words[:, :sinks].size * 2 + words[:, sinks:].size * (4 + 32 / group) / 8
+
+
+def _budget(text: str) -> tuple[float, float]:
+    keys, _, values = text.partition(":")
+    return float(keys), float(values)
+
+
+@click.command()
+@click.option("--model", "source", default=MODEL, show_default=True)
+@click.option("--text", type=click.Choice(list(quality.TEXTS)), default="prose", show_default=True)
+@click.option("--windows", type=int, default=12, show_default=True)
+@click.option("--context", type=int, default=1792, show_default=True)
+@click.option("--scored", type=int, default=256, show_default=True)
+@click.option(
+    "--calibration", "files", type=click.Path(exists=True, path_type=Path), multiple=True, help="Side file; repeatable."
+)
+@click.option("--ranges", is_flag=True, help="Also widths from the first window's ranges alone.")
+@click.option("--budgets", default="2:2.5,2.5:3", show_default=True, help="Mean key bits:value bits, ...")
+@click.option("--recent", default="32", show_default=True, help="Recent tokens at 8 bits: one or more counts, 16,32")
+@click.option("--policies", default="", help="Real policies to measure: bf16,int8,int4,lynx")
+@click.option("--threads", type=int)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+def main(
+    *, source: str, text: str, windows: int, context: int, scored: int, files: tuple[Path, ...], ranges: bool,
+    budgets: str, recent: str, policies: str, threads: int | None, json_path: Path | None,
+) -> None:  # fmt: skip
+    """Measure."""
+    use_threads(threads)
+    columns = (TextColumn("{task.description:<30}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("loading the model", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            progress.update(task, completed=done, total=total, description=what)
+
+        opened = open_model(source)
+        identity = make_identity(opened.model, opened.tokenizer, name=opened.name, revision=opened.revision)
+        cut = quality.prefill_windows(
+            opened.model, opened.tokenizer, identity, cache_folder() / "windows",
+            text=text, count=windows, context=context, scored=scored, on_progress=show,
+        )  # fmt: skip
+        methods: dict[str, quality.Method] = {"int4, 4 sinks": int4_with_sinks}
+        for name in filter(None, policies.split(",")):
+            methods[name] = quality.CodecMethod(Policy.named(name))  # type: ignore[arg-type]
+        calibrations = {path.stem: Calibration.load(path) for path in files}
+        if ranges:
+            arrays = cut[0].cache.arrays
+            parts = [[_floats(arrays[i, p]) for i in range(len(arrays) // 2)] for p in ("key", "value")]
+            calibrations["ranges"] = from_ranges(*parts)
+        for name, calibration in calibrations.items():
+            for budget in budgets.split(","):
+                for count in recent.split(","):
+                    label = f"{name} K{budget.replace(':', ' V')} r{count}"
+                    methods[label] = Simulated(calibration.widths(*_budget(budget)), recent=int(count))
+        scores = quality.evaluate(opened.model, cut, methods, show)
+    table = Table("method", "bits", "top-1", "KL", "paired KL to INT4", "perplexity")
+    for score in scores:
+        d, r = quality.paired(score, scores[0]), score.as_dict()
+        table.add_row(
+            score.name,
+            f"{r['bits_per_value']:.3f}",
+            f"{r['top1']:.4f} ± {r['top1_se']:.4f}",
+            f"{r['kl']:.5f} ± {r['kl_se']:.5f}",
+            f"{d.kl:+.5f} ± {d.kl_se:.5f}",
+            f"{100 * r['perplexity_change']:+.2f} %",
+        )
+    Console(width=120).print(table)
+    if json_path is not None:
+        json_path.write_text(json.dumps(quality.report(scores), indent=1))
+
+
+if __name__ == "__main__":
+    main()
