@@ -8,12 +8,16 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Final, Protocol, TextIO
 
-from lynxproto.errors import ConfigError
+from lynxproto.errors import CaptureError, ConfigError
 from lynxproto.inspect import jsonl, table
+from lynxproto.inspect.annotate import annotate, render
 from lynxproto.inspect.filters import Filter
+from lynxproto.inspect.html import page
 from lynxproto.inspect.model import Fault, Frame
 from lynxproto.inspect.reader import Inspector
+from lynxproto.inspect.report import report
 from lynxproto.inspect.sources import Source, open_source
+from lynxproto.inspect.summary import Summary
 
 __all__ = ["FAULTY", "View", "inspect_file"]
 
@@ -27,6 +31,8 @@ class View(Protocol):
 
     keep: int
     """How many bytes of a DATA payload the view needs."""
+    done: bool
+    """Nothing more is needed."""
 
     def show(self, one: Frame | Fault) -> None:
         """One more."""
@@ -42,6 +48,7 @@ class Lines:
     """The table, or JSON lines."""
 
     keep = 0
+    done = False
 
     def __init__(self, out: TextIO, wanted: Filter, *, as_json: bool) -> None:
         self._out = out
@@ -81,6 +88,77 @@ class Lines:
         self.flush()
 
 
+class OneFrame:
+    """One frame, field by field."""
+
+    def __init__(self, out: TextIO, number: int, keep: int, *, as_json: bool) -> None:
+        self.keep = keep
+        self.done = False
+        self._out = out
+        self._number = number
+        self._json = as_json
+
+    def show(self, one: Frame | Fault) -> None:
+        """See :class:`View`."""
+        if not isinstance(one, Frame) or one.number != self._number:
+            return
+        self.done = True
+        fields = annotate(one)
+        if self._json:
+            found = jsonl.frame_object(one)
+            found["fields"] = [jsonl.field_object(field) for field in fields]
+            self._out.write(jsonl.dumps(found) + "\n")
+            return
+        colour = _colourful(self._out)
+        self._out.write(f"{table.HEADING}\n{table.frame_lines(one, colour=colour)}\n\n")
+        for line in render(fields, colour=colour):
+            self._out.write(line + "\n")
+
+    def flush(self) -> None:
+        """See :class:`View`."""
+
+    def end(self, inspector: Inspector, source: str) -> None:
+        """See :class:`View`. Raises :class:`~lynxproto.errors.ConfigError` if the frame was not there."""
+        if not self.done:
+            raise ConfigError(f"{source} has no frame {self._number}: it has {inspector.frames} frames, from 0")
+
+
+class Summarized:
+    """A summary: as text, as JSON, as a web page."""
+
+    keep = 0
+    done = False
+
+    def __init__(self, out: TextIO, *, text: bool, as_json: bool, html: Path | None) -> None:
+        self._out = out
+        self._text = text
+        self._json = as_json
+        self._html = html
+        self._summary = Summary()
+
+    def show(self, one: Frame | Fault) -> None:
+        """See :class:`View`."""
+        self._summary.add(one)
+
+    def flush(self) -> None:
+        """See :class:`View`."""
+
+    def end(self, inspector: Inspector, source: str) -> None:
+        """See :class:`View`. Raises :class:`~lynxproto.errors.CaptureError` if the page cannot be written."""
+        if self._html is not None:
+            try:
+                self._html.write_text(page(self._summary, source), encoding="utf-8")
+            except OSError as error:
+                raise CaptureError(f"cannot write {self._html}: {error.strerror}") from error
+        if self._json:
+            self._out.write(jsonl.dumps(self._summary.as_object()) + "\n")
+        elif self._text:
+            for line in report(self._summary, source, colour=_colourful(self._out)):
+                self._out.write(line + "\n")
+        elif self._html is not None:
+            self._out.write(f"wrote {self._html}\n")
+
+
 def _colourful(out: TextIO) -> bool:
     import os
 
@@ -103,6 +181,8 @@ def inspect_file(path: str, view: View, *, progress: bool) -> int:
                     view.flush()
                 if bar is not None:
                     bar.update()
+                if view.done:
+                    break
             for one in inspector.end():
                 view.show(one)
         view.end(inspector, source.name)
@@ -168,5 +248,11 @@ def run_inspect(
         raise ConfigError("a tap needs both --listen URL and --connect URL")
     if save is not None and listen_url is None:
         raise ConfigError("--save records a tap; it needs --listen and --connect")
-    view: View = Lines(sys.stdout, wanted, as_json=as_json)
+    view: View
+    if frame is not None:
+        view = OneFrame(sys.stdout, frame, payload_bytes, as_json=as_json)
+    elif summary or html is not None:
+        view = Summarized(sys.stdout, text=summary, as_json=as_json, html=html)
+    else:
+        view = Lines(sys.stdout, wanted, as_json=as_json)
     return inspect_file(source, view, progress=sys.stderr.isatty() and not sys.stdout.isatty())

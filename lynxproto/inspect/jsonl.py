@@ -10,10 +10,11 @@ from lynxproto import _cbor
 from lynxproto.capture import Direction
 from lynxproto.errors import LynxError
 from lynxproto.frames import FrameType, Open
+from lynxproto.inspect.annotate import Field
 from lynxproto.inspect.model import Fault, Frame, type_name
 from lynxproto.inspect.table import part_name
 
-__all__ = ["SCHEMA", "dumps", "fault_object", "frame_object"]
+__all__ = ["SCHEMA", "dumps", "fault_object", "field_object", "frame_object"]
 
 SCHEMA: Final = "lynxproto.inspect/1"
 
@@ -78,6 +79,18 @@ def frame_object(frame: Frame) -> dict[str, Any]:
     if frame.problem:
         found["problem"] = frame.problem
     return found
+
+
+def field_object(field: Field) -> dict[str, Any]:
+    """One field of a frame."""
+    return {
+        "offset": field.offset,
+        "bytes": field.raw.hex(),
+        "name": field.name,
+        "value": _plain(field.value),
+        "text": field.text,
+        "section": field.section,
+    }
 
 
 def fault_object(fault: Fault) -> dict[str, Any]:
