@@ -191,11 +191,7 @@ class _Server(_Endpoint):
             await stream.aclose()
             raise
         peer = next((p for p in self.peers if session and p.connection.session == session), None)
-        if peer is None:
-            if session:
-                _log.warning("%s wants to resume a session that is over", stream.name)
-                await stream.aclose()
-                return
+        if peer is None:  # a new session; or one that is over, which the new connection will say
             peer = Peer(self.config, self.workers, self.options, self.offer, self.on_over)
             self.peers.add(peer)
         peer.attach(stream, bytes(received))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from lynxproto.errors import (
     LocalError,
     LynxError,
     NotFoundError,
+    PeerError,
     RejectedError,
     RemoteError,
     SpecError,
@@ -572,7 +574,7 @@ class Proxy:
     """Forwards byte streams and does to them what ``meddle(direction, offset, data)`` says; None cuts the stream."""
 
     def __init__(self, target: str, meddle: Callable[[int, str, int, bytearray], bytearray | None]) -> None:
-        self._target = target
+        self.target = target
         self._meddle = meddle
         self._tasks: set[asyncio.Task[None]] = set()
         self.streams = 0
@@ -591,7 +593,7 @@ class Proxy:
     async def _accept(self) -> None:
         while True:
             near = await self._listener.accept()
-            far = await open_stream(self._target)
+            far = await open_stream(self.target)
             self.streams += 1
             self._tasks.add(asyncio.ensure_future(self._forward(self.streams, "up", near, far)))
             self._tasks.add(asyncio.ensure_future(self._forward(self.streams, "down", far, near)))
@@ -654,6 +656,68 @@ def test_flipped_bits_are_sent_again() -> None:
             await incoming.exact()
             assert_same(incoming.arrays, cache)
         assert next(flips, None) is None
+
+    run(main)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_chaos(seed: int) -> None:
+    """Cuts and flipped bits anywhere, both ways, for a while: the cache is exact in the end."""
+    cache = make_cache(layers=3, tokens=1200)
+    quick = Config(retry_interval=0.01, retry_limit=0.05, resends=100)
+    random = Random(seed)
+    faults = 12
+
+    def meddle(number: int, direction: str, offset: int, data: bytearray) -> bytearray | None:
+        nonlocal faults
+        if number == 1 and offset < 4000:
+            return data  # a first handshake that fails is the caller's to try again
+        if faults and random.random() < 0.25:
+            faults -= 1
+            if random.random() < 0.4:
+                return None
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        return data
+
+    async def main() -> None:
+        async with (
+            listen("tcp://127.0.0.1:0", quick) as receiver,
+            Proxy(receiver.url, meddle) as url,
+            connect(url, quick) as sender,
+        ):
+            outgoing = sender.open(cache.manifest)
+            sending = asyncio.ensure_future(outgoing.send(cache))
+            incoming = await first(receiver)
+            await incoming.exact()
+            assert_same(incoming.arrays, cache)
+            await sending
+        assert faults == 0
+
+    run(main)
+
+
+def test_a_restarted_receiver_does_not_know_the_session() -> None:
+    cache = make_cache(layers=4, tokens=600)
+    impatient = Config(retry_interval=0.01)
+
+    dead = False
+
+    def meddle(number: int, direction: str, offset: int, data: bytearray) -> bytearray | None:
+        return None if dead and number == 1 else data
+
+    async def main() -> None:
+        nonlocal dead
+        async with listen("tcp://127.0.0.1:0") as after:
+            receiver = await listen("tcp://127.0.0.1:0").__aenter__()
+            proxy = Proxy(receiver.url, meddle)
+            async with proxy as url, connect(url, impatient, link=slow(0.3, cache)) as sender:
+                sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+                await (await first(receiver)).ready(level=0, layer=0)
+                dead, proxy.target = True, after.url  # not even its goodbye gets through
+                await receiver.aclose()
+                with pytest.raises(PeerError, match="no such session"):
+                    await sending
+            assert proxy.streams > 1
 
     run(main)
 
