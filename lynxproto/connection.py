@@ -537,7 +537,7 @@ class Connection:
             if not stripe.ready:
                 raise CorruptFrameError(f"{FrameType(header.type).name}: payload CRC32C is wrong")
             self._ctx.counters.corrupt += 1  # as good as lost: its sender will say it again
-        elif bytes(payload) in (stripe.peer_hello, stripe.peer_proof):
+        elif header.type in _HELLOS and bytes(payload) in (stripe.peer_hello, stripe.peer_proof):
             return  # a duplicate of the handshake's frames
         elif stripe.ready:
             self._dispatch(stripe, header, frames.parse_body(header, payload, self._ctx.config.limits))
@@ -930,6 +930,7 @@ class Connection:
 
 
 _GREASE_RATE: Final = 1 / 64
+_HELLOS: Final = frozenset({FrameType.HELLO, FrameType.HELLO_ACK})
 _MAX_REPLIES: Final = 10_000
 _OF_SESSION: Final[dict[int, Callable[[Connection, Stripe, int, Any], None]]] = {
     FrameType.PING: Connection._on_ping,

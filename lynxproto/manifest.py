@@ -53,7 +53,7 @@ class Identity:
         return xxhash.xxh3_128_digest(_cbor.dumps(self._as_map()))
 
     def _as_map(self) -> dict[str, Any]:
-        return {name: value for name in self.__slots__ if (value := getattr(self, name))}
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) or name == "model"}
 
     @classmethod
     def _from_map(cls, fields: _cbor.Fields) -> Identity:
