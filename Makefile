@@ -46,7 +46,7 @@ format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format .
 
 sanitize:
-	@$(MAKE) -C native check-sanitize
+	@$(MAKE) -C native check check-sanitize
 
 clean:
 	rm -rf build dist *.egg-info lynxproto/_native*.so $(VENV)
