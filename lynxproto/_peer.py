@@ -166,7 +166,8 @@ class Peer:
                         transfer.count()
                     self.pump()
                 elif stripe.closing:
-                    break
+                    await stripe.stream.send_eof()
+                    return  # the receiving task goes on until the peer hangs up too, or the linger time is over
                 else:
                     await stripe.wake.wait()
         except StreamClosedError:
@@ -176,7 +177,6 @@ class Peer:
             return
         except Exception as bug:
             self._crash(bug)
-        await self._hang_up(stripe)
 
     def _lost(self, stripe: _Stripe, error: RemoteError) -> None:
         self.connection.stripe_lost(stripe.number, time.monotonic(), error)
@@ -202,17 +202,21 @@ class Peer:
             stripe.closing = True
             stripe.wake.set()
             stripe.linger = self._loop.call_later(_LINGER_S, lambda: self._track(self._hang_up(stripe)))
+            self._redial()
 
     def _redial(self) -> None:
         if self._dial is None or self.over or not self.established or self._redialing is not None:
             return
-        if len(self._stripes) < self._options.stripes:
+        if self._lacks_stripes():
             self._redialing = self._loop.create_task(self._redial_until_done(self._dial))
+
+    def _lacks_stripes(self) -> bool:
+        return sum(not stripe.closing for stripe in self._stripes.values()) < self._options.stripes
 
     async def _redial_until_done(self, dial: Dial) -> None:
         delay = 0.0
         try:
-            while not self.over and len(self._stripes) < self._options.stripes:
+            while not self.over and self._lacks_stripes():
                 await asyncio.sleep(delay)
                 delay = min(max(2 * delay, self.config.retry_interval), self.config.retry_limit)
                 try:

@@ -231,6 +231,9 @@ class _Recorded(ByteStream):
         self._writer.data(self._stripe, self._out, buffers)
         await self._stream.send(buffers)
 
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
     async def aclose(self) -> None:
         if self._open:
             self._open = False

@@ -114,6 +114,14 @@ class SocketStream(ByteStream):
             else:
                 take(queue, sent)
 
+    async def send_eof(self) -> None:
+        """See :meth:`ByteStream.send_eof`."""
+        self._waiter.check_open()
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise self._broken(error) from error
+
     async def aclose(self) -> None:
         """See :meth:`ByteStream.aclose`."""
         self._waiter.close()

@@ -59,6 +59,14 @@ class ByteStream(_Resource):
         Raises as :meth:`receive_into` does; then any part may have been sent.
         """
 
+    @abstractmethod
+    async def send_eof(self) -> None:
+        """Tell the peer that nothing more will be sent; receiving goes on. Idempotent.
+
+        Closing at once instead can destroy what was sent last: a socket that is closed with unread bytes resets the
+        link (RFC 1122, section 4.2.2.13). Raises as :meth:`receive_into` does.
+        """
+
 
 class Listener(_Resource):
     """Accepts streams."""

@@ -78,6 +78,10 @@ class ShapedStream(ByteStream):
                 await asyncio.sleep(delay)
             await self._stream.send(piece)
 
+    async def send_eof(self) -> None:
+        """See :meth:`ByteStream.send_eof`."""
+        await self._stream.send_eof()
+
     async def aclose(self) -> None:
         """See :meth:`ByteStream.aclose`."""
         await self._stream.aclose()

@@ -136,6 +136,11 @@ class TLSStream(ByteStream):
                     await self._flush()
         await self._flush()
 
+    async def send_eof(self) -> None:
+        """See :meth:`ByteStream.send_eof`. No close_notify: a session says GOAWAY, which TLS authenticates."""
+        await self._flush()
+        await self._stream.send_eof()
+
     async def aclose(self) -> None:
         """See :meth:`ByteStream.aclose`."""
         await self._stream.aclose()
