@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Final, Protocol, TextIO
 
@@ -13,11 +16,12 @@ from lynxproto.inspect import jsonl, table
 from lynxproto.inspect.annotate import annotate, render
 from lynxproto.inspect.filters import Filter
 from lynxproto.inspect.html import page
-from lynxproto.inspect.model import Fault, Frame
+from lynxproto.inspect.model import Fault, Frame, Item
 from lynxproto.inspect.reader import Inspector
 from lynxproto.inspect.report import report
 from lynxproto.inspect.sources import Source, open_source
 from lynxproto.inspect.summary import Summary
+from lynxproto.inspect.tap import Tap
 
 __all__ = ["FAULTY", "View", "inspect_file"]
 
@@ -160,8 +164,6 @@ class Summarized:
 
 
 def _colourful(out: TextIO) -> bool:
-    import os
-
     return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -186,6 +188,34 @@ def inspect_file(path: str, view: View, *, progress: bool) -> int:
             for one in inspector.end():
                 view.show(one)
         view.end(inspector, source.name)
+    return FAULTY if inspector.faults else 0
+
+
+def inspect_tap(listen_url: str, connect_url: str, save: Path | None, view: View) -> int:
+    """Show what passes through a tap, until interrupted; returns the exit code.
+
+    Raises :class:`~lynxproto.errors.TransportError` if the tap cannot listen, and
+    :class:`~lynxproto.errors.ConfigError` for URLs that cannot be tapped.
+    """
+    inspector = Inspector(keep=view.keep)
+
+    def emit(item: Item) -> None:
+        for one in inspector.feed(item):
+            view.show(one)
+        view.flush()
+
+    async def run() -> None:
+        tap = Tap(listen_url, connect_url, emit, save=save, told=lambda line: print(line, file=sys.stderr, flush=True))
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel if task is not None else loop.stop)
+        with suppress(asyncio.CancelledError):
+            await tap.run()
+
+    asyncio.run(run())
+    for one in inspector.end():
+        view.show(one)
+    view.end(inspector, f"tap from {listen_url} to {connect_url}")
     return FAULTY if inspector.faults else 0
 
 
@@ -255,4 +285,6 @@ def run_inspect(
         view = Summarized(sys.stdout, text=summary, as_json=as_json, html=html)
     else:
         view = Lines(sys.stdout, wanted, as_json=as_json)
+    if listen_url is not None and connect_url is not None:
+        return inspect_tap(listen_url, connect_url, save, view)
     return inspect_file(source, view, progress=sys.stderr.isatty() and not sys.stdout.isatty())

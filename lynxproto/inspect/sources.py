@@ -16,14 +16,12 @@ from lynxproto import capture, frames
 from lynxproto.capture import Direction, FileHeader, RecordHeader, RecordKind
 from lynxproto.errors import CaptureError
 from lynxproto.inspect.model import Fault, Item, Segment, StripeEnd
+from lynxproto.inspect.packets import MAGICS
+from lynxproto.inspect.pcap import open_pcap
 
 __all__ = ["Source", "open_source"]
 
 _BUFFER: Final = 1 << 20
-_PCAP: Final = (
-    b"\xd4\xc3\xb2\xa1", b"\xa1\xb2\xc3\xd4", b"\x4d\x3c\xb2\xa1", b"\xa1\xb2\x3c\x4d",  # micro- and nanoseconds
-    b"\x0a\x0d\x0d\x0a",  # pcapng
-)  # fmt: skip
 
 
 class _Input(io.RawIOBase):
@@ -139,9 +137,7 @@ def _recognize(file: _Input) -> Source:
         except CaptureError as error:
             raise CaptureError(f"{file.name}: {error}") from error
         return Source(file, "capture", read_capture(file), start=header.start)
-    if head[:4] in _PCAP:
-        from lynxproto.inspect.pcap import open_pcap
-
+    if head.startswith(MAGICS):
         start, items = open_pcap(file.name, io.BufferedReader(file, _BUFFER))
         return Source(file, "pcap", items, start=start, lenient=True)
     if head.startswith(frames.MAGIC):
