@@ -43,9 +43,9 @@ _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--chunk", "chunk_kib", type=click.IntRange(1), default=2048, show_default=True, help="Chunk size, KiB.")
 @click.option("--working-set", type=click.IntRange(1), help="MiB of words; default: 8 times the last-level cache.")
 @click.option(
-    "--warm-allocator",
+    "--cold-allocator",
     is_flag=True,
-    help="Make glibc keep freed memory: no page faults for codecs that return new memory, which all peers do.",
+    help="Let page faults count: the clearing of new memory is charged to whoever allocates it.",
 )
 @click.option("--quick", is_flag=True, help="One small source, few rounds, ZipNN as the only peer: not to be quoted.")
 @click.option("--quality", type=_FILE, help="JSON of `bench quality`, for the plot of rate against acceptance.")
@@ -61,7 +61,7 @@ def codec(
     runs: int,
     chunk_kib: int,
     working_set: int | None,
-    warm_allocator: bool,
+    cold_allocator: bool,
     quick: bool,
     quality: Path | None,
     json_path: str | None,
@@ -90,7 +90,7 @@ def codec(
     console = Console(stderr=True)
     measured: list[measure.Run] = []
     policy: dict[tuple[str, str], list[float]] = {}
-    with machine.calm(warm_allocator=warm_allocator), _progress(console) as (note, advance):
+    with machine.calm(cold_allocator=cold_allocator) as warm, _progress(console) as (note, advance):
         loaded = [sources.read_source(path) for path in paths]
         if names or not paths:
             loaded += sources.built_in(names or tuple(sources.BUILT_IN), note)
@@ -120,7 +120,7 @@ def codec(
             "working_set_bytes": min(target, bound),
             "working_set_bound_by_memory": bound < target,
             "last_level_cache_bytes": machine.last_level_cache(),
-            "warm_allocator": warm_allocator,
+            "warm_allocator": warm,
             "quick": quick,
         },
         machine.environment(),

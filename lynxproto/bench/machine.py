@@ -18,8 +18,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lynxproto.errors import ConfigError
-
 __all__ = ["Seconds", "Workers", "available_bytes", "calm", "cpus", "environment", "last_level_cache", "spin"]
 
 _CPU0 = Path("/sys/devices/system/cpu/cpu0")
@@ -79,18 +77,15 @@ def environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def calm(*, warm_allocator: bool) -> Iterator[None]:
-    """No garbage collection; with ``warm_allocator`` only the first round has page faults.
+def calm(*, cold_allocator: bool) -> Iterator[bool]:
+    """No garbage collection, and, unless ``cold_allocator``, an allocator that keeps its memory until the process ends.
 
-    glibc gives large blocks back to the system and gets them back as pages that the system must clear. That is
-    charged to whoever allocates, as in any program. ``warm_allocator`` makes glibc keep its memory, until the process
-    ends.
-
-    Raises :class:`~lynxproto.errors.ConfigError` for ``warm_allocator`` with another C library.
+    glibc gives large blocks back to the system and gets them back as pages that the system must clear, which is charged
+    to whoever allocates. A program in a steady state reuses its memory, and benchmarks of codecs warm theirs up. Yields
+    whether the allocator is warm: other C libraries are left as they are.
     """
-    if warm_allocator:
-        if platform.libc_ver()[0] != "glibc":
-            raise ConfigError("--warm-allocator needs glibc")
+    warm = not cold_allocator and platform.libc_ver()[0] == "glibc"
+    if warm:
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 2**31 - 1)
@@ -99,7 +94,7 @@ def calm(*, warm_allocator: bool) -> Iterator[None]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        yield warm
     finally:
         if enabled:
             gc.enable()

@@ -158,6 +158,11 @@ class Report:
             console.print(f"{name}: {label} under the default policy: {_bits(bits)} bits a value")
         for skipped in self.skipped:
             console.print(f"{skipped.codec}: {skipped.reason}", style="yellow")
+        if self.settings["working_set_bound_by_memory"]:
+            size = self.settings["working_set_bytes"] / 2**20
+            console.print(f"Too little memory for the working set: {size:.0f} MiB of words only.", style="yellow")
+        if self.settings["quick"]:
+            console.print("A quick run: the working set is small and so are the numbers of rounds.", style="yellow")
         console.print(
             f"{self.environment['cpu']}, {self.environment['instruction_set']} kernels; "
             f"medians of up to {self.settings['runs']} interleaved rounds; every word checked"
