@@ -79,15 +79,11 @@ class _Tile:
         self.corrupt: dict[int, int] = {}
         self.held: dict[int, memoryview] = {}
 
-    @property
-    def status(self) -> TileStatus:
-        return TileStatus(self.received, self.applied, self.attempt, self.verified)
-
 
 class _Layer:
     """``open`` counts the tiles that are not done."""
 
-    __slots__ = ("by_key", "digests", "index", "open", "plan", "tiles")
+    __slots__ = ("by_key", "digests", "index", "open", "packed", "plan", "tiles")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -96,12 +92,18 @@ class _Layer:
         self.by_key: dict[TileKey, _Tile] = {}
         self.digests: tuple[bytes, ...] | None = None
         self.open = 0
+        self.packed = bytearray()  # the status of its tiles
 
     @property
     def status(self) -> LayerStatus:
-        return LayerStatus(
-            self.index, self.plan is not None, self.digests is not None, tuple(tile.status for tile in self.tiles)
-        )
+        return LayerStatus(self.index, self.plan is not None, self.digests is not None, bytes(self.packed))
+
+    def note(self, has: _Tile) -> None:
+        """The tile changed: bring its part of the status up to date."""
+        if has.place >= 0:
+            at = frames.TILE_STATUS_SIZE * has.place
+            status = TileStatus(has.received, has.applied, has.attempt, has.verified)
+            self.packed[at : at + frames.TILE_STATUS_SIZE] = status.pack()
 
 
 class Incoming:
@@ -195,7 +197,7 @@ class Receiver:
         has.applied |= 1 << level
         self._release(t, level, has.sizes[level])
         self._judge(t, layer, has)
-        self._touch(t, layer)
+        self._touch(t, layer, has)
 
     def tile_verified(self, transfer: int, tile: Tile, now: float) -> None:
         found = self._tile(transfer, tile)
@@ -208,7 +210,7 @@ class Receiver:
             raise LocalError(f"{tile} was verified before all its levels were applied")
         has.verified = True
         self._judge(t, layer, has)
-        self._touch(t, layer)
+        self._touch(t, layer, has)
 
     def tile_failed(self, transfer: int, tile: Tile, now: float, code: ErrorCode, text: str) -> None:
         found = self._tile(transfer, tile)
@@ -235,7 +237,7 @@ class Receiver:
             self.ctx.events.remove(event)
         self._judge(t, layer, has)
         self.ctx.emit(frames.Nack(items=(frames.NackItem(has.key, 0, 1, 1),)), t.id)
-        self._touch(t, layer)
+        self._touch(t, layer, has)
 
     def urgent(self, transfer: int, now: float) -> None:
         t = self._get(transfer)
@@ -316,7 +318,9 @@ class Receiver:
         limits = self.ctx.config.limits
         t.positions += sum(key.positions for key in body.tiles)
         room = self.ctx.peer.limits.control_bytes if self.ctx.peer else 0  # for one layer's status
-        too_many = len(t.by_tile) + len(body.tiles) > limits.tiles or 3 * len(body.tiles) + 1024 > room
+        too_many = (
+            len(t.by_tile) + len(body.tiles) > limits.tiles or frames.TILE_STATUS_SIZE * len(body.tiles) + 1024 > room
+        )
         if too_many or t.positions > limits.positions:
             self.fail(t, ProtocolError(f"{what}: more tiles or token positions than the limits allow", ErrorCode.LIMIT))
             return
@@ -346,6 +350,9 @@ class Receiver:
         if early:
             raise ProtocolError(f"{what} does not hold tiles whose chunks came before it")
         layer.open = len(layer.tiles)
+        layer.packed = bytearray(frames.TILE_STATUS_SIZE * len(layer.tiles))
+        for has in layer.tiles:
+            layer.note(has)
         tiles = tuple(t_.tile for t_ in layer.tiles if t_.tile is not None)
         wants = tuple(t_.want for t_ in layer.tiles)
         self.ctx.events.append(PlanReceived(transfer=t.id, layer=layer.index, tiles=tiles, levels=wants))
@@ -355,7 +362,7 @@ class Receiver:
             self._drop_unwanted(t, has)
             self._deliver(t, has)
             self._judge(t, layer, has)
-        self._touch(t, layer)
+        self._touch(t, layer, has)
 
     def on_end(self, t: Incoming, body: frames.End, now: float) -> None:
         layer = self._layer(t, body.layer)
@@ -498,6 +505,7 @@ class Receiver:
                 self.ctx.emit(frames.Nack(items=(frames.NackItem(has.key, level, has.attempt, count),)), t.id)
             return
         has.received |= bit
+        arrival.layer.note(has)
         has.held[level] = memoryview(arrival.buffer)
         for counters in (self.ctx.counters, t.counters):
             counters.received_frames[level] += 1
@@ -687,8 +695,10 @@ class Receiver:
                 self._judge(t, layer, has)
         self._touch(t, None)
 
-    def _touch(self, t: Incoming, layer: _Layer | None) -> None:
+    def _touch(self, t: Incoming, layer: _Layer | None, has: _Tile | None = None) -> None:
         """Something that the sender should know has changed."""
+        if layer is not None and has is not None:
+            layer.note(has)
         if layer is not None:
             t.changed.add(layer.index)
         t.backoff.reset(self.ctx.now)
@@ -704,7 +714,7 @@ class Receiver:
             layer = t.layers[index]
             if layer.plan is None and layer.digests is None:
                 continue
-            size = 3 * len(layer.tiles) + 16
+            size = len(layer.packed) + 16
             if used + size > room and batches[-1]:
                 batches.append([])
                 used = 0

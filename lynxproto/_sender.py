@@ -421,16 +421,17 @@ class Sender:
         moved = False
         for status in body.layers:
             layer = t.layers.get(status.layer)
-            if layer is None or len(status.tiles) not in ((len(layer.tiles),) if status.planned else (0,)):
+            if layer is None or len(status.packed) != frames.TILE_STATUS_SIZE * len(layer.tiles) * status.planned:
                 raise ProtocolError(f"status of layer {status.layer} does not match its plan")
             if status == layer.status:
                 continue
             moved = True
+            places = status.changed(layer.status.packed if layer.status else b"")
             layer.status = status
             layer.plan_confirmed |= status.planned
             layer.end_confirmed |= status.ended
-            for tile, has in zip(layer.tiles, status.tiles, strict=False):
-                self._tile_status(tile, has)
+            for place in places:
+                self._tile_status(layer.tiles[place], status.tile(place))
         if body.result and t.result is not None and not t.result_confirmed:
             t.result_confirmed = moved = True
         if body.settled < t.settled:

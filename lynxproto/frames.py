@@ -426,6 +426,9 @@ class Open(Body):
         return cls(manifest=manifest, fetch=int.from_bytes(fetch, "big") if fetch else None)
 
 
+TILE_STATUS_SIZE: Final = 3
+
+
 class TileStatus(NamedTuple):
     """What a receiver has of one tile, as masks of levels."""
 
@@ -434,31 +437,50 @@ class TileStatus(NamedTuple):
     attempt: int = 0
     verified: bool = False
 
+    def pack(self) -> bytes:
+        """3 bytes: ``received, applied, attempt | verified << 1``."""
+        return bytes((self.received, self.applied, self.attempt | self.verified << 1))
+
 
 class LayerStatus(NamedTuple):
-    """What a receiver has of one layer; ``tiles`` in plan order, empty while the plan is unknown."""
+    """What a receiver has of one layer: ``packed`` is 3 bytes a tile in plan order, empty while the plan is unknown.
+
+    It stays packed because an ACK of one chunk repeats its whole layer: only what changed is ever unpacked.
+    """
 
     layer: int
     planned: bool
     ended: bool
-    tiles: tuple[TileStatus, ...]
+    packed: bytes
+
+    @property
+    def tiles(self) -> tuple[TileStatus, ...]:
+        """All tiles, unpacked."""
+        return tuple(self.tile(i) for i in range(len(self.packed) // TILE_STATUS_SIZE))
+
+    def tile(self, place: int) -> TileStatus:
+        """One tile, by its place in the plan."""
+        received, applied, rest = self.packed[TILE_STATUS_SIZE * place : TILE_STATUS_SIZE * (place + 1)]
+        return TileStatus(received, applied, rest & 1, bool(rest & 2))
+
+    def changed(self, before: bytes) -> list[int]:
+        """Places of the tiles that differ from an earlier status of as many tiles, or from nothing."""
+        if len(before) != len(self.packed):
+            return list(range(len(self.packed) // TILE_STATUS_SIZE))
+        new, old = np.frombuffer(self.packed, np.uint8), np.frombuffer(before, np.uint8)
+        return np.unique(np.flatnonzero(new != old) // TILE_STATUS_SIZE).tolist()
 
     def as_list(self) -> list[Any]:
-        """``[layer, planned | ended << 1, 3 bytes a tile: received, applied, attempt | verified << 1]``."""
-        packed = bytearray()
-        for tile in self.tiles:
-            packed += bytes((tile.received, tile.applied, tile.attempt | tile.verified << 1))
-        return [self.layer, self.planned | self.ended << 1, bytes(packed)]
+        """``[layer, planned | ended << 1, packed]``."""
+        return [self.layer, self.planned | self.ended << 1, self.packed]
 
     @classmethod
     def from_list(cls, value: Any, what: str) -> LayerStatus:
         """Decode :meth:`as_list`'s form."""
-        if type(value) is not list or [type(x) for x in value] != [int, int, bytes] or len(value[2]) % 3:
+        if type(value) is not list or [type(x) for x in value] != [int, int, bytes] or len(value[2]) % TILE_STATUS_SIZE:
             raise ProtocolError(f"{what}: a layer's status must be [layer, flags, 3 bytes a tile]")
         layer, flags, packed = value
-        it = iter(packed)
-        tiles = tuple(TileStatus(r, a, f & 1, bool(f & 2)) for r, a, f in zip(it, it, it, strict=True))
-        return cls(layer, bool(flags & 1), bool(flags & 2), tiles)
+        return cls(layer, bool(flags & 1), bool(flags & 2), packed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,8 @@ WANTS = st.lists(
 ).map(tuple)
 CLASSES = st.tuples(*[st.integers(0, 1 << 50)] * MAX_LEVELS)
 STATUS = st.builds(TileStatus, st.integers(0, 255), st.integers(0, 255), st.integers(0, 1), st.booleans())
-LAYER = st.builds(LayerStatus, U16, st.booleans(), st.booleans(), st.lists(STATUS, max_size=5).map(tuple))
+PACKED = st.lists(STATUS, max_size=5).map(lambda tiles: b"".join(tile.pack() for tile in tiles))
+LAYER = st.builds(LayerStatus, U16, st.booleans(), st.booleans(), PACKED)
 HOLDINGS = {
     "layers": st.lists(LAYER, max_size=3).map(tuple),
     "result": st.booleans(),
@@ -99,6 +100,17 @@ def parse(frame: bytes) -> frames.Body:
 def test_bodies_round_trip_with_and_without_grease(body, seed):
     grease = None if seed is None else Random(seed)
     assert parse(frames.control_frame(body, 5, grease)) == body
+
+
+@given(st.lists(STATUS, max_size=9), st.lists(STATUS, max_size=9))
+def test_status_says_what_changed(new, old):
+    status = LayerStatus(1, True, True, b"".join(tile.pack() for tile in new))
+    assert status.tiles == tuple(new)
+    changed = status.changed(b"".join(tile.pack() for tile in old))
+    if len(new) == len(old):
+        assert changed == [i for i in range(len(new)) if new[i] != old[i]]
+    else:
+        assert changed == list(range(len(new)))
 
 
 def test_every_type_has_a_body_but_data():
