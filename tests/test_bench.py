@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -19,7 +21,7 @@ from lynxproto.bench.machine import cpus
 from lynxproto.bench.measure import Run, policy_bits
 from lynxproto.bench.sources import Source, WorkingSet, read_source
 from lynxproto.cachefile import Cache, save_cache
-from lynxproto.chunk import ChunkSpec
+from lynxproto.chunk import DTYPES, ChunkSpec
 from lynxproto.cli import main
 from lynxproto.codecs import get_codec
 from lynxproto.codecs.hq import HQ
@@ -27,7 +29,8 @@ from lynxproto.errors import BenchmarkError, CacheFileError, ConfigError
 from lynxproto.manifest import Identity, Manifest
 
 HQ_CONFIG = {"id": "hq", "key_bits": 4, "value_bits": 3}
-SMALL = ["--working-set", "1", "--runs", "1", "--threads", "1"]
+# The allocator's settings would outlive the test: one test, in a process of its own, changes them.
+SMALL = ["--working-set", "1", "--runs", "1", "--threads", "1", "--cold-allocator"]
 
 
 def words(*shape: int) -> np.ndarray:
@@ -98,19 +101,39 @@ def test_json_says_what_was_measured(npy, tmp_path):
     assert report["sources"][0]["copies"] * report["sources"][0]["bytes"] >= 1 << 20
 
 
-def test_table_and_json_on_standard_output(npy):
+def test_table(npy):
     args = ["codec", "--source", npy, *SMALL, "--codec", "bitplane"]
     table = run(*args).output
     assert "bitplane" in table
     assert "every word checked" in table
-    printed = run(*args, "--json", "-").stdout
-    assert json.loads(printed)["results"][0]["codec"] == "bitplane"
+
+
+def test_json_on_standard_output_of_a_process(npy):
+    command = [sys.executable, "-m", "lynxproto", "bench", "codec", "--source", npy, *SMALL[:-1], "--codec", "bitplane"]
+    done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["results"][0]["codec"] == "bitplane"
+    assert report["settings"]["warm_allocator"] is (platform.libc_ver()[0] == "glibc")
 
 
 @pytest.mark.skipif(len(cpus()) < 2, reason="needs two processors")
 def test_scaling_is_set_against_arithmetic(npy, tmp_path):
     out = tmp_path / "out.json"
-    args = ["--working-set", 1, "--runs", 1, "--threads", 2, "--codec", "bitplane", "--codec", "zstd-1", "--json", out]
+    args = [
+        "--working-set",
+        1,
+        "--runs",
+        1,
+        "--threads",
+        2,
+        "--cold-allocator",
+        "--codec",
+        "bitplane",
+        "--codec",
+        "zstd-1",
+        "--json",
+        out,
+    ]
     run("codec", "--source", npy, *args)
     results = json.loads(out.read_text())["results"]
     assert [(r["codec"], r["threads"]) for r in results] == [("bitplane", 1), ("zstd-1", 1), ("bitplane", 2)]
@@ -210,6 +233,39 @@ def test_working_set_holds_distinct_copies():
     for part in ("key", "value"):
         chunks = [chunk.words for chunk in held.originals if chunk.spec.part == part]
         np.testing.assert_array_equal(np.concatenate(chunks, axis=1), held.source.arrays[0, part])
+
+
+def test_a_cache_larger_than_memory_is_thinned_out():
+    array = words(2, 64, 16)
+    source = Source("small", "bfloat16", {(layer, part): array for layer in range(10) for part in ("key", "value")})
+    assert source.fitting(source.nbytes) == source
+    half = source.fitting(source.nbytes // 2)
+    assert {layer for layer, _ in half.arrays} == {0, 2, 4, 6, 8}
+    assert half.layers_left_out == 5
+    assert len(source.fitting(1).arrays) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3", "float32"])
+def test_other_dtypes(dtype, tmp_path):
+    manifest = Manifest.for_cache(
+        identity=Identity(model="m"), dtype=dtype, layers=1, kv_heads=2, head_dim=16, tokens=70
+    )
+    rng = np.random.default_rng(5)
+    arrays = {
+        (0, part): rng.integers(0, 256, (2, 70, 16 * DTYPES[dtype].itemsize), np.uint8).view(DTYPES[dtype])
+        for part in ("key", "value")
+    }
+    path = save_cache(tmp_path / "dump.safetensors", Cache(manifest=manifest, arrays=arrays))
+    out = tmp_path / "out.json"
+    names = [arg for name in ["bitplane", *PEERS] for arg in ("--codec", name)]
+    run("codec", "--source", path, *SMALL, *names, "--json", out)
+    report = json.loads(out.read_text())
+    done = {r["codec"] for r in report["results"]}
+    left = {s["codec"] for s in report["skipped"]}
+    assert done | left == {"bitplane", *PEERS}
+    assert ("bitplane" in done) is (dtype == "float16")
+    assert {"zipnn", "splitzip-scheme"} <= left
+    assert "zstd-1" in done
 
 
 def test_policy_bits_count_sinks_and_recent_tokens():

@@ -41,7 +41,12 @@ _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--threads", type=click.IntRange(1), help="Measure 1 to N threads; default: 2 if there are 2 cores.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Rounds; medians are reported.")
 @click.option("--chunk", "chunk_kib", type=click.IntRange(1), default=2048, show_default=True, help="Chunk size, KiB.")
-@click.option("--working-set", type=click.IntRange(1), help="MiB of words; default: 8 times the last-level cache.")
+@click.option(
+    "--working-set",
+    "working_set_mib",
+    type=click.IntRange(1),
+    help="MiB of words; default: 8 times the last-level cache.",
+)
 @click.option(
     "--cold-allocator",
     is_flag=True,
@@ -60,7 +65,7 @@ def codec(
     threads: int | None,
     runs: int,
     chunk_kib: int,
-    working_set: int | None,
+    working_set_mib: int | None,
     cold_allocator: bool,
     quick: bool,
     quality: Path | None,
@@ -82,9 +87,9 @@ def codec(
     chosen, skipped = contestants_.select(codecs, presets)
     if not chosen:
         raise ConfigError("; ".join(f"{s.codec}: {s.reason}" for s in skipped) or "nothing to measure")
-    target = (
-        working_set << 20 if working_set else _QUICK_BYTES if quick else _CACHE_MULTIPLE * machine.last_level_cache()
-    )
+    target = _QUICK_BYTES if quick else _CACHE_MULTIPLE * machine.last_level_cache()
+    if working_set_mib is not None:
+        target = working_set_mib << 20
     bound = machine.available_bytes() // _MEMORY_SHARE
     counts = _thread_counts(threads)
     console = Console(stderr=True)
@@ -96,9 +101,9 @@ def codec(
             loaded += sources.built_in(names or tuple(sources.BUILT_IN), note)
         for source in loaded:
             note(f"{source.name}: memory")
-            run = measure.Run(
-                sources.WorkingSet(source, target=min(target, bound), chunk_bytes=chunk_kib << 10), chosen, counts
-            )
+            source = source.fitting(bound)
+            working_set = sources.WorkingSet(source, target=min(target, bound), chunk_bytes=chunk_kib << 10)
+            run = measure.Run(working_set, chosen, counts)
             skipped += [contestants_.Skipped(c.label, f"cannot code {source.name}") for c in run.refused]
             if not run.cases:
                 raise BenchmarkError(f"none of the codecs can code {source.name} ({source.dtype})")

@@ -55,6 +55,7 @@ class Report:
             "tokens": source.tokens,
             "bytes": source.nbytes,
             "copies": run.set.copies,
+            "layers_left_out": source.layers_left_out,
             "chunk_bytes": run.set.chunk_bytes,
             "memcpy_gb_per_s": {name: _round(speed) for name, speed in run.memcpy.speeds().items()},
             "wall_to_processor_time": _round(run.load()),
@@ -153,6 +154,10 @@ class Report:
                 if to_zipnn:
                     text = ", ".join(f"{o.replace('_', ' ')} {factor:.2f}" for o, factor in to_zipnn.items())
                     console.print(f"{case.contestant.label}, times ZipNN's speed: {text}")
+            if source.layers_left_out:
+                console.print(
+                    f"{source.layers_left_out} layers do not fit the memory and were left out", style="yellow"
+                )
             self._print_scaling(console, run)
         for (name, label), bits in self.policy.items():
             console.print(f"{name}: {label} under the default policy: {_bits(bits)} bits a value")

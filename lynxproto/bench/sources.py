@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,11 +35,15 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A cache by name: words ``[kv_heads, tokens, head_dim]`` for each layer and part."""
+    """A cache by name: words ``[kv_heads, tokens, head_dim]`` for each layer and part.
+
+    ``layers_left_out`` counts the layers of the cache that are not in it.
+    """
 
     name: str
     dtype: str
     arrays: Arrays
+    layers_left_out: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +54,13 @@ class Source:
     def values(self) -> int:
         """Number of words."""
         return sum(words.size for words in self.arrays.values())
+
+    def fitting(self, limit: int) -> Source:
+        """This source, or if it has more than ``limit`` bytes, every n-th layer of it; one layer at least."""
+        layers = sorted({layer for layer, _ in self.arrays})
+        kept = set(layers[:: max(1, -(-self.nbytes // limit))])
+        arrays = {key: words for key, words in self.arrays.items() if key[0] in kept}
+        return replace(self, arrays=arrays, layers_left_out=len(layers) - len(kept))
 
     @property
     def tokens(self) -> int:
