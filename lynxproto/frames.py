@@ -468,7 +468,7 @@ class LayerStatus(NamedTuple):
         if len(before) != len(self.packed):
             return list(range(len(self.packed) // TILE_STATUS_SIZE))
         new, old = np.frombuffer(self.packed, np.uint8), np.frombuffer(before, np.uint8)
-        return np.unique(np.flatnonzero(new != old) // TILE_STATUS_SIZE).tolist()
+        return sorted({int(at) // TILE_STATUS_SIZE for at in np.flatnonzero(new != old)})
 
     def as_list(self) -> list[Any]:
         """``[layer, planned | ended << 1, packed]``."""
