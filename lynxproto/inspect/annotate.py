@@ -31,7 +31,21 @@ HEADER_FIELDS: Final = (
     "extension_length", "payload_crc", "header_crc",
 )  # fmt: skip
 
-_WIRE: Final = "wire-format.md"
+_HEADER: Final = "wire-format.md, Frame header"
+_TYPES: Final = "wire-format.md, Frame types"
+_CBOR: Final = "wire-format.md, Control payloads"
+_MANIFEST: Final = "wire-format.md, Manifest"
+_GREASE: Final = "invariants.md, 6"
+#: Where frame types have a section of their own.
+_SECTIONS: Final = {
+    FrameType.HELLO: "wire-format.md, Handshake",
+    FrameType.HELLO_ACK: "wire-format.md, Handshake",
+    FrameType.CREDIT: "wire-format.md, Credit",
+    FrameType.END: "wire-format.md, Digests",
+    FrameType.REJECT: "wire-format.md, Error codes",
+    FrameType.ERROR: "wire-format.md, Error codes",
+    FrameType.GOAWAY: "wire-format.md, Error codes",
+}
 _MAX_DEPTH: Final = 16
 #: Arrays of numbers up to this many bytes are one field.
 _INLINE: Final = 48
@@ -76,10 +90,10 @@ def _header(frame: Frame) -> Iterator[Field]:
         raw = frame.raw_header[at : at + size]
         (value,) = struct.unpack("<" + code, raw)
         if name == "transfer":
-            value = int.from_bytes(value, "big")
+            value = value.hex()
         explain = _EXPLAIN.get(name)
         text = explain(value, frame) if explain else str(value)
-        yield Field(at, raw, name, value, text, f"{_WIRE}, {_SECTION_HEADER}")
+        yield Field(at, raw, name, value, text, _HEADER)
         at += size
 
 
@@ -110,7 +124,6 @@ _EXPLAIN: Final[dict[str, Callable[[Any, Frame], str]]] = {
     "type": lambda v, f: f"{v} ({type_name(v) if f.header.known else 'not defined in version 1'})",
     "flags": _flags,
     "part": lambda v, f: f"{v} ({part_name(v)})" if f.is_data and v < len(PARTS) else str(v),
-    "transfer": lambda v, f: f"{v:032x}",
     "heads": _head_count,
     "token_stop": _token_stop,
     "codec_id": lambda v, f: f"{v} ({CODEC_NAMES.get(v, 'not defined in version 1')})" if f.is_data else str(v),
@@ -118,16 +131,13 @@ _EXPLAIN: Final[dict[str, Callable[[Any, Frame], str]]] = {
     "header_crc": lambda v, f: f"{v:#010x} (right)",
 }
 
-_SECTION_HEADER: Final = "Frame header"
-
 
 def _extension(frame: Frame, at: int) -> Iterator[Field]:
-    section = f"{_WIRE}, Header extension"
     bitmap, crc = frame.extension[:-4], frame.extension[-4:]
-    yield Field(at, bitmap, "token_bitmap", bitmap, f"{frame.tokens} tokens of {len(bitmap) * 8} bits", section)
+    yield Field(at, bitmap, "token_bitmap", bitmap, f"{frame.tokens} tokens of {len(bitmap) * 8} bits", _HEADER)
     said = int.from_bytes(crc, "little")
     state = "right" if crc32c(bitmap) == said else f"does not match: {crc32c(bitmap):#010x}"
-    yield Field(at + len(bitmap), crc, "bitmap_crc", said, f"{said:#010x} ({state})", section)
+    yield Field(at + len(bitmap), crc, "bitmap_crc", said, f"{said:#010x} ({state})", _HEADER)
 
 
 def _data(frame: Frame, at: int) -> Iterator[Field]:
@@ -145,10 +155,9 @@ def _data(frame: Frame, at: int) -> Iterator[Field]:
 def _control(frame: Frame, at: int) -> Iterator[Field]:
     h = frame.header
     if not h.known:
-        yield Field(at, frame.payload, "payload", frame.payload, "of an unknown type", f"{_WIRE}, Grease")
+        yield Field(at, frame.payload, "payload", frame.payload, "of an unknown type", _GREASE)
         return
-    section = f"{_WIRE}, {FrameType(h.type).name}"
-    walker = _Walker(frame.payload, at, section)
+    walker = _Walker(frame.payload, at, _SECTIONS.get(FrameType(h.type), _TYPES))
     try:
         walker.item("", 0, 0)
         rest = "bytes that follow the map"
@@ -158,7 +167,7 @@ def _control(frame: Frame, at: int) -> Iterator[Field]:
     done = walker.done
     if done < len(frame.payload):
         raw = frame.payload[done:]
-        yield Field(at + done, raw, "rest", raw, rest, f"{_WIRE}, CBOR")
+        yield Field(at + done, raw, "rest", raw, rest, _CBOR)
 
 
 class _BrokenError(Exception):
@@ -253,7 +262,7 @@ class _Walker:
         raw = self._bytes(length)
         self._at -= length
         self._note(start, "manifest", None, f"{length} bytes of CBOR")
-        inner = _Walker(raw, self._base + self._at, f"{_WIRE}, Manifest")
+        inner = _Walker(raw, self._base + self._at, _MANIFEST)
         try:
             inner.item("manifest", 0, 0)
         finally:

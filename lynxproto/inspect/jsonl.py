@@ -69,7 +69,7 @@ def frame_object(frame: Frame) -> dict[str, Any]:
             "ratio": None if ratio is None else round(ratio, 6),
         }
     elif frame.body is not None:
-        body = frame.body.to_map()
+        body = _cbor.loads(frame.payload, type_name(h.type)).raw
         if isinstance(frame.body, Open):
             try:
                 body["manifest"] = _cbor.loads(frame.body.manifest, "manifest").raw
