@@ -91,6 +91,9 @@ class Worker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=self._errors,
+            # Both processes, their codecs and their models share the cores: threads that spin while they wait for
+            # each other would take them from those that work.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             limit=_LINE_LIMIT,
         )
         return self

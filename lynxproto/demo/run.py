@@ -60,7 +60,7 @@ async def _run(settings: Settings, console: Console) -> Report:
                 prefill.call("load", **model, **common),
                 decode.call("load", folder=model["folder"], **common),
             )
-            engine |= await decode.call("warm_up")  # when the other process is idle
+            await decode.call("warm_up")
             runs = _Runs(settings, screen, prefill=prefill, decode=decode, model=model, cache=cache, engine=engine)
             return await runs.all()
 
@@ -85,15 +85,12 @@ class _Runs:
         self._decode = decode
         self._engine = engine
         self._noise: list[float] = [0.0]
-        self._link = settings.link or _default_link(cache["values"] * 2, engine["step_s"])
         self._report = Report(
             model=MODEL,
             revision=model["revision"],
             prompt_tokens=cache["prompt_tokens"],
             values=cache["values"],
             digest=cache["digest"],
-            link=self._link,
-            step_s=engine["step_s"],
             prefill_s=cache["prefill_s"],
             runs=settings.runs,
             decode=settings.decode,
@@ -101,12 +98,14 @@ class _Runs:
 
     async def all(self) -> Report:
         report, settings = self._report, self._settings
-        self._screen.facts(report)
         self._screen.plan(1 + len(METHODS) * (settings.runs + 1 + settings.streamed))
         # One transfer that is not counted warms up sockets, codecs and engine, and gives the reference: what this
         # engine decodes step by step on the BF16 cache. Rounding noise is measured on the same cache.
         reference = await self._once("bf16", None, "not counted")
         report.reference = tuple(reference.decode["tokens"])
+        report.step_s = reference.step_s
+        report.link = settings.link or _default_link(report.cache_bytes, report.step_s)
+        self._screen.facts(report)
         tokens = list(report.reference)
         draw = (tokens * (settings.max_draft // len(tokens) + 1))[: settings.max_draft + 1]
         batches = sorted({min(n, len(draw)) for n in (9, settings.decode + 1, len(draw))})
@@ -117,12 +116,12 @@ class _Runs:
         for number in range(settings.runs):
             for method in METHODS:  # in turn, so that a machine that slows down slows all of them
                 what = f"run {number + 1} of {settings.runs}"
-                report.add(Table.SENT_WHOLE, await self._once(method, self._link, what))
+                report.add(Table.SENT_WHOLE, await self._once(method, report.link, what))
         for method in METHODS:
             report.add(Table.FAST_LINK, await self._once(method, None, "link not shaped"))
         if settings.streamed:
             for method in METHODS:
-                report.add(Table.STREAMED, await self._once(method, self._link, "while prefill runs", "stream"))
+                report.add(Table.STREAMED, await self._once(method, report.link, "while prefill runs", "stream"))
         return report
 
     async def _once(self, method: str, link: float | None, what: str, command: str = "send") -> Measurement:
