@@ -498,19 +498,9 @@ def test_deadlines() -> None:
         with pytest.raises(TransferCancelledError, match="was not ready within"):
             await sending
 
-    async def degrades(incoming: Any, sending: Awaitable[None]) -> None:
-        with pytest.raises(DeadlineError, match="degraded to level 0"):
-            await incoming.exact()
-        assert incoming.degraded == 0
-        await incoming.ready(level=0)
-        with pytest.raises(DeadlineError, match="degraded"):
-            await incoming.ready(level=2)
-        await sending
-
     async def main() -> None:
         await attempt(Deadline(level=0, seconds=0.01, policy="wait"), waits)
         await attempt(Deadline(level=0, seconds=0.01, policy="fail"), fails)
-        await attempt(Deadline(level=2, seconds=0.4, policy="degrade"), degrades)
 
     run(main)
     for nonsense in (
@@ -520,6 +510,30 @@ def test_deadlines() -> None:
     ):
         with pytest.raises(ConfigError):
             Deadline(**nonsense)  # type: ignore[arg-type]
+
+
+def test_a_missed_deadline_can_degrade_a_transfer() -> None:
+    cache = make_cache(layers=4, tokens=600)
+    deadline = Deadline(level=2, seconds=2, policy="degrade")
+
+    async def main() -> None:
+        async with listen("tcp://127.0.0.1:0", deadlines=[deadline]) as receiver:
+            proxy = Proxy(receiver.url, lambda number, direction, offset, data: data)
+            proxy.hold_at = int(0.45 * cache.manifest.nbytes)  # all anchors and a part of the residuals
+            async with proxy as url, connect(url) as sender:
+                sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+                incoming = await first(receiver)
+                with pytest.raises(DeadlineError, match="degraded to level 0"):
+                    await incoming.exact()
+                assert incoming.degraded == 0
+                assert incoming.late == frozenset()
+                await incoming.ready(level=0)
+                with pytest.raises(DeadlineError, match="degraded"):
+                    await incoming.ready(level=2)
+                proxy.gate.set()
+                await sending
+
+    run(main)
 
 
 def test_closing_a_side_ends_what_is_under_way() -> None:
@@ -578,6 +592,8 @@ class Proxy:
         self._meddle = meddle
         self._tasks: set[asyncio.Task[None]] = set()
         self.streams = 0
+        self.hold_at = 1 << 60  # bytes that go up before the gate must be open
+        self.gate = asyncio.Event()
 
     async def __aenter__(self) -> str:
         self._listener = await open_listener("tcp://127.0.0.1:0")
@@ -606,6 +622,8 @@ class Proxy:
                 data = self._meddle(number, direction, offset, bytearray(buffer[:count]))
                 if data is None:
                     break
+                if direction == "up" and offset > self.hold_at:
+                    await self.gate.wait()
                 await target.send([memoryview(data)])
                 offset += count
         except LynxError:

@@ -297,6 +297,28 @@ def test_closing_ends_what_waits_on_it() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("url", ["tcp://127.0.0.1:0", "memory://half-close"])
+def test_half_close(url: str) -> None:
+    """After send_eof the peer reads an end, and what it then sends still arrives."""
+
+    async def main() -> None:
+        async with await open_listener(url) as listener:
+            client, server = await asyncio.gather(open_stream(listener.url, link=TokenBucket(1e9)), listener.accept())
+            await client.send([memoryview(b"goodbye")])
+            await client.send_eof()
+            await client.send_eof()
+            assert await receive_exactly(server, 7) == b"goodbye"
+            assert await server.receive_into(memoryview(bytearray(1))) == 0
+            await server.send([memoryview(b"farewell")])
+            assert await receive_exactly(client, 8) == b"farewell"
+            await client.aclose()
+            with pytest.raises(StreamClosedError):
+                await client.send_eof()
+            await server.aclose()
+
+    run(main())
+
+
 def test_a_reset_is_a_broken_link() -> None:
     async def main() -> None:
         async with await open_listener("tcp://127.0.0.1:0") as listener:
