@@ -358,13 +358,12 @@ class _Watch:
         if self._quiet or not sys.stderr.isatty():
             return
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bars = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(),
-            TextColumn("{task.fields[megabytes]:>9.2f} MB"),
-            TransferSpeedColumn(),
+            TextColumn("{task.fields[megabytes]:>9.2f} MB {task.fields[rate]:>8.2f} MB/s"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
@@ -392,11 +391,15 @@ class _Watch:
     def _show(self) -> None:
         for level, stats in sorted(self._stats.levels.copy().items()):
             if level >= len(self._bars.tasks):
-                self._bars.add_task(_level_name(level), megabytes=0.0)
-            # Chunks of a level are alike, so bytes so far tell what the whole level will take.
-            total = stats.bytes / stats.chunks * stats.total_chunks if stats.chunks else None
-            task = self._bars.tasks[level].id
-            self._bars.update(task, completed=stats.bytes, total=total, megabytes=stats.bytes / 1e6)
+                self._bars.add_task(_level_name(level), megabytes=0.0, rate=0.0)
+            seconds = (stats.last or 0.0) - (stats.first or 0.0)
+            self._bars.update(
+                self._bars.tasks[level].id,
+                completed=stats.chunks,
+                total=max(stats.total_chunks, stats.chunks),
+                megabytes=stats.bytes / 1e6,
+                rate=stats.bytes / 1e6 / seconds if seconds > 0 else 0.0,
+            )
 
 
 def _summary(command: str, transfer: IncomingTransfer | OutgoingTransfer, *, as_json: bool, path: Path) -> None:
