@@ -374,6 +374,13 @@ def test_bad_arguments_are_named(npy):
     assert {p.name for p in codec_command.params} >= {"json_path", "plot_path", "quick", "runs", "threads"}
 
 
+def test_without_a_model_the_built_in_sources_say_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    output = run("codec", "--built-in", "smollm2-prose-1792", *SMALL, "--codec", "bitplane", fails=True).output
+    assert "pip install" in output
+    assert "--source" in output
+
+
 def test_plots(npy, tmp_path):
     pytest.importorskip("matplotlib")
     quality = tmp_path / "quality.json"
