@@ -19,15 +19,19 @@ import trustme
 from lynxproto import blocking, connect, listen
 from lynxproto.cachefile import Cache
 from lynxproto.chunk import Tile, TokenSet
+from lynxproto.codecs import DecodeState, register_codec
+from lynxproto.codecs.raw import Raw
 from lynxproto.config import Config, Limits
 from lynxproto.errors import (
     AuthenticationError,
     ConfigError,
     ConnectionClosedError,
     DeadlineError,
+    DigestError,
     LocalError,
     LynxError,
     NotFoundError,
+    PayloadError,
     PeerError,
     RejectedError,
     RemoteError,
@@ -736,6 +740,49 @@ def test_a_restarted_receiver_does_not_know_the_session() -> None:
                 with pytest.raises(PeerError, match="no such session"):
                     await sending
             assert proxy.streams > 1
+
+    run(main)
+
+
+@register_codec
+class Unsound(Raw):
+    """Stores words, and gets the next ``wrong`` tiles wrong when it decodes; refuses the next ``refused`` payloads."""
+
+    codec_id = "unsound"
+    wire_id = 0x8001
+    wrong = 0
+    refused = 0
+
+    def decode(self, spec: Any, levels: Any, out: Any, *, threads: int = 1) -> DecodeState:
+        state = super().decode(spec, levels, out, threads=threads)
+        if Unsound.refused > 0:
+            Unsound.refused -= 1
+            raise PayloadError("unsound: refused")
+        if Unsound.wrong > 0:
+            Unsound.wrong -= 1
+            out[0, 0, 0] ^= 1
+        return state
+
+
+@pytest.mark.parametrize("fault", ["wrong", "refused"])
+def test_a_tile_that_decodes_wrong_is_sent_again_once(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(layers=2)
+    policy = Policy(body={"id": "unsound"}, sinks=0, recent=0)
+    config = Config(codecs=("raw", "unsound"))
+
+    async def main() -> None:
+        async with listen(next(_names), config) as receiver, connect(receiver.url, config, policy=policy) as sender:
+            monkeypatch.setattr(Unsound, fault, 1)
+            _, incoming = await asyncio.gather(sender.open(cache.manifest).send(cache), first(receiver))
+            await incoming.exact()
+            assert_same(incoming.arrays, cache)
+            monkeypatch.setattr(Unsound, fault, 1000)
+            sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+            incoming = await first(receiver)
+            with pytest.raises(DigestError if fault == "wrong" else RemoteError, match="even after it was sent again"):
+                await incoming.exact()
+            with pytest.raises(PeerError, match="failed at the receiver"):
+                await sending
 
     run(main)
 
