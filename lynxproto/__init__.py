@@ -12,23 +12,29 @@ from lynxproto.codecs import Codec, get_codec
 from lynxproto.errors import LynxError
 
 if TYPE_CHECKING:
+    from lynxproto.cachefile import Cache
     from lynxproto.config import Config
     from lynxproto.manifest import Identity, LayerSpec, Manifest
     from lynxproto.policy import Policy
-    from lynxproto.session import connect, listen
+    from lynxproto.session import Deadline, Progress, connect, listen
+    from lynxproto.transports import TokenBucket
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cache",
     "ChunkSpec",
     "Codec",
     "Config",
+    "Deadline",
     "Identity",
     "LayerSpec",
     "LynxError",
     "Manifest",
     "Policy",
+    "Progress",
     "Tile",
+    "TokenBucket",
     "TokenSet",
     "connect",
     "get_codec",
@@ -36,11 +42,15 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Cache": "cachefile",
     "Config": "config",
+    "Deadline": "session",
     "Identity": "manifest",
     "LayerSpec": "manifest",
     "Manifest": "manifest",
     "Policy": "policy",
+    "Progress": "session",
+    "TokenBucket": "transports",
     "connect": "session",
     "listen": "session",
 }
