@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 from lynxproto import capture, frames
 from lynxproto.capture import Direction, FileHeader, RecordHeader, RecordKind
@@ -29,7 +29,10 @@ class _Input(io.RawIOBase):
 
     def __init__(self, path: str) -> None:
         self.name = "standard input" if path == "-" else path
-        self._file: BinaryIO = sys.stdin.buffer if path == "-" else Path(path).open("rb", buffering=0)  # noqa: SIM115
+        if path == "-":  # unbuffered: a buffer would wait until it is full, and a live source has more to show now
+            self._file: BinaryIO = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+        else:
+            self._file = cast(BinaryIO, Path(path).open("rb", buffering=0))  # noqa: SIM115  # closed by close()
         self._head = b""
         self.position = 0
 
@@ -58,15 +61,13 @@ class _Input(io.RawIOBase):
             self._head = self._head[len(data) :]
             view[: len(data)] = data
             count = len(data)
-        elif isinstance(self._file, io.BufferedReader):
-            count = self._file.readinto1(view)
         else:
-            count = self._file.readinto(view)  # type: ignore[attr-defined]  # files and BytesIO have it
+            count = self._file.readinto(view)  # type: ignore[attr-defined]  # unbuffered files and BytesIO have it
         self.position += count
         return count
 
     def close(self) -> None:
-        if not self.closed and self._file is not sys.stdin.buffer:
+        if not self.closed and self.name != "standard input":
             self._file.close()
         super().close()
 
