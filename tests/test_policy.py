@@ -1,5 +1,7 @@
 """Policies cut every layer into tiles that cover each token and part exactly once."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -63,7 +65,7 @@ def test_sinks_are_exact_at_once_and_recent_tokens_fine(policy, layer):
 @given(policies, layers)
 def test_tiles_are_bounded_and_cut_between_groups(policy, layer):
     body = [t for t in policy.tiles("bfloat16", layer) if t.codec == 0]
-    for tile, following in zip(body, body[1:], strict=False):
+    for tile, following in pairwise(body):
         if tile.part == following.part:
             assert len(tile.tokens) % GROUP_TOKENS == 0
     for tile in body:
