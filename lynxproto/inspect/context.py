@@ -152,8 +152,8 @@ def describe(body: frames.Body, manifest: Manifest | None = None) -> str:
         case frames.Credit():
             return f"limits {' '.join(map(_megabytes, body.limits[:3]))}..."
         case frames.Cancel():
-            levels = "everything" if body.above < 0 else f"levels above {body.above}"
-            return f"{levels}: {body.code.name} {printable(body.text)}".rstrip()
+            which = "everything" if body.above < 0 else f"levels above {body.above}"
+            return f"{which}: {body.code.name} {printable(body.text)}".rstrip()
         case frames.Closed():
             what = "the transfer" if body.end else f"levels above {body.level}"
             return f"{what}: {body.code.name} {printable(body.text)}".rstrip()

@@ -123,7 +123,7 @@ class Transfer:
     def update_all(self) -> None:
         """After a change that concerns all tiles."""
         for key, tile in self.tiles.items():
-            tile.wanted = tile.planned & (2 << self.top) - 1
+            tile.wanted = tile.planned & ((1 << (self.top + 1)) - 1)
             if self.wants is not None and tile.wanted:
                 tile.wanted &= (1 << _wanted(self.wants, key)) - 1
             self.update(key, tile)
