@@ -153,7 +153,7 @@ def test_silence_while_chunks_wait(summarize):
 def test_a_timeline_keeps_all_bytes_in_as_many_bins(times):
     timeline = Timeline()
     for n, time in enumerate(times):
-        timeline.data(time, n % 2, n, 1 << n)
+        timeline.data(time, time, n % 2, n, 1 << n)
         timeline.control_frame(time, 1)
     assert sum(sum(row) for row in timeline.levels.values()) == (1 << len(times)) - 1
     assert sum(timeline.control) == len(times)
@@ -163,6 +163,12 @@ def test_a_timeline_keeps_all_bytes_in_as_many_bins(times):
         at = times[layer] // timeline.width
         assert row[at] == 1 << layer
         assert timeline.levels[level][at] >= row[at]
+
+
+def test_long_frames_are_spread():
+    timeline = Timeline()
+    timeline.data(timeline.width, 5 * timeline.width - 1, 0, 3, 403)
+    assert timeline.levels[0][:6] == timeline.layers[0, 3][:6] == [0, 100, 100, 100, 103, 0]
 
 
 def test_an_empty_summary_has_all_keys():
@@ -191,7 +197,7 @@ def test_the_page_in_a_browser(summarize, tmp_path):
     heat = re.findall(r'<svg class="heat" id="heat-(\d)".*?</svg>', dom, re.DOTALL)
     assert heat == ["0", "1"]
     assert dom.count("<title>layer 1: ") == 4
-    assert "1 faults" in dom
+    assert "1 fault<" in dom
     shot = tmp_path / "page.png"
     browser(*options, f"--screenshot={shot}", "--window-size=900,1200", page.as_uri())
     assert shot.read_bytes().startswith(b"\x89PNG")

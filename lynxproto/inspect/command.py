@@ -287,4 +287,5 @@ def run_inspect(
         view = Lines(sys.stdout, wanted, as_json=as_json)
     if listen_url is not None and connect_url is not None:
         return inspect_tap(listen_url, connect_url, save, view)
-    return inspect_file(source, view, progress=sys.stderr.isatty() and not sys.stdout.isatty())
+    shown_as_it_goes = isinstance(view, Lines) and sys.stdout.isatty()
+    return inspect_file(source, view, progress=sys.stderr.isatty() and not shown_as_it_goes)

@@ -12,7 +12,7 @@ from lynxproto.errors import LynxError
 from lynxproto.inspect.model import Frame, printable
 from lynxproto.manifest import Manifest
 
-__all__ = ["CODEC_NAMES", "LIMITS", "MAX_CONTROL", "MAX_EXTENSION", "Context", "describe"]
+__all__ = ["CODEC_NAMES", "LIMITS", "MAX_CONTROL", "MAX_EXTENSION", "Context", "describe", "plural"]
 
 #: What is kept of one frame at most; what is longer is checked and not decoded.
 MAX_CONTROL: Final = 16 << 20
@@ -90,8 +90,9 @@ class Context:
         frame.uncompressed = header.heads * frame.tokens * dim * DTYPES[manifest.dtype].itemsize
 
 
-def _plural(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+def plural(n: int, what: str) -> str:
+    """``1 stripe``, ``2 stripes``."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _megabytes(n: int) -> str:
@@ -105,7 +106,7 @@ def _status(body: Any) -> str:
     if body.layers:
         first, last = body.layers[0].layer, body.layers[-1].layer
         parts.append(f"layer {first}" if first == last else f"layers {first} to {last}")
-        parts.append(f"{_plural(applied, 'chunk')} applied, {_plural(verified, 'tile')} verified")
+        parts.append(f"{plural(applied, 'chunk')} applied, {plural(verified, 'tile')} verified")
     if body.result:
         parts.append("has the result")
     if body.level < MAX_LEVELS - 1:
@@ -130,7 +131,7 @@ def describe(body: frames.Body, manifest: Manifest | None = None) -> str:
             if manifest is None:
                 return "a manifest that cannot be read"
             name = printable(manifest.identity.model, 40)
-            layers = _plural(len(manifest.layers), "layer")
+            layers = plural(len(manifest.layers), "layer")
             return f"{name}, {layers}, {manifest.prompt_tokens} tokens, {manifest.dtype}, {_megabytes(manifest.nbytes)}"
         case frames.Accept():
             return f"credit {' '.join(map(_megabytes, body.credit[:3]))}..."
@@ -138,17 +139,17 @@ def describe(body: frames.Body, manifest: Manifest | None = None) -> str:
             return _status(body)
         case frames.Plan():
             levels = sum(body.levels)
-            return f"{_plural(len(body.tiles), 'tile')}, {_plural(levels, 'chunk')}"
+            return f"{plural(len(body.tiles), 'tile')}, {plural(levels, 'chunk')}"
         case frames.End():
             vouched = sum(bool(digest) for digest in body.digests)
-            return f"{vouched} of {_plural(len(body.digests), 'digest')}"
+            return f"{vouched} of {plural(len(body.digests), 'digest')}"
         case frames.Result():
             gap = "" if body.logit_gap is None else f", logit gap {body.logit_gap:.4g}"
             return f"first token {body.first_token}{gap}"
         case frames.Nack():
             again = sum(item.attempt for item in body.items)
-            whole = f", {_plural(again, 'tile')} whole" if again else ""
-            return f"{_plural(len(body.items), 'chunk')} to send again{whole}"
+            whole = f", {plural(again, 'tile')} whole" if again else ""
+            return f"{plural(len(body.items), 'chunk')} to send again{whole}"
         case frames.Credit():
             return f"limits {' '.join(map(_megabytes, body.limits[:3]))}..."
         case frames.Cancel():
@@ -160,7 +161,7 @@ def describe(body: frames.Body, manifest: Manifest | None = None) -> str:
         case frames.Reject() | frames.Error() | frames.GoAway() | frames.NotFound():
             return f"{body.code.name} {printable(body.text)}".rstrip()
         case frames.Fetch():
-            return f"{_plural(len(body.key.blocks), 'token block')} of identity {body.key.identity.hex()[:8]}"
+            return f"{plural(len(body.key.blocks), 'token block')} of identity {body.key.identity.hex()[:8]}"
         case frames.Ping():
             return f"id {body.id}{', probe' if body.probe else ''}"
         case frames.Pong():

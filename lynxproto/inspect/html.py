@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Final
 
+from lynxproto.inspect.context import plural
 from lynxproto.inspect.model import printable
 from lynxproto.inspect.report import level_name, report
 from lynxproto.inspect.summary import Summary
@@ -41,7 +42,8 @@ def _colour(level: int) -> str:
 def page(s: Summary, name: str) -> str:
     """The page. Text from the wire is escaped."""
     title = escape(printable(name, 200))
-    state = f'<span class="bad">{s.fault_count} faults</span>' if s.fault_count else "no faults"
+    state = f'<span class="bad">{plural(s.fault_count, "fault")}</span>' if s.fault_count else "no faults"
+    size = f"{plural(s.frames, 'frame')}, {s.bytes / 1e6:,.2f} MB on {plural(len(s.stripes), 'stripe')}"
     text = "\n".join(report(s, name, colour=False))
     parts = [
         "<!doctype html>",
@@ -50,7 +52,7 @@ def page(s: Summary, name: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        f"<p>{s.frames:,} frames, {s.bytes / 1e6:,.2f} MB in {s.seconds:.3f} s, {len(s.stripes)} stripes, {state}</p>",
+        f"<p>{size} in {s.seconds:.3f} s, {state}</p>",
         *_timeline(s.timeline),
         *_heat(s.timeline),
         "<h2>Summary</h2>",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from lynxproto.capture import Direction
+from lynxproto.inspect.context import plural
 from lynxproto.inspect.model import printable
 from lynxproto.inspect.order import Transfer
 from lynxproto.inspect.summary import Summary
@@ -40,7 +41,8 @@ def report(s: Summary, name: str, *, colour: bool) -> Iterator[str]:
     bold, reset = ("\x1b[1m", "\x1b[0m") if colour else ("", "")
     both = f"{_mb(s.directions[Direction.TO_SERVER])} ->, {_mb(s.directions[Direction.TO_CLIENT])} <-"
     states = ", ".join(f"{n} {state}" for state, n in sorted(s.checksums.items(), reverse=True))
-    yield f"{bold}{name}{reset}: {s.frames} frames on {len(s.stripes)} stripes in {s.seconds:.3f} s; {both}"
+    where = f"{plural(s.frames, 'frame')} on {plural(len(s.stripes), 'stripe')}"
+    yield f"{bold}{name}{reset}: {where} in {s.seconds:.3f} s; {both}"
     yield f"checksums: {states or 'none'}"
     yield ""
     yield f"{bold}{'type':<10} {'frames':>8} {'bytes':>14}{reset}"

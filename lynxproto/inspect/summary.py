@@ -95,7 +95,8 @@ class Summary:
     def _data(self, frame: Frame, size: int) -> None:
         h = frame.header
         self.data_headers += frame.overhead
-        self.timeline.data(frame.time - (self.start or 0), h.level, h.layer, size)
+        zero = self.start or 0
+        self.timeline.data(max(0, frame.start - zero), frame.time - zero, h.level, h.layer, size)
         novelty = self.order.data(frame)
         if novelty is Novelty.REPEAT or h.level >= MAX_LEVELS:
             return

@@ -30,15 +30,18 @@ class Timeline:
         at = self._bin(time)
         self.control[at] += nbytes
 
-    def data(self, time: int, level: int, layer: int, nbytes: int) -> None:
-        """``nbytes`` of DATA were complete at ``time``."""
-        at = self._bin(time)
-        self.levels.setdefault(level, [0] * BINS)[at] += nbytes
-        row = self.layers.get((level, layer))
-        if row is None and len(self.layers) < _MAX_ROWS:
-            row = self.layers[level, layer] = [0] * BINS
-        if row is not None:
-            row[at] += nbytes
+    def data(self, start: int, time: int, level: int, layer: int, nbytes: int) -> None:
+        """``nbytes`` of DATA went from ``start`` to ``time``: they are spread evenly over that."""
+        last = self._bin(time)
+        first = min(start // self.width, last)
+        rows = [self.levels.setdefault(level, [0] * BINS)]
+        if (level, layer) in self.layers or len(self.layers) < _MAX_ROWS:
+            rows.append(self.layers.setdefault((level, layer), [0] * BINS))
+        each, rest = divmod(nbytes, last - first + 1)
+        for row in rows:
+            for at in range(first, last + 1):
+                row[at] += each
+            row[last] += rest
 
     def _bin(self, time: int) -> int:
         while time >= self.width * BINS:
