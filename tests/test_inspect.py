@@ -345,6 +345,7 @@ def test_a_damaged_payload_is_shown_and_told(capture, tmp_path):
         (["{capture}", "--frame", "1", "--summary"], "--frame shows one frame"),
         (["{capture}", "--type", "data", "--summary"], "--summary and --html take all"),
         (["--listen", "tcp://127.0.0.1:0"], "a tap needs both"),
+        (["{capture}", "--listen", "tcp://127.0.0.1:0", "--connect", "tcp://127.0.0.1:1"], "a tap reads no file"),
         (["{capture}", "--save", "x.lynx"], "--save records a tap"),
         (["--listen", "tcps://127.0.0.1:0", "--connect", "tcp://127.0.0.1:1"], "a tap sees only plaintext"),
         (["{capture}", "--html", "/no/such/folder/x.html"], "cannot write /no/such/folder/x.html: No such file"),

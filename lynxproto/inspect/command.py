@@ -276,6 +276,8 @@ def run_inspect(
         )
     if (listen_url is None) != (connect_url is None):
         raise ConfigError("a tap needs both --listen URL and --connect URL")
+    if listen_url is not None and source != "-":
+        raise ConfigError(f"a tap reads no file: leave out {source}, or --listen and --connect")
     if save is not None and listen_url is None:
         raise ConfigError("--save records a tap; it needs --listen and --connect")
     view: View
