@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from itertools import pairwise
@@ -23,9 +25,12 @@ from lynxproto.cli import main
 from lynxproto.codecs import get_codec
 from lynxproto.digest import crc32c
 from lynxproto.frames import FrameType, Header, TileKey, control_frame, data_frame
-from lynxproto.inspect import Fault, Frame, Gap, Inspector, Segment, StripeEnd
+from lynxproto.inspect import Fault, Frame, Gap, Inspector, Segment, StripeEnd, jsonl, table
+from lynxproto.inspect.annotate import annotate
 from lynxproto.inspect.context import CODEC_NAMES
+from lynxproto.inspect.html import page
 from lynxproto.inspect.model import printable
+from lynxproto.inspect.summary import Summary
 from lynxproto.manifest import Identity, Manifest
 
 MANIFEST = Manifest.for_cache(
@@ -139,7 +144,32 @@ def test_a_stream_that_is_cut_is_shown_up_to_the_cut(stream, cuts, draw):
 @settings(max_examples=200)
 @given(st.lists(st.one_of(st.binary(), st.just(frames.MAGIC), FRAMES), max_size=5), CUTS, st.booleans())
 def test_no_bytes_make_it_fail(pieces, cuts, lenient):
-    look(b"".join(pieces), cuts, lenient=lenient, keep=64)
+    summary = Summary()
+    for one in look(b"".join(pieces), cuts, lenient=lenient, keep=64):
+        summary.add(one)
+        if isinstance(one, Frame):
+            table.frame_lines(one, colour=True)
+            jsonl.dumps(jsonl.frame_object(one))
+            annotate(one)
+        else:
+            table.fault_line(one, colour=True)
+            jsonl.dumps(jsonl.fault_object(one))
+    jsonl.dumps(summary.as_object())
+    page(summary, "test")
+
+
+def test_many_streams_with_half_a_frame_each_are_bounded():
+    """Each holds a frame back; together they may hold so much."""
+    inspector = Inspector()
+    payload = bytes(16 << 20)
+    frame = Header(FrameType.ACK, 1, len(payload), crc32c(payload)).pack() + payload
+    for stripe in range(12):
+        assert list(inspector.feed(segment(frame[:-1])._replace(stripe=stripe))) == []
+    found = [one for stripe in range(12) for one in inspector.feed(segment(frame[-1:])._replace(stripe=stripe))]
+    assert [one.problem.startswith("not decoded: too many") for one in found] == [False] * 8 + [True] * 4
+    assert max(len(one.payload) for one in found[8:]) == 0
+    again = [one for part in (frame[:-1], frame[-1:]) for one in inspector.feed(segment(part)._replace(stripe=3))]
+    assert not again[0].problem.startswith("not decoded")
 
 
 def test_a_lenient_reader_finds_its_place_and_ignores_other_streams():
@@ -290,6 +320,25 @@ def test_standard_input_is_read_as_it_comes(capture):
         process.stdin.close()
         assert b"the capture ends inside a record header" in process.stdout.read()
         assert process.wait() == 3
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colours_and_progress_are_for_terminals(capture, environment, coloured):
+    main_end, terminal = pty.openpty()
+    command = [sys.executable, "-m", "lynxproto", "inspect", str(capture)]
+    env = {**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, "TERM": "xterm", **environment}
+    done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, env=env, timeout=60, check=True)
+    os.set_blocking(main_end, False)
+    shown = os.read(main_end, 1 << 16)
+    assert (b"\x1b[32m" in shown) == coloured
+    assert done.stderr == b""
+    done = subprocess.run(
+        [*command, "--summary"], stdout=subprocess.PIPE, stderr=terminal, env=env, timeout=60, check=True
+    )
+    assert b"reading" in os.read(main_end, 1 << 16)
+    assert b"\x1b" not in done.stdout
+    os.close(terminal)
+    os.close(main_end)
 
 
 def test_raw_frames_are_read_too(tmp_path):

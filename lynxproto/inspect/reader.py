@@ -20,14 +20,25 @@ __all__ = ["FrameReader", "Inspector"]
 
 #: Byte streams that are followed at a time; a source with more is not a session.
 _MAX_STRIPES: Final = 4096
+#: Bytes of control payloads that are held at a time, of all streams together.
+_MAX_HELD: Final = 128 << 20
+
+
+class _Budget:
+    """Bytes of control payloads that all readers may hold together."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
 
 
 class _Partial:
     """A frame on its way, whose header is known."""
 
-    __slots__ = ("crc", "extension", "extension_left", "frame", "keep", "payload", "payload_left")
+    __slots__ = ("crc", "extension", "extension_left", "frame", "keep", "payload", "payload_left", "reserved")
 
-    def __init__(self, frame: Frame, keep: int) -> None:
+    def __init__(self, frame: Frame, keep: int, budget: _Budget) -> None:
         header = frame.header
         self.frame = frame
         self.extension = bytearray()
@@ -35,7 +46,11 @@ class _Partial:
         self.payload = bytearray()
         self.payload_left = header.payload_length
         self.crc = 0
-        self.keep = keep if header.type == FrameType.DATA else MAX_CONTROL
+        self.keep = keep
+        self.reserved = 0
+        if header.type != FrameType.DATA:
+            self.keep = self.reserved = min(header.payload_length, MAX_CONTROL, budget.left)
+            budget.left -= self.reserved
 
     def take(self, data: memoryview) -> int:
         """Take what belongs to the frame from ``data``; returns how many bytes that is."""
@@ -64,7 +79,10 @@ class FrameReader:
     ``lenient``: the stream may begin inside a frame, or hold no frames at all.
     """
 
-    def __init__(self, stripe: int, direction: Direction, *, keep: int = 0, lenient: bool = False) -> None:
+    def __init__(
+        self, stripe: int, direction: Direction, *, keep: int = 0, lenient: bool = False, budget: _Budget | None = None
+    ) -> None:
+        self._budget = budget or _Budget(_MAX_HELD)
         self._stripe = stripe
         self._direction = direction
         self._keep = keep
@@ -182,13 +200,14 @@ class FrameReader:
             header.check(LIMITS)
         except LynxError as error:
             frame.problem = str(error)
-        self._partial = _Partial(frame, self._keep)
+        self._partial = _Partial(frame, self._keep, self._budget)
 
     def _finish(self, time: int) -> None:
         partial = self._partial
         if partial is None or not partial.done:
             return
         self._partial = None
+        self._budget.left += partial.reserved
         frame = partial.frame
         frame.time = time
         frame.extension = bytes(partial.extension)
@@ -198,6 +217,8 @@ class FrameReader:
             frame.problem = (
                 f"CRC32C of the payload is {partial.crc:#010x}, the header says {frame.header.payload_crc:#010x}"
             )
+        elif not frame.problem and not frame.is_data and len(frame.payload) < frame.size:
+            frame.problem = "not decoded: too many control frames are on their way at once"
         elif not frame.problem:
             self._decode(frame)
         self._out.append(frame)
@@ -221,6 +242,7 @@ class FrameReader:
     def _cut(self, time: int, why: str) -> None:
         if self._partial is not None:
             partial, self._partial = self._partial, None
+            self._budget.left += partial.reserved
             frame = partial.frame
             total = HEADER_SIZE + frame.header.extension_length + frame.header.payload_length
             have = total - partial.extension_left - partial.payload_left
@@ -264,6 +286,7 @@ class Inspector:
         self._keep = keep
         self._lenient = lenient
         self._readers: dict[tuple[int, Direction], FrameReader] = {}
+        self._budget = _Budget(_MAX_HELD)
         self._context = Context()
         self._number = 0
         self._time = 0
@@ -280,13 +303,20 @@ class Inspector:
     def feed(self, item: Item) -> Iterator[Frame | Fault]:
         """What ``item`` completes."""
         self._time = item.time
+        if isinstance(item, Segment | Gap) and (item.stripe, item.direction) not in self._readers:
+            if len(self._readers) >= 2 * _MAX_STRIPES:  # the one that is known longest gives way
+                yield from self._end(*next(iter(self._readers)))
+            reader = FrameReader(
+                item.stripe, item.direction, keep=self._keep, lenient=self._lenient, budget=self._budget
+            )
+            self._readers[item.stripe, item.direction] = reader
         if isinstance(item, Segment):
-            yield from self._number_them(self._reader(item.stripe, item.direction).feed(item))
+            yield from self._number_them(self._readers[item.stripe, item.direction].feed(item))
         elif isinstance(item, StripeEnd):
             for direction in Direction:
                 yield from self._end(item.stripe, direction)
         elif isinstance(item, Gap):
-            yield from self._number_them(self._reader(item.stripe, item.direction).gap(item))
+            yield from self._number_them(self._readers[item.stripe, item.direction].gap(item))
         else:
             yield from self._number_them([item])
 
@@ -294,16 +324,6 @@ class Inspector:
         """The source is over: what is left of frames that were begun."""
         for stripe, direction in list(self._readers):
             yield from self._end(stripe, direction)
-
-    def _reader(self, stripe: int, direction: Direction) -> FrameReader:
-        reader = self._readers.get((stripe, direction))
-        if reader is None:
-            if len(self._readers) >= 2 * _MAX_STRIPES:
-                oldest = next(iter(self._readers))
-                del self._readers[oldest]
-            reader = FrameReader(stripe, direction, keep=self._keep, lenient=self._lenient)
-            self._readers[stripe, direction] = reader
-        return reader
 
     def _end(self, stripe: int, direction: Direction) -> Iterator[Frame | Fault]:
         reader = self._readers.pop((stripe, direction), None)
