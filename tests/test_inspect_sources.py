@@ -31,7 +31,8 @@ from lynxproto.chunk import PARTS
 from lynxproto.cli import main
 from lynxproto.errors import CaptureError, TransportError
 from lynxproto.frames import FrameType, control_frame
-from lynxproto.inspect import Fault, Frame, Gap, Inspector, Segment
+from lynxproto.inspect import Fault, Frame, Gap, Inspector, Segment, StripeEnd
+from lynxproto.inspect.model import Item
 from lynxproto.inspect.sources import open_source
 from lynxproto.inspect.tap import Tap
 
@@ -257,6 +258,32 @@ def test_a_tap_without_a_receiver_turns_clients_away():
         with pytest.raises(asyncio.CancelledError):
             await running
         assert "is turned away: cannot connect to" in told[1]
+
+    asyncio.run(main())
+
+
+def test_a_tap_passes_a_half_close_on():
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write((await reader.read())[::-1])  # only when the client has said all
+        writer.close()
+
+    async def main() -> None:
+        seen: list[Item] = []
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            tap = Tap("tcp://127.0.0.1:0", f"tcp://127.0.0.1:{port}", seen.append)
+            running = asyncio.ensure_future(tap.run())
+            await tap.listening.wait()
+            reader, writer = await asyncio.open_connection(*tap.url.removeprefix("tcp://").split(":"))
+            writer.write(b"abc")
+            writer.write_eof()
+            assert await reader.read() == b"cba"
+            writer.close()
+            while not isinstance(seen[-1], StripeEnd):
+                await asyncio.sleep(0)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        assert [item.direction for item in seen[:-1]] == [Direction.TO_SERVER, Direction.TO_CLIENT]
 
     asyncio.run(main())
 

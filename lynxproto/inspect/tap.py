@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from lynxproto.capture import CaptureWriter, Direction
-from lynxproto.errors import ConfigError, LynxError, StreamClosedError
+from lynxproto.errors import ConfigError, LynxError
 from lynxproto.inspect.model import Item, Segment, StripeEnd
 from lynxproto.transports import open_listener, open_stream, parse_url
 from lynxproto.transports.abc import ByteStream
@@ -91,22 +91,20 @@ class Tap:
                     asyncio.ensure_future(self._pass(server, client, stripe, Direction.TO_CLIENT)),
                 )
                 try:
-                    await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
                 finally:
                     for way in ways:
                         way.cancel()
-                    await asyncio.gather(*ways, return_exceptions=True)
+                    for error in await asyncio.gather(*ways, return_exceptions=True):
+                        if isinstance(error, LynxError):
+                            self._told(str(error))
                     await client.aclose()
                     self._emit(StripeEnd(time.monotonic_ns() - self._zero, stripe))
 
     async def _pass(self, source: ByteStream, target: ByteStream, stripe: int, direction: Direction) -> None:
-        """Pass bytes one way, until one side hangs up."""
+        """Pass bytes one way until that side hangs up, and pass that on too: the other way may go on."""
         buffer = memoryview(bytearray(_BUFFER))
-        try:
-            while count := await source.receive_into(buffer):
-                self._emit(Segment(time.monotonic_ns() - self._zero, stripe, direction, buffer[:count], None))
-                await target.send([buffer[:count]])
-        except StreamClosedError:
-            pass
-        except LynxError as error:
-            self._told(str(error))
+        while count := await source.receive_into(buffer):
+            self._emit(Segment(time.monotonic_ns() - self._zero, stripe, direction, buffer[:count], None))
+            await target.send([buffer[:count]])
+        await target.send_eof()
