@@ -95,9 +95,9 @@ class Tap:
                 finally:
                     for way in ways:
                         way.cancel()
-                    for error in await asyncio.gather(*ways, return_exceptions=True):
-                        if isinstance(error, LynxError):
-                            self._told(str(error))
+                    for outcome in await asyncio.gather(*ways, return_exceptions=True):
+                        if isinstance(outcome, LynxError):
+                            self._told(str(outcome))
                     await client.aclose()
                     self._emit(StripeEnd(time.monotonic_ns() - self._zero, stripe))
 
