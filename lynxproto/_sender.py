@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from lynxproto import frames
 from lynxproto._context import ALL_LEVELS, Backoff, Context, build_codec, max_sizes
@@ -46,6 +47,8 @@ from lynxproto.state import CHUNK, OUTGOING, ChunkState, OutgoingState, advance
 from lynxproto.windows import SendWindow
 
 __all__ = ["Chunk", "Outgoing", "Sender"]
+
+_UNSENT: Final = frozenset({ChunkState.WAITING, ChunkState.ENCODING, ChunkState.READY})
 
 
 class Chunk:
@@ -643,8 +646,9 @@ class Sender:
         return frames.Closed(level=t.level, end=end, final=final, code=code, text=text)
 
     def _portion(self) -> float:
-        config = self.ctx.config
-        return config.urgent_share if any(t.flow.urgent for t in self.transfers.values()) else config.residual_floor
+        config, flows = self.ctx.config, [t.flow for t in self.transfers.values()]
+        urgent = any(flow.urgent and not flow.anchors for flow in flows)
+        return config.urgent_share if urgent else config.residual_floor
 
     def _windows(self, chunk: Chunk) -> tuple[SendWindow, SendWindow]:
         return self.windows[chunk.level], chunk.tile.transfer.windows[chunk.level]
@@ -664,7 +668,9 @@ class Sender:
         self._check_confirmed(t)
 
     def _move(self, chunk: Chunk, signal: str) -> None:
-        chunk.state = advance(CHUNK, chunk.state, signal)
+        before, chunk.state = chunk.state, advance(CHUNK, chunk.state, signal)
+        if chunk.level == 0:
+            chunk.flow.anchors += (chunk.state in _UNSENT) - (before in _UNSENT)
         if chunk.state is ChunkState.WAITING:
             self._waiting.push(chunk)
         elif chunk.state is ChunkState.READY:

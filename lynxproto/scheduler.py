@@ -1,7 +1,7 @@
 """Which chunk goes next: strict between classes, by layer then deadline for anchors, fair between transfers else.
 
 A class is a level. Anchors (class 0) come first, except that residuals keep a floor of the link (more while some
-transfer is urgent). Among residuals urgent transfers come first, then lower levels, then the transfer that was
+transfer is urgent); a transfer's own anchors always come before its residuals. Among residuals urgent transfers come first, then lower levels, then the transfer that was
 served least. The same order is applied twice: to chunks to encode, and to encoded chunks to send.
 """
 
@@ -18,14 +18,19 @@ __all__ = ["ChunkQueue", "Flow", "Schedulable", "Share"]
 
 
 class Flow:
-    """What the scheduler knows of a transfer. ``order`` is unique and grows with time of opening."""
+    """What the scheduler knows of a transfer.
 
-    __slots__ = ("deadline", "order", "urgent")
+    ``order`` is unique and grows with time of opening; ``anchors`` counts its anchor chunks that wait to be encoded
+    or sent.
+    """
+
+    __slots__ = ("anchors", "deadline", "order", "urgent")
 
     def __init__(self, order: int, deadline: float) -> None:
         self.order = order
         self.deadline = deadline
         self.urgent = False
+        self.anchors = 0
 
 
 class Schedulable(Protocol):
@@ -133,7 +138,9 @@ class ChunkQueue(Generic[C]):
 
     def pick(self, share: Share, portion: float, fits: Callable[[C], bool], size: Callable[[C], int]) -> C | None:
         """The chunk that goes next, accounted for in ``share`` and in the fairness of its class."""
-        anchor, residual = self.anchor(fits), self.residual(fits)
+        anchor = self.anchor(fits)
+        # The floor is for other transfers: a residual is worth nothing to one whose own anchor still waits.
+        residual = self.residual(fits if anchor is None else lambda chunk: not chunk.flow.anchors and fits(chunk))
         chunk = anchor if residual is None or (anchor and not share.residual_is_due(size(residual))) else residual
         if chunk is not None:
             contended = anchor is not None and residual is not None

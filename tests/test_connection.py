@@ -867,17 +867,39 @@ def test_residual_classes_are_fair_between_transfers():
         assert min(counts.values()) > 0
 
 
+@pytest.mark.parametrize("urgent", [False, True])
+def test_a_transfer_s_own_residuals_never_delay_its_anchors(urgent):
+    world = World(small_config(**WIDE), small_config(**WIDE))
+    world.settle()
+    world.client.lazy = True
+    transfers = [world.client.send(cache(seed, layers=layers, tokens=40), 0.0) for seed, layers in enumerate((3, 8))]
+    world.settle()
+    if urgent:
+        for transfer in transfers:
+            world.server.connection.urgent(transfer, 0.0)
+    world.settle()
+    world.client.lazy = False
+    sent = order_of(world)
+    for transfer in transfers:
+        levels = [h.level > 0 for h in sent if h.transfer == transfer]
+        assert levels == sorted(levels)
+    last_anchor = max(i for i, h in enumerate(sent) if h.level == 0)
+    assert any(h.level for h in sent[:last_anchor])  # of the short one, while the long one's anchors wait
+
+
 @pytest.mark.parametrize(("urgent", "low", "high"), [(False, 0.05, 0.1), (True, 0.35, 0.5)])
 def test_residuals_keep_their_share_of_a_saturated_link(urgent, low, high):
     world = World(small_config(**WIDE), small_config(**WIDE))
     world.settle()
-    world.client.lazy = True
     first = world.client.send(cache(1, layers=8, tokens=40), 0.0)
+    while world.client.connection.transfer_counters(first).sent_frames[1] == 0:  # its anchors are out
+        run_some(world, 1)
+    world.client.lazy = True
     second = world.client.send(cache(2, layers=8, tokens=40), 0.0)
-    world.settle()
     if urgent:
         world.server.connection.urgent(first, 0.0)
-    world.settle()
+    while not (world.client.seen(ev.TransferAccepted)[1:] and (not urgent or world.client.seen(ev.UrgentReceived))):
+        run_some(world, 1)
     world.client.lazy = False
     order = order_of(world)
     last_anchor = max(i for i, h in enumerate(order) if h.level == 0)

@@ -169,9 +169,7 @@ def digest(arrays: Arrays) -> str:
 
 
 def _config(manifest: Manifest) -> Config:
-    # The floor keeps other requests' residuals alive under anchors. Here is one request, whose residual would only
-    # delay its own anchor.
-    return Config(identity=manifest.identity, name="lynxproto demo", residual_floor=0.0)
+    return Config(identity=manifest.identity, name="lynxproto demo")
 
 
 def _first_token(logits: NDArray[Any]) -> tuple[int, float]:
