@@ -1,4 +1,4 @@
-"""Programs that tests need from the system: installed with apt-get where that is possible, else named."""
+"""Programs that some tests need from the system. CI installs them, so there a missing one is a failure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import pytest
 
 def need(name: str) -> Callable[..., str]:
     """The program ``name`` as a function of its arguments that returns its standard output; fails if it does."""
-    if shutil.which(name) is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        quiet = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True}
-        subprocess.run(["apt-get", "update", "-qq"], **quiet, check=False)
-        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", name], **quiet, check=False)
     path = shutil.which(name)
+    if path is None and os.environ.get("CI"):
+        pytest.fail(f"CI must install {name}: apt-get install {name}")
     if path is None:
-        pytest.fail(f"this test needs {name}: apt-get install {name}")
+        pytest.skip(f"this test needs {name}: apt-get install {name}")
 
     def run(*arguments: object) -> str:
         done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
