@@ -223,7 +223,7 @@ class Receiver:
             message = f"{where}: {text}, even after it was sent again whole"
             self.fail(t, DigestError(message) if code is ErrorCode.DIGEST else ProtocolError(message, code))
             return
-        for level in range(has.levels):
+        for level in range(max(has.want, has.delivered)):  # what is above was given back when it was cut
             if has.charged >> level & 1 and not has.applied >> level & 1:
                 self._release(t, level, has.sizes[level])
         has.charged_before, has.charged = has.charged, 0

@@ -55,8 +55,8 @@ class Chunk:
     """One level of one tile. ``charged`` is its size once it has cost credit (in this attempt), else 0."""
 
     __slots__ = (
-        "attempt", "charged", "flow", "held", "level", "nacks", "payload", "place", "sequence", "state", "stripe",
-        "tile",
+        "attempt", "begun", "charged", "flow", "held", "level", "nacks", "payload", "place", "sequence", "state",
+        "stripe", "tile",
     )  # fmt: skip
 
     def __init__(self, tile: _Tile, level: int, flow: Flow, place: tuple[int, int]) -> None:
@@ -67,6 +67,7 @@ class Chunk:
         self.state = ChunkState.IDLE
         self.payload: memoryview | None = None
         self.charged = 0
+        self.begun = False  # some of a frame went out in this attempt: the peer may have charged it too
         self.held = 0  # bytes of the encode-ahead budget
         self.attempt = 0  # of the tile, when the frame was made
         self.nacks = 0
@@ -502,6 +503,7 @@ class Sender:
         chunk = self._encoded.pick(self._send_share, self._portion(), lambda _: True, lambda c: c.charged)
         if chunk is not None:
             self._move(chunk, "started")
+            chunk.begun = True
             chunk.attempt = chunk.tile.attempt
         return chunk
 
@@ -692,7 +694,11 @@ class Sender:
         self._drop_payload(chunk)
         chunk.tile.transfer.in_flight.pop(chunk, None)
         if signal == "restarted":
+            if not chunk.begun:  # the peer will never hear of this charge
+                for window in self._windows(chunk):
+                    window.charged -= chunk.charged
             chunk.charged = 0
+            chunk.begun = False
         self._move(chunk, signal)
 
     def _resend(self, t: Outgoing, chunk: Chunk) -> None:
@@ -730,12 +736,12 @@ class Sender:
                     self.ctx.counters.resends += 1
                     tile.transfer.counters.resends += 1
                 self._leave(chunk, "restarted")
-            elif chunk.state is ChunkState.ENCODING and chunk.charged:
-                for window in self._windows(chunk):  # it will be charged again, as part of the new attempt
-                    window.reserved += chunk.max_size
+            elif chunk.state in (ChunkState.WAITING, ChunkState.ENCODING) and chunk.charged:
+                if chunk.state is ChunkState.ENCODING:
+                    for window in self._windows(chunk):  # it will be charged again, as part of the new attempt
+                        window.reserved += chunk.max_size
                 chunk.charged = 0
-            elif chunk.state is ChunkState.WAITING:
-                chunk.charged = 0
+                chunk.begun = False
         self._judge(tile)
 
     def _trim(self, tile: _Tile) -> None:

@@ -1,8 +1,9 @@
 """Which chunk goes next: strict between classes, by layer then deadline for anchors, fair between transfers else.
 
 A class is a level. Anchors (class 0) come first, except that residuals keep a floor of the link (more while some
-transfer is urgent); a transfer's own anchors always come before its residuals. Among residuals urgent transfers come first, then lower levels, then the transfer that was
-served least. The same order is applied twice: to chunks to encode, and to encoded chunks to send.
+transfer is urgent); a transfer's own anchors always come before its residuals. Among residuals urgent transfers come
+first, then lower levels, then the transfer that was served least. The same order is applied twice: to chunks to
+encode, and to encoded chunks to send.
 """
 
 from __future__ import annotations

@@ -677,6 +677,57 @@ def test_a_payload_that_the_codec_refuses_is_treated_alike():
     check_nothing_is_held(world)
 
 
+def windows_agree(world: World, transfer: int) -> None:
+    """Both sides have charged the same to the windows of the transfer, and all that was charged is free again."""
+    sender, receiver = world.client.connection._sender, world.server.connection._receiver
+    theirs, session = receiver.transfers[transfer].windows, receiver.windows
+    assert [w.charged for w in sender.transfers[transfer].windows] == [w.charged for w in theirs]
+    assert [w.charged for w in sender.windows] == [w.charged for w in session]
+    assert [w.released for w in (*theirs, *session)] == [w.charged for w in (*theirs, *session)]
+
+
+def test_credit_of_chunks_that_were_encoded_but_not_sent_when_their_tile_failed_is_not_lost():
+    world = World(small_config(grease=False), small_config(grease=False))
+    world.settle()
+    words = cache(layers=1)
+    transfer = world.client.send(words, 0.0, finish=False)
+    failed: list[Tile] = []
+
+    def chunk(event: ev.ChunkReceived, now: float) -> None:
+        if event.level == 0 and event.attempt == 0 and world.server.received[transfer].plan[event.tile] == 3:
+            failed.append(event.tile)
+            world.server.connection.tile_failed(transfer, event.tile, now, ErrorCode.PAYLOAD, "truncated")
+        else:
+            world.server.apply(event, now)
+
+    world.server.on_ChunkReceived = chunk
+    while not failed:
+        run_some(world, 1)  # one frame at a time: residuals are encoded and wait
+    assert any(c.level and c.charged for t in world.client.connection._sender.transfers[transfer].by_tile.values()
+               for c in t.chunks)  # fmt: skip
+    world.settle()
+    assert len(failed) == 8
+    windows_agree(world, transfer)
+    world.client.connection.finish(transfer, 0.0)
+    world.settle()
+    check_equal(world, transfer, words)
+
+
+def test_credit_of_cancelled_levels_is_given_back_once_when_their_tile_fails():
+    world, transfer, tiles = receiving()
+    server = world.server.connection
+    tile = next(tile for tile in tiles if tile.tokens.is_range and len(tile.tokens) == 5)
+    size = tile.spec("bfloat16", 4).nbytes // 3
+    world.server.hold = True
+    for level in (0, 2):  # 2 waits for 1
+        world.pipes[0].deliver(0, chunk(transfer, tile, level, bytes(size)))
+    world.server.handle_events(world.now)
+    server.cancel(transfer, world.now, 0)
+    server.tile_failed(transfer, tile, world.now, ErrorCode.PAYLOAD, "truncated")
+    for window in (server._receiver.windows[2], server._receiver.transfers[transfer].windows[2]):
+        assert window.released == window.charged == size
+
+
 def test_a_corrupt_header_closes_the_stripe_and_the_session_resumes():
     world = World()
     world.settle()
