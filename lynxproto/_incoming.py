@@ -223,10 +223,9 @@ class Incoming:
         """Cancel; nothing writes to the destination (above that level) when this returns."""
         self._peer.connection.cancel(self.id, time.monotonic(), above_level)
         self._peer.pump()
-        if above_level is None:
-            await self.wait_released()
-        else:
-            await self.changed.until(lambda: self.released or self._quiet_above(above_level))
+        whole, level = above_level is None, -1 if above_level is None else above_level
+        # A complete transfer is released when its sender says so, but nothing writes to it any more.
+        await self.changed.until(lambda: self.released or ((self.complete or not whole) and self._quiet_above(level)))
 
     def _quiet_above(self, level: int) -> bool:
         return all(tile.running is None or tile.running <= level for tile in self._tiles.values())

@@ -26,6 +26,8 @@ class IOThread:
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -33,6 +35,9 @@ class IOThread:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()
+            self.loop.run_until_complete(
+                asyncio.sleep(0)
+            )  # every call that was submitted begins, and so can be refused
             left = asyncio.all_tasks(self.loop)  # calls that came while the session closed
             for task in left:
                 task.cancel()
@@ -43,10 +48,20 @@ class IOThread:
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run ``coroutine`` on the I/O thread; cancelling the future cancels it."""
-        if self.loop.is_closed():
-            coroutine.close()
-            raise StreamClosedError("the session was closed by this side")
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        with self._lock:  # what is submitted before the loop is told to stop still begins; nothing is after
+            if not self._stopping:
+                return asyncio.run_coroutine_threadsafe(self._refused_at_stop(coroutine), self.loop)
+        coroutine.close()
+        raise StreamClosedError("the session was closed by this side")
+
+    async def _refused_at_stop(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """A caller whom the end of the loop cuts off must not take that for a cancellation of its own task."""
+        try:
+            return await coroutine
+        except asyncio.CancelledError:
+            if self._stopping:
+                raise StreamClosedError("the session was closed by this side") from None
+            raise
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Run ``function``, which must be short, on the I/O thread and return its result."""
@@ -60,12 +75,11 @@ class IOThread:
 
     def stop(self) -> None:
         """End the loop and the thread. Idempotent. Must not be called from the I/O thread."""
-        if self._thread.is_alive():
-            try:
+        with self._lock:
+            if not self._stopping:
+                self._stopping = True
                 self.loop.call_soon_threadsafe(self.loop.stop)
-            except RuntimeError:  # another thread stopped it at the same moment
-                pass
-            self._thread.join()
+        self._thread.join()
 
 
 class Signal:

@@ -185,9 +185,9 @@ class _Session:
 
     def __next__(self) -> IncomingTransfer:
         io = self._endpoint.thread()
-        incoming = _wait(io, self._endpoint.next(), None)
-        if incoming is None:
-            raise StopIteration
+        while (incoming := self._endpoint.take()) is None:
+            if not _wait(io, self._endpoint.offered(), None):
+                raise StopIteration
         return IncomingTransfer(io, incoming)
 
 

@@ -92,10 +92,17 @@ class _Endpoint:
         """A session ended."""
         self._changed.notify()
 
-    async def next(self) -> Incoming | None:
-        """The next incoming transfer; None once this side is closed or all that could offer one is over."""
+    def take(self) -> Incoming | None:
+        """The next incoming transfer, if there is one. From any thread: a caller who gives up waiting takes none."""
+        try:
+            return self._offers.popleft()
+        except IndexError:
+            return None
+
+    async def offered(self) -> bool:
+        """Return when there is something to take; False once nothing will come any more."""
         await self._changed.until(lambda: bool(self._offers) or self.exhausted())
-        return self._offers.popleft() if self._offers else None
+        return bool(self._offers)
 
     def exhausted(self) -> bool:
         """Whether no more transfers can come."""
@@ -417,9 +424,9 @@ class _Session:
 
     async def __anext__(self) -> IncomingTransfer:
         io = self._endpoint.thread()
-        incoming = await asyncio.wrap_future(io.submit(self._endpoint.next()))
-        if incoming is None:
-            raise StopAsyncIteration
+        while (incoming := self._endpoint.take()) is None:
+            if not await asyncio.wrap_future(io.submit(self._endpoint.offered())):
+                raise StopAsyncIteration
         return IncomingTransfer(io, incoming)
 
 

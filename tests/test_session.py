@@ -585,6 +585,79 @@ def test_iteration_ends_with_close() -> None:
     run(main)
 
 
+def test_giving_up_waiting_loses_no_transfer() -> None:
+    cache = make_cache(layers=1, tokens=20)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            taken = 0
+            sending = asyncio.ensure_future(_send_many(sender, cache, 20))
+            for turn in itertools.count():
+                waiting = asyncio.ensure_future(first(receiver))
+                for _ in range(turn % 7):
+                    await asyncio.sleep(0)
+                waiting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await waiting
+                    taken += 1
+                if sending.done():
+                    break
+            while taken < 20:
+                await first(receiver)
+                taken += 1
+
+    run(main)
+
+
+async def _send_many(sender: Any, cache: Cache, count: int) -> None:
+    for _ in range(count):
+        await sender.open(cache.manifest).send(cache)
+
+
+def test_a_complete_transfer_can_be_cancelled_before_its_sender_says_that_it_is_done() -> None:
+    cache = make_cache(layers=1, tokens=50)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest)
+            await outgoing.write(0, cache.arrays[0, "key"], cache.arrays[0, "value"])
+            incoming = await first(receiver)
+            await incoming.exact()
+            await incoming.cancel()
+            assert_same(incoming.arrays, cache)
+            await outgoing.finish()
+            await incoming.released.wait()
+
+    run(main)
+
+
+def test_calls_from_another_thread_while_a_session_closes_are_answered() -> None:
+    cache = make_cache(layers=1, tokens=20)
+    answers: list[BaseException] = []
+
+    def hammer(sender: Any, outgoing: Any, closed: threading.Event) -> None:
+        while not closed.is_set():
+            for call in (lambda: outgoing.result(1), lambda: sender.open(cache.manifest)):
+                try:
+                    call()
+                except BaseException as error:
+                    answers.append(error)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver:
+            for _ in range(8):
+                sender, closed = connect(receiver.url), threading.Event()
+                await sender.__aenter__()
+                thread = threading.Thread(target=hammer, args=(sender, sender.open(cache.manifest), closed))
+                thread.start()
+                await sender.aclose()
+                closed.set()
+                await asyncio.to_thread(thread.join)
+
+    run(main)
+    assert {type(error) for error in answers} <= {LocalError, StreamClosedError, TransferCancelledError}
+
+
 # --- links and peers that misbehave
 
 
