@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 from lynxproto import _cbor
 from lynxproto.chunk import Tile
@@ -20,6 +20,9 @@ from lynxproto.frames import Body, control_frame
 from lynxproto.manifest import Manifest
 
 __all__ = ["Backoff", "Context", "Peer", "build_codec", "max_sizes"]
+
+
+_MAX_WAITING: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class Context:
         """Queue a control frame, if some stripe can carry it."""
         if self.ready:
             self.control.append((self.encode(body, transfer), transfer))
+
+    def reply(self, body: Body, transfer: int) -> None:
+        """The same for an answer, unless too many wait for a peer that asks and does not read: it will ask again."""
+        if len(self.control) < _MAX_WAITING:
+            self.emit(body, transfer)
 
     def encode(self, body: Body, transfer: int = 0) -> bytes:
         """A control frame, perhaps greased."""

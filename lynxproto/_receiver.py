@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from lynxproto import frames
@@ -122,6 +122,7 @@ class Incoming:
         self.level = ALL_LEVELS  # levels above it are not wanted any more
         self.settled = ALL_LEVELS  # CLOSED was seen down to here
         self.urgent = False
+        self.asked = False  # OPEN came again: ACCEPT is due
         self.last_word: frames.Body | None = None  # said again until CLOSED comes
         self.early = 0
         self.positions = 0
@@ -157,7 +158,7 @@ class Receiver:
         self.ctx = ctx
         self.transfers: dict[int, Incoming] = {}
         #: transfer -> what to answer to its late frames (REJECT), or None; and its counters
-        self.tombstones: OrderedDict[int, tuple[frames.Body | None, Counters]] = OrderedDict()
+        self.tombstones: OrderedDict[int, tuple[frames.Reject | None, Counters]] = OrderedDict()
         self.windows = [ReceiveWindow(ctx.config.limits.session_window) for _ in range(MAX_LEVELS)]
         self._dirty: dict[int, Incoming] = {}
 
@@ -262,13 +263,14 @@ class Receiver:
         if transfer in self.tombstones:
             reply = self.tombstones[transfer][0]
             if reply is not None:
-                self.ctx.emit(reply, transfer)
+                self.ctx.reply(reply, transfer)
             return
         t = self.transfers.get(transfer)
         if t is not None:
             t.heard_at = now
             if t.state is IncomingState.RECEIVING:
-                self._emit_accept(t)
+                t.asked = True
+                self._dirty[t.id] = t
             return
         config = self.ctx.config
         try:
@@ -525,7 +527,11 @@ class Receiver:
             return
         for t in self._dirty.values():
             if t.state in (IncomingState.RECEIVING, IncomingState.COMPLETE):
-                self._emit_status(t, sorted(t.changed))
+                if t.asked:
+                    self._emit_accept(t)
+                    t.asked = False
+                else:
+                    self._emit_status(t, sorted(t.changed))
                 t.changed.clear()
                 if any(window.due for window in t.windows):
                     limits = tuple(window.advertise() for window in t.windows)
@@ -781,15 +787,17 @@ class Receiver:
         t.state = advance(INCOMING, t.state, "closed")
         self._bury(t, None)
 
-    def _bury(self, t: Incoming, reply: frames.Body | None) -> None:
+    def _bury(self, t: Incoming, reply: frames.Reject | None) -> None:
         self._free(t)
         self.transfers.pop(t.id, None)
         self._dirty.pop(t.id, None)
         self._tombstone(t.id, reply, t.counters)
 
-    def _tombstone(self, transfer: int, reply: frames.Body | None, counters: Counters) -> None:
+    def _tombstone(self, transfer: int, reply: frames.Reject | None, counters: Counters) -> None:
+        if reply is not None:  # it may quote the peer, who must not choose how much is remembered
+            reply = replace(reply, text=reply.text[:256])
         self.tombstones[transfer] = (reply, counters)
         while len(self.tombstones) > self.ctx.config.tombstones:
             self.tombstones.popitem(last=False)
         if reply is not None:
-            self.ctx.emit(reply, transfer)
+            self.ctx.reply(reply, transfer)

@@ -158,6 +158,8 @@ class Stripe:
         self.joins = False  # an existing session
         self.hello: frames.Hello | None = None  # the peer's
         self.control: deque[bytes] = deque()  # frames that belong to this stripe
+        self.pongs: list[int] = []  # PINGs to answer
+        self.probed = False  # one of them was a probe
         self.out: deque[memoryview] = deque()  # rest of the frame being written
         self.writing: Chunk | None = None
         self.writing_bytes = 0

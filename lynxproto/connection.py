@@ -773,6 +773,8 @@ class Connection:
 
     def _next_frame(self, stripe: Stripe) -> bool:
         """Start the most urgent frame on ``stripe``; False if there is none."""
+        if not stripe.control and stripe.ready:
+            self._answer_pings(stripe)
         if stripe.control:
             self._start_control(stripe, stripe.control.popleft(), 0)
             return True
@@ -793,6 +795,14 @@ class Connection:
             stripe.writing_bytes = sum(part.nbytes for part in parts)
             stripe.out.extend(parts)
         return True
+
+    def _answer_pings(self, stripe: Stripe) -> None:
+        """One status answers all probes that came before it; made only now, so that it does not wait many times."""
+        if stripe.probed:
+            stripe.control.extend(self._receiver.status_frames())
+            stripe.probed = False
+        stripe.control.extend(self._ctx.encode(frames.Pong(id=ping)) for ping in stripe.pongs)
+        stripe.pongs.clear()
 
     def _start_control(self, stripe: Stripe, frame: bytes, transfer: int) -> None:
         stripe.out.append(memoryview(frame))
@@ -838,7 +848,7 @@ class Connection:
                 raise ProtocolError(f"{name} for a transfer that goes the other way")
             last_word = sender.tombstone(transfer)
             if last_word is not None and not isinstance(body, frames.Reject):
-                self._ctx.emit(last_word, transfer)
+                self._ctx.reply(last_word, transfer)
             return
         match body:
             case frames.Accept():
@@ -886,11 +896,10 @@ class Connection:
                     receiver.on_result(t, body, now)
 
     def _on_ping(self, stripe: Stripe, _: int, body: frames.Ping) -> None:
-        if len(stripe.control) > _MAX_REPLIES:
+        if len(stripe.pongs) > _MAX_REPLIES:
             raise ProtocolError("PINGs come faster than the answers can go out", ErrorCode.LIMIT)
-        if body.probe:
-            stripe.control.extend(self._receiver.status_frames())
-        stripe.control.append(self._ctx.encode(frames.Pong(id=body.id)))
+        stripe.pongs.append(body.id)
+        stripe.probed |= body.probe
 
     def _on_pong(self, stripe: Stripe, _: int, body: frames.Pong) -> None:
         sequence = stripe.probes.pop(body.id, None)
@@ -910,12 +919,12 @@ class Connection:
             return  # OPEN is on its way
         answered = self._requests.get(request)
         if answered:
-            self._ctx.emit(frames.NotFound(code=ErrorCode.NOT_FOUND), request)
+            self._ctx.reply(frames.NotFound(code=ErrorCode.NOT_FOUND), request)
         elif answered is None:
             waiting = sum(not done for done in self._requests.values())
             if waiting >= self._ctx.config.limits.transfers:
                 text = f"{waiting} requests are open already"
-                self._ctx.emit(frames.NotFound(code=ErrorCode.LIMIT, text=text), request)
+                self._ctx.reply(frames.NotFound(code=ErrorCode.LIMIT, text=text), request)
                 return
             self._requests[request] = False
             while len(self._requests) > self._ctx.config.tombstones:

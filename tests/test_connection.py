@@ -1340,6 +1340,39 @@ def test_control_frames_are_rate_limited():
     assert error.code is ErrorCode.LIMIT
 
 
+def test_a_peer_that_asks_and_does_not_read_makes_nothing_pile_up():
+    world, transfer, _ = receiving()
+    client, server = world.client.connection, world.server.connection
+    world.server.handle_events(world.now)
+    manifest = world.client.sent[transfer][0].to_bytes()
+    for i in range(2000):  # nobody takes what the server says
+        world.pipes[0].deliver(0, frames.control_frame(frames.Ping(id=1000 + i, probe=True)))
+        world.pipes[0].deliver(0, frames.control_frame(frames.Open(manifest=manifest), transfer))
+    said = b"".join(server.data_to_send(world.now, 0, 1 << 24))
+    kinds = [Header.unpack(frame[:HEADER_SIZE]).type for frame in split_frames(bytearray(said))]
+    assert kinds.count(FrameType.PONG) == 2000
+    assert kinds.count(FrameType.ACCEPT) == 1
+    assert kinds.count(FrameType.ACK) <= 2
+    assert kinds.index(FrameType.ACK) < kinds.index(FrameType.PONG)
+    for i in range(1, 12_000):
+        world.now += 0.001
+        world.pipes[0].deliver(0, frames.control_frame(frames.Open(manifest=b"?"), 1 + (1 << 100) + i))
+    assert len(server._ctx.control) == 10_000
+    assert not server.closed
+    assert not client.closed
+
+
+def test_a_rejection_does_not_remember_what_the_peer_made_it_quote():
+    world = World(small_config(grease=False), small_config(grease=False))
+    world.settle()
+    manifest = manifest_of(cache(), codecs=({"id": "x" * 100_000},))
+    frame = frames.control_frame(frames.Open(manifest=manifest.to_bytes()), 5)
+    world.pipes[0].deliver(0, frame)
+    reply, _ = world.server.connection._receiver.tombstones[5]
+    assert reply is not None
+    assert len(reply.text) == 256
+
+
 def test_late_frames_meet_a_tombstone():
     world, transfer, tiles = receiving()
     world.client.connection.cancel(transfer, 0.0)
