@@ -88,7 +88,8 @@ def load_cache(path: str | Path) -> Cache:
             size = os.fstat(file.fileno()).st_size
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except (OSError, ValueError) as error:
-        raise CacheFileError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CacheFileError(f"cannot read {path}: {reason}; name a file that `lynxproto recv` made") from error
     header, start = _read_header(path, data)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
@@ -115,7 +116,9 @@ def load_cache(path: str | Path) -> Cache:
         if end - begin != count * words.itemsize:
             raise CacheFileError(f"{path}: tensor {name!r} takes {end - begin} bytes, not {count * words.itemsize}")
         if start + end > len(data):
-            raise CacheFileError(f"{path} is truncated: {name!r} ends at byte {start + end}, the file at {len(data)}")
+            raise CacheFileError(
+                f"{path} is truncated: {name!r} ends at byte {start + end}, the file at {len(data)}; copy it again"
+            )
         arrays[layer, part] = np.frombuffer(data, words, count, start + begin).reshape(shape)
     if header:
         raise CacheFileError(f"{path} holds tensors that its manifest does not name: {', '.join(sorted(header)[:3])}")
@@ -132,7 +135,9 @@ def _read_header(path: Path, data: mmap.mmap | bytes) -> tuple[dict[str, Any], i
         raise CacheFileError(f"{what}it does not start as a safetensors file does")
     start = _LENGTH.size + length
     if start > len(data):
-        raise CacheFileError(f"{path} is truncated: its header ends at byte {start}, the file at byte {len(data)}")
+        raise CacheFileError(
+            f"{path} is truncated: its header ends at byte {start}, the file at byte {len(data)}; copy it again"
+        )
     try:
         header = json.loads(data[_LENGTH.size : start])
     except (ValueError, RecursionError) as error:

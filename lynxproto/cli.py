@@ -179,10 +179,15 @@ def _run(coroutine: Coroutine[Any, Any, None]) -> None:
 
 
 def _config(secret_file: Path | None, model: str | None = None, revision: str = "") -> Config:
-    from lynxproto.config import Config
+    from lynxproto.config import MIN_SECRET, Config
     from lynxproto.manifest import Identity
 
     secret = None if secret_file is None else secret_file.read_bytes().strip()
+    if secret is not None and len(secret) < MIN_SECRET:
+        raise click.UsageError(
+            f"{secret_file}: a secret has at least {MIN_SECRET} bytes, this one {len(secret)}; "
+            "`openssl rand -hex 32` makes one"
+        )
     return Config(secret=secret, identity=None if model is None else Identity(model=model, revision=revision))
 
 

@@ -10,10 +10,12 @@ from lynxproto.errors import ConfigError
 if TYPE_CHECKING:
     from lynxproto.manifest import Identity
 
-__all__ = ["MAX_LEVELS", "Config", "Limits"]
+__all__ = ["MAX_LEVELS", "MIN_SECRET", "Config", "Limits"]
 
 #: Levels a tile may have, and priority classes of data; spec/wire-format.md, "Tiles, chunks and levels".
 MAX_LEVELS = 8
+#: Bytes of a shared secret at least.
+MIN_SECRET = 16
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -113,5 +115,7 @@ class Config:
                 raise ConfigError(f"Config.{name} must be in [0, 1), not {getattr(self, name)!r}")
         if self.resends < 0:
             raise ConfigError("Config.resends must not be negative")
-        if self.secret is not None and len(self.secret) < 16:
-            raise ConfigError("Config.secret must have at least 16 bytes; make one with secrets.token_bytes(32)")
+        if self.secret is not None and len(self.secret) < MIN_SECRET:
+            raise ConfigError(
+                f"Config.secret must have at least {MIN_SECRET} bytes; make one with secrets.token_bytes(32)"
+            )

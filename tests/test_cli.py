@@ -108,12 +108,19 @@ def test_names_that_peers_choose_stay_inside_the_directory(tmp_path: Path) -> No
 def test_mistakes_of_the_sender(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache")
     (tmp_path / "text").write_text("not a cache at all")
+    (tmp_path / "short").write_text("short")
+    (tmp_path / "half").write_bytes((tmp_path / "cache").read_bytes()[:20_000])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     nobody = f"tcp://127.0.0.1:{port}"
     for arguments, says in (
         ((str(tmp_path / "text"), nobody), "not a KV cache"),
-        ((str(tmp_path / "absent"), nobody), "No such file"),
+        ((str(tmp_path / "absent"), nobody), "No such file or directory; name a file that"),
+        ((str(tmp_path / "half"), nobody), "copy it again"),
+        (
+            (str(tmp_path / "cache"), nobody, "--secret-file", str(tmp_path / "short")),
+            f"{tmp_path / 'short'}: a secret",
+        ),
         ((str(tmp_path / "cache"), nobody), "start the receiver first"),
         ((str(tmp_path / "cache"), "http://127.0.0.1:1"), "unknown scheme"),
         ((str(tmp_path / "cache"), "tcp://127.0.0.1"), "HOST:PORT"),
