@@ -72,7 +72,7 @@ typedef struct {
     void (*quantise)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
                      const lynx_params *params, uint8_t *codes);
     /* Either section may be null. Rows of codes up to the next multiple of 8 must be zeros. Unless the planes are
-     * uniform, a section may be written up to 16 bytes beyond its end. */
+     * uniform, a section may be written up to 64 bytes beyond its end. */
     void (*pack)(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest);
     /* Bytes of codes; planes of `rest` null are zeros. Unless the planes are uniform, a section may be read up to 16
      * bytes beyond its end. */
@@ -96,7 +96,7 @@ typedef struct {
 
 extern const lynx_kernels lynx_scalar;
 #if defined(__x86_64__)
-extern const lynx_kernels lynx_avx2;
+extern const lynx_kernels lynx_avx2, lynx_avx512;
 #endif
 
 const lynx_kernels *lynx_current(void);

@@ -80,7 +80,7 @@ int main(int argc, char **argv) {
         }
         for (int part = 0; part < 2; part++) {
             memset(widths, bits[part], sizeof widths);
-            const lynx_hq_tile tile = {LYNX_BFLOAT16, part, HEADS, TOKENS, DIM, widths};
+            const lynx_hq_tile tile = {.dtype = LYNX_BFLOAT16, .part = part, .heads = HEADS, .tokens = TOKENS, .head_dim = DIM, .widths = widths};
             lynx_hq_sizes sizes;
             CHECK(lynx_hq_measure(&tile, &sizes) == LYNX_OK);
             const size_t anchor_size = sizes.anchor + LYNX_HQ_PARAM_HEADER * sizes.blocks + sizes.max_params;
