@@ -309,9 +309,9 @@ static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes 
     return (bad & used) == 0;
 }
 
-/* Scale, and offset times scale, of 64 channels. */
+/* Scale, half of it, and offset times scale, of 64 channels. */
 typedef struct {
-    __m512 scale[4], shift[4];
+    __m512 scale[4], half[4], shift[4];
 } lanes;
 
 INLINE lanes of_channels(const lynx_params *params) {
@@ -319,18 +319,17 @@ INLINE lanes of_channels(const lynx_params *params) {
     for (int i = 0; i < 4; i++) {
         const __m512i offset = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(params->offset + 16 * i)));
         l.scale[i] = _mm512_loadu_ps(params->scale + 16 * i);
+        l.half[i] = _mm512_mul_ps(l.scale[i], _mm512_set1_ps(0.5f));
         l.shift[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(offset), l.scale[i]);
     }
     return l;
 }
 
 INLINE lanes of_token(const lynx_params *params, int token) {
-    lanes l;
-    for (int i = 0; i < 4; i++) {
-        l.scale[i] = _mm512_set1_ps(params->scale[token]);
-        l.shift[i] = _mm512_set1_ps((float)params->offset[token] * params->scale[token]);
-    }
-    return l;
+    const float s = params->scale[token];
+    const __m512 scale = _mm512_set1_ps(s), half = _mm512_set1_ps(s * 0.5f);
+    const __m512 shift = _mm512_set1_ps((float)params->offset[token] * s);
+    return (lanes){{scale, scale, scale, scale}, {half, half, half, half}, {shift, shift, shift, shift}};
 }
 
 INLINE __m512 integer_times_scale(const uint8_t *codes, __m512 scale, __m512 shift) {
@@ -403,7 +402,7 @@ INLINE row_cells cells_of(const uint8_t *codes, const lanes *l) {
         for (int j = 0; j < 2; j++) {
             const int at = 2 * i + j;
             const __m512 x = integer_times_scale(codes + 16 * at, l->scale[at], l->shift[at]);
-            const __m512 half = _mm512_mul_ps(l->scale[at], _mm512_set1_ps(0.5f)), size = _mm512_abs_ps(x);
+            const __m512 half = l->half[at], size = _mm512_abs_ps(x);
             middle[j] = _mm512_castps_si512(x);
             low[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(size, half)), up);
             high[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_add_ps(size, half)), up);
@@ -496,9 +495,13 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
                 put(&a, second, more);
             }
         }
-        const uint32_t first = (uint32_t)flagged, second = (uint32_t)(flagged >> 32);
-        put(&b, _pext_u32((uint32_t)above, first), (uint32_t)_mm_popcnt_u32(first));
-        put(&b, _pext_u32((uint32_t)(above >> 32), second), (uint32_t)_mm_popcnt_u32(second));
+        if (__builtin_expect(_mm_popcnt_u64(flagged) <= 56, 1)) {
+            put(&b, _pext_u64(above, flagged), (uint32_t)_mm_popcnt_u64(flagged));
+        } else {
+            const uint32_t first = (uint32_t)flagged, second = (uint32_t)(flagged >> 32);
+            put(&b, _pext_u32((uint32_t)above, first), (uint32_t)_mm_popcnt_u32(first));
+            put(&b, _pext_u32((uint32_t)(above >> 32), second), (uint32_t)_mm_popcnt_u32(second));
+        }
         add_zeros(&zeros, cells.zeros & keep, t);
     }
     streams->a_bits = position(&a, streams->a);
