@@ -17,6 +17,11 @@
 #include "params.h"
 #include "words.h"
 
+#define COMPRESS64 _pext_u64
+#define EXPAND64 _pdep_u64
+#define POPCOUNT64 __builtin_popcountll
+#include "fold.h"
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE __m256i load(const void *p) {
@@ -903,6 +908,11 @@ const lynx_kernels lynx_avx2 = {
     .pack = pack,
     .unpack = unpack,
     .check = check,
+    .centre = centre,
+    .uncentre = uncentre,
+    .fold = fold,
+    .unfold = unfold,
+    .rescale = rescale,
     .dequantise = dequantise,
     .rank = rank,
     .unrank = unrank,

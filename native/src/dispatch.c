@@ -98,6 +98,8 @@ const char *lynx_strerror(int error) {
         return "a code is outside the range of its width";
     case LYNX_ERR_RANK:
         return "ranks do not match the codes";
+    case LYNX_ERR_FOLD:
+        return "folded planes do not match their size";
     default:
         return "unknown error";
     }

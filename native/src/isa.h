@@ -35,6 +35,8 @@ typedef struct {
     float steps[ROW];            /* R */
     int16_t full[ROW], base[ROW]; /* o, and the anchor's lowest integer */
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
+    int folded;                  /* channels whose top planes fold: those of 3 bits or more, or none */
+    uint8_t fold_mask[ROW];      /* 255 for these channels, else 0 */
 } lynx_planes;
 
 /* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
@@ -74,7 +76,7 @@ typedef struct {
     /* Either section may be null. Rows of codes up to the next multiple of 8 must be zeros. Unless the planes are
      * uniform, a section may be written up to 64 bytes beyond its end. */
     void (*pack)(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest);
-    /* Bytes of codes; planes of `rest` null are zeros. Unless the planes are uniform, a section may be read up to 16
+    /* Bytes of codes; planes of `rest` null are zeros. Unless the planes are uniform, a section may be read up to 64
      * bytes beyond its end. */
     void (*unpack)(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
     /* Whether all codes are valid. */
@@ -86,6 +88,19 @@ typedef struct {
                  int channels, const lynx_params *params, lynx_streams *streams);
     int (*unrank)(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, uint16_t *rows, ptrdiff_t stride);
+    /* Codes with their top three bits replaced by their distance from a centre, in folded channels, and back in place.
+     * `centres`: of each token; null: from the token before. Rows of `centred` up to the next multiple of 8 are zeros. */
+    void (*centre)(const lynx_planes *planes, const uint8_t *centres, const uint8_t *codes, int tokens, uint8_t *centred);
+    void (*uncentre)(const lynx_planes *planes, const uint8_t *centres, int tokens, uint8_t *codes);
+    /* The anchor section of a block of centred codes in folded form. Returns the bytes of its streams; up to
+     * SLACK bytes beyond are zeros. */
+    uint32_t (*fold)(const lynx_planes *planes, const uint8_t *flat, int tokens, uint8_t *folded);
+    /* The reverse. `streams` is the size of the streams, SLACK readable bytes follow; false if the planes call for another. */
+    bool (*unfold)(const lynx_planes *planes, const uint8_t *folded, uint32_t streams, int tokens, uint8_t *flat);
+    /* Words of 64 channels divided by 2^e (`shifts`: e in units of the word's last place), or multiplied by it with the
+     * signs of `shifts` reversed. bfloat16. */
+    void (*rescale)(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
+                    ptrdiff_t out_stride);
     /* An upper bound on the bits of level 2, cheap. Null where there is none. */
     uint64_t (*rank_bound)(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
 
@@ -93,6 +108,13 @@ typedef struct {
     void (*pack_row)(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes);
     void (*unpack_row)(int word_bytes, const uint8_t *const *planes, size_t count, void *words);
 } lynx_kernels;
+
+/* Words that rescaling moves round: magnitude words from 2^-111 up to those that are special. */
+#define RESCALE_FIRST 0x0800
+#define RESCALE_COUNT (0x7e80 - RESCALE_FIRST)
+
+/* Largest folded form of a block: the flat one, and D2 and D3 with a bit for each value in place of plane 2. */
+#define FOLDED_MAX (9 * 8 * ROW)
 
 extern const lynx_kernels lynx_scalar;
 #if defined(__x86_64__)
