@@ -19,6 +19,11 @@
 #include "params.h"
 #include "words.h"
 
+#define COMPRESS64 _pext_u64
+#define EXPAND64 _pdep_u64
+#define POPCOUNT64 __builtin_popcountll
+#include "fold.h"
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE __m512i load(const void *p) {
@@ -643,6 +648,11 @@ const lynx_kernels lynx_avx512 = {
     .pack = pack,
     .unpack = unpack,
     .check = check,
+    .centre = centre,
+    .uncentre = uncentre,
+    .fold = fold,
+    .unfold = unfold,
+    .rescale = rescale,
     .dequantise = dequantise,
     .rank = rank,
     .unrank = unrank,

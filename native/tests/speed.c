@@ -116,6 +116,7 @@ int main(int argc, char **argv) {
                                                            .rest = step > 3 ? made[i].rest : NULL,
                                                            .rank_table = step > 4 ? made[i].rank_table : NULL,
                                                            .rank = step > 4 ? made[i].rank : NULL,
+                                                           .anchor_size = made[i].anchor_size,
                                                            .params_size = made[i].params_size,
                                                            .rank_size = made[i].rank_size};
                             lynx_hq_fault fault;
