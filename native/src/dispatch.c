@@ -23,6 +23,9 @@ static const lynx_kernels *kernels_of(int isa) {
                        __builtin_cpu_supports("avx512vbmi2")
                    ? &lynx_avx512
                    : NULL;
+#elif defined(__aarch64__)
+    case LYNX_ISA_NEON:
+        return &lynx_neon;
 #endif
     default:
         return NULL;

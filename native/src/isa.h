@@ -119,6 +119,8 @@ typedef struct {
 extern const lynx_kernels lynx_scalar;
 #if defined(__x86_64__)
 extern const lynx_kernels lynx_avx2, lynx_avx512;
+#elif defined(__aarch64__)
+extern const lynx_kernels lynx_neon;
 #endif
 
 const lynx_kernels *lynx_current(void);
