@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -67,9 +68,15 @@ def address(array: NDArray[Any], ctype: str = "uint8_t *") -> Any:
     return ffi.cast(ctype, array.__array_interface__["data"][0])  # array.ctypes.data says the same, slower
 
 
+_memory = threading.local()
+
+
 def scratch() -> NDArray[np.uint8]:
-    """Working memory for one call of a kernel."""
-    return np.empty(lib.lynx_hq_scratch_size(), np.uint8)
+    """Working memory for one call of a kernel: the thread's own, since new pages cost more than the call."""
+    if not hasattr(_memory, "scratch"):
+        _memory.scratch = np.empty(lib.lynx_hq_scratch_size(), np.uint8)
+    scratch: NDArray[np.uint8] = _memory.scratch
+    return scratch
 
 
 @cache
