@@ -732,6 +732,13 @@ static void write_constants(int part, const lynx_block *block, const lynx_params
     }
 }
 
+/* Bytes that the next block is likely to need. Hardware follows one page at a time, and a block's sections are short. */
+static void prefetch(const uint8_t *p, uint64_t size) {
+    for (uint64_t i = 0; i < size; i += 64) {
+        __builtin_prefetch(p + i);
+    }
+}
+
 int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint16_t *words, ptrdiff_t head_stride,
                    ptrdiff_t token_stride, uint64_t first, uint64_t last, void *scratch, lynx_hq_fault *fault) {
     *fault = (lynx_hq_fault){0};
@@ -812,6 +819,9 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                 if (entry == NULL) {
                     kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, to, stride);
                 } else {
+                    prefetch(anchor + anchor_size, (uint64_t)anchor_size);
+                    prefetch(rest + rest_size, rest_size);
+                    prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
                     read_ranks(entry, levels->rank + ranks, &s->streams);
                     const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
                     if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,
