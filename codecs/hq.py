@@ -53,7 +53,7 @@ class _Tile:
     c: Any
     sizes: Any
     side: bytes  # the tile's own tables, as level 0 carries them
-    keep: tuple[NDArray[Any], ...]
+    keep: tuple[NDArray[Any] | None, ...]
 
     @property
     def fold_bytes(self) -> int:
@@ -390,52 +390,55 @@ class HQ(Codec):
         bits = self._key_bits if spec.part == "key" else self._value_bits
         return np.full((spec.heads, spec.head_dim), bits, np.uint8)
 
-    def _has_exponents(self, spec: ChunkSpec) -> bool:
-        return self._scaling and spec.part == "value" and spec.dtype == "bfloat16"
+    def _side_tables(self, spec: ChunkSpec) -> tuple[str, ...]:
+        """The tables that the tile carries: 4 bits for each of its channels."""
+        if spec.part == "key":
+            return ("widths",) if self._widths == "ranges" else ()
+        exponents = ("exponents",) if self._scaling and spec.dtype == "bfloat16" else ()
+        return (*exponents, "biases") if self._fold else exponents
 
     def _tile_of(self, spec: ChunkSpec, words: NDArray[Any]) -> _Tile:
         """The tile to encode ``words``: with the tables that it will carry."""
-        widths, exponents = self._static_widths(spec), None
-        if widths is None or self._has_exponents(spec):
-            spreads = _spreads(spec, words)
-            if widths is None:
-                widths = _widths_by_range(spreads, self._key_bits)
-            else:
-                exponents = _exponents(spreads)
-        return self._build(spec, widths, exponents)
+        names = self._side_tables(spec)
+        tables = {}
+        if names:
+            spreads, biases = _spreads(spec, words)
+            if "widths" in names:
+                tables["widths"] = _widths_by_range(spreads, self._key_bits)
+            if "exponents" in names:
+                tables["exponents"] = _exponents(spreads)
+            if "biases" in names:
+                tables["biases"] = (biases + 8).astype(np.uint8)
+        return self._build(spec, tables)
 
     def _tile_in(self, spec: ChunkSpec, payload: NDArray[np.uint8]) -> _Tile:
         """The tile that a payload of level 0 describes."""
-        widths = self._static_widths(spec)
-        if widths is not None and not self._has_exponents(spec):
-            return self._build(spec, widths, None)
-        size = (spec.heads * spec.head_dim + 1) // 2
-        if payload.nbytes < _HEADER.size + size:
-            _check_size(0, payload, _HEADER.size + size)
-        packed = payload[_HEADER.size : _HEADER.size + size]
-        nibbles = np.stack([packed & 15, packed >> 4], axis=1).ravel()
-        table, padding = nibbles[: spec.heads * spec.head_dim], nibbles[spec.heads * spec.head_dim :]
-        shaped = table.reshape(spec.heads, spec.head_dim)
-        if padding.any() or (widths is None and table.max() > 8):
-            raise PayloadError(f"hq level 0: a width is over 8 or padding not zero (byte offset {_HEADER.size})")
-        if widths is None:
-            return self._build(spec, shaped, None)
-        return self._build(spec, widths, shaped.astype(np.int8) - 8)
+        count = spec.heads * spec.head_dim
+        size = (count + 1) // 2
+        tables, at = {}, _HEADER.size
+        for name in self._side_tables(spec):
+            if payload.nbytes < at + size:
+                _check_size(0, payload, at + size)
+            packed = payload[at : at + size]
+            nibbles = np.stack([packed & 15, packed >> 4], axis=1).ravel()
+            tables[name] = nibbles[:count].reshape(spec.heads, spec.head_dim)
+            if nibbles[count:].any() or (name == "widths" and tables[name].max() > 8):
+                raise PayloadError(f"hq level 0: a width is over 8 or padding not zero (byte offset {at})")
+            at += size
+        return self._build(spec, tables)
 
-    def _build(self, spec: ChunkSpec, widths: NDArray[np.uint8], exponents: NDArray[np.int8] | None) -> _Tile:
-        side = None
-        if exponents is not None:
-            side = (exponents + 8).astype(np.uint8)
-        elif spec.part == "key" and self._widths == "ranges":
-            side = widths
+    def _build(self, spec: ChunkSpec, tables: Mapping[str, NDArray[np.uint8]]) -> _Tile:
+        widths = tables["widths"] if "widths" in tables else self._static_widths(spec)
+        assert widths is not None
+        signed = [tables[name].astype(np.int8) - 8 if name in tables else None for name in ("exponents", "biases")]
         return _tile(
             _PARTS[spec.part],
             _DTYPES[spec.dtype],
             spec.shape,
-            widths.tobytes(),
-            None if exponents is None else exponents.tobytes(),
-            b"" if side is None else _nibbles(side.ravel()),
             self._fold,
+            b"".join(_nibbles(table.ravel()) for table in tables.values()),
+            widths.tobytes(),
+            *(None if table is None else table.astype(np.int8).tobytes() for table in signed),
         )
 
     @staticmethod
@@ -534,19 +537,20 @@ def _tile(  # noqa: PLR0917 - lru_cache hashes positional arguments faster
     part: int,
     dtype: int,
     shape: tuple[int, int, int],
-    widths: bytes,
-    exponents: bytes | None,
-    side: bytes,
     fold: bool,
+    side: bytes,
+    widths: bytes,
+    exponents: bytes | None = None,
+    biases: bytes | None = None,
 ) -> _Tile:
-    keep = [np.frombuffer(widths, np.uint8)]
     c, sizes = ffi.new("lynx_hq_tile *"), ffi.new("lynx_hq_sizes *")
     c.dtype, c.part, c.fold = dtype, part, fold
     c.heads, c.tokens, c.head_dim = shape
-    c.widths = address(keep[0], "const uint8_t *")
-    if exponents is not None:
-        keep.append(np.frombuffer(exponents, np.uint8))
-        c.exponents = address(keep[1], "const int8_t *")
+    keep = [None if table is None else np.frombuffer(table, np.uint8) for table in (widths, exponents, biases)]
+    c.widths, c.exponents, c.biases = (
+        ffi.NULL if table is None else address(table, ctype)
+        for table, ctype in zip(keep, ("const uint8_t *", "const int8_t *", "const int8_t *"), strict=True)
+    )
     code = lib.lynx_hq_measure(c, sizes)
     if code != lib.LYNX_OK:
         raise SpecError(f"hq cannot code a tile of shape {shape}: {error_text(code)}")
@@ -565,16 +569,23 @@ def _nibbles(values: NDArray[np.uint8]) -> bytes:
     return (padded[::2] | padded[1::2] << 4).tobytes()
 
 
-def _spreads(spec: ChunkSpec, words: NDArray[Any]) -> NDArray[np.int64]:
-    """How large the tile's channels are, ``[heads, head_dim]``, 128 an octave: spec/codec-hq.md, "Spreads"."""
-    out = np.empty((spec.heads, spec.head_dim), np.uint16)
-    any_widths = np.zeros(spec.heads * spec.head_dim, np.uint8)
-    tile = _tile(_PARTS[spec.part], _DTYPES[spec.dtype], spec.shape, any_widths.tobytes(), None, b"", False)
+def _spreads(spec: ChunkSpec, words: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """How large the tile's channels are, 128 an octave, and their biases; both ``[heads, head_dim]``."""
+    spreads = np.empty((spec.heads, spec.head_dim), np.uint16)
+    biases = np.empty(spreads.shape, np.int8)
+    tile = _tile(_PARTS[spec.part], _DTYPES[spec.dtype], spec.shape, False, b"", bytes(spreads.size))
     source, memory = address(words, "const uint16_t *"), scratch()
-    code = lib.lynx_hq_spreads(tile.c, source, *_strides(words), address(out, "uint16_t *"), address(memory))
+    code = lib.lynx_hq_spreads(
+        tile.c,
+        source,
+        *_strides(words),
+        address(spreads, "uint16_t *"),
+        address(biases, "int8_t *"),
+        address(memory),
+    )
     if code != lib.LYNX_OK:
         raise CodecError(f"hq: {error_text(code)}")
-    return out.astype(np.int64)
+    return spreads.astype(np.int64), biases
 
 
 def _widths_by_range(spreads: NDArray[np.int64], mean: float) -> NDArray[np.uint8]:
@@ -586,11 +597,11 @@ def _widths_by_range(spreads: NDArray[np.int64], mean: float) -> NDArray[np.uint
     return widths
 
 
-def _exponents(spreads: NDArray[np.int64]) -> NDArray[np.int8]:
-    """Exponents -8..7 that even the spreads of a head's channels out."""
+def _exponents(spreads: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Exponents that even the spreads of a head's channels out, -8..7, plus 8."""
     mean = spreads.sum(1, keepdims=True) // spreads.shape[1]
-    exponents: NDArray[np.int8] = np.clip((spreads - mean + 64) // 128, -8, 7).astype(np.int8)
-    return exponents
+    shifted: NDArray[np.uint8] = (np.clip((spreads - mean + 64) // 128, -8, 7) + 8).astype(np.uint8)
+    return shifted
 
 
 def _strides(words: NDArray[Any]) -> tuple[int, int]:

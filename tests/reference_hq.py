@@ -82,7 +82,7 @@ def scale_of(dtype: str, low: float, high: float, steps: int) -> tuple[float, in
         np.float32(max(abs(low), abs(high))) * np.float32(2.0**-10),
         np.float32(FORMATS[dtype].least),
     )
-    word = (int(np.float32(step).view(np.uint32)) + 0xFFFF) >> 16
+    word = (int(np.float32(step).view(np.uint32)) + 0x3FFFF) >> 18 << 2
     return float(np.uint32(word << 16).view(np.float32)), word
 
 
@@ -157,6 +157,13 @@ def widths_by_range(spread: NDArray[np.int64], mean: float) -> NDArray[np.uint8]
     return widths.reshape(spread.shape)
 
 
+def biases_of(words: NDArray[np.uint16]) -> NDArray[np.int8]:
+    """round(15 (positive - negative) / tokens) of each channel, [heads, channels]."""
+    tokens = words.shape[1]
+    excess = tokens - 2 * (words >> 15).astype(np.int64).sum(1)
+    return np.clip(np.floor(15 * excess / tokens + 0.5), -8, 7).astype(np.int8)
+
+
 def exponents_of(spread: NDArray[np.int64]) -> NDArray[np.int8]:
     rows = [[min(max((int(x) - int(row.sum()) // row.size + 64) // 128, -8), 7) for x in row] for row in spread]
     return np.array(rows, np.int8)
@@ -185,10 +192,12 @@ class Tile:
         *,
         fold: bool = False,
         exponents: NDArray[np.int8] | None = None,
+        biases: NDArray[np.int8] | None = None,
     ) -> None:
         self.part, self.dtype, self.shape, self.widths = part, dtype, shape, widths
         self.table = KEY_WIDTHS if part == "key" else VALUE_WIDTHS
         self.fold, self.exponents = fold, exponents
+        self.biases = np.zeros(widths.shape, np.int8) if biases is None else biases
 
     def blocks(self) -> list[tuple[int, slice, slice]]:
         heads, tokens, dim = self.shape
@@ -213,7 +222,7 @@ class Tile:
             groups, special = self.choose(scaled, widths)
             codes = self.codes(scaled, groups)
             anchor, rest = self.planes(codes, widths)
-            entry, anchor = self.folded(codes, widths, groups, anchor)
+            entry, anchor = self.folded(codes, widths, groups, self.biases[h, c], anchor)
             header, params = self.params(groups)
             rank_entry, ranks = self.ranks(scaled, block, codes, groups, special)
             for i, piece in enumerate((anchor, header, params, rest, rank_entry, ranks, entry)):
@@ -222,76 +231,108 @@ class Tile:
 
     # --- folding
 
-    def centres(self, top: NDArray[np.int64], groups: list[Group], t: int) -> NDArray[np.int64]:
-        """Of the top bits of token t; `top` [tokens, channels] is known before t."""
+    def centre(self, codes: NDArray[np.int64], groups: list[Group], biases: NDArray[np.int8], t: int, c: int) -> int:
+        """Of the three top bits of a value; of the codes only the token before is read."""
         if self.part == "value":
-            centre = (groups[t].z + groups[t].width[1] + 16) >> 5
-            return np.full(top.shape[1], min(max(centre, 1), 7))
-        return 2 + (top[t - 1] + 1) // 2 if t else np.full(top.shape[1], 4)
+            return min(max((groups[t].z + groups[t].width[1] + 4 * int(biases[c]) + 16) // 32, 1), 7)
+        return 2 + ((int(codes[t - 1, c]) >> 5) + 1) // 2 if t else 4
+
+    @staticmethod
+    def likely(codes: NDArray[np.int64], t: int, c: int) -> tuple[int, ...]:
+        """The two top bits of a key of 2 bits, the likeliest first."""
+        return (2, 1, 3, 0) if t and codes[t - 1, c] >= 128 else (1, 2, 0, 3)
+
+    def folds(self, width: int) -> bool:
+        return width >= (2 if self.part == "key" else 3)
+
+    def fold_rows(self, widths: NDArray[np.uint8]) -> list[tuple[int, int]]:
+        """(plane, channel) of the bytes of an octet of a folded block; plane -1 is S, -2 is D1."""
+        rows = []
+        for p in range(8):
+            for c, width in enumerate(int(b) for b in widths):
+                if not self.folds(width):
+                    rows += [(p, c)] * (p < width)
+                elif width == 2:
+                    rows += [(-2, c)] * (p == 0)
+                elif p < width and p != 2:
+                    rows += [((-1, -2)[p] if p < 2 else p, c)]
+        return rows
 
     def folded(
-        self, codes: NDArray[np.int64], widths: NDArray[np.uint8], groups: list[Group], flat: bytes
+        self,
+        codes: NDArray[np.int64],
+        widths: NDArray[np.uint8],
+        groups: list[Group],
+        biases: NDArray[np.int8],
+        flat: bytes,
     ) -> tuple[bytes, bytes]:
         """The entry in the fold table, and the anchor section of the block."""
         if not self.fold:
             return b"", flat
-        channels = np.flatnonzero(widths >= 3)
-        top = codes >> 5
-        sign, moved = np.zeros_like(codes), np.zeros_like(codes)
+        channels = [c for c, width in enumerate(widths) if self.folds(int(width))]
+        sign, distances = np.zeros_like(codes), np.zeros_like(codes)
         far, farther = Bits(), Bits()
         for first in range(0, len(codes), 8):
             for c in channels:
                 for t in range(first, min(first + 8, len(codes))):
-                    v = (top[t, c] - self.centres(top, groups, t)[c] + 4) % 8
-                    distance = v - 4 if v >= 4 else 3 - v
-                    sign[t, c], moved[t, c] = v >= 4, distance > 0
+                    code = int(codes[t, c])
+                    if widths[c] == 2:
+                        distance = self.likely(codes, t, c).index(code >> 6)
+                    else:
+                        v = ((code >> 5) - self.centre(codes, groups, biases, t, c) + 4) % 8
+                        distance = v - 4 if v >= 4 else 3 - v
+                        sign[t, c] = v >= 4
+                    distances[t, c] = distance
                     if distance > 0:
                         far.put(int(distance > 1), 1)
                     if distance > 1:
                         farther.put(int(distance > 2), 1)
         out = b""
         for first in range(0, len(codes), 8):
-            for p in range(8):
-                for c in range(codes.shape[1]):
-                    if p < widths[c] and not (p == 2 and c in channels):
-                        bits = (sign, moved)[p] if c in channels and p < 2 else codes >> 7 - p & 1
-                        out += bytes([sum(int(bit) << t for t, bit in enumerate(bits[first : first + 8, c]))])
+            for p, c in self.fold_rows(widths):
+                bits = sign if p == -1 else distances > 0 if p == -2 else codes >> 7 - p & 1
+                out += bytes([sum(int(bit) << t for t, bit in enumerate(bits[first : first + 8, c]))])
         streams = far.data() + farther.data()
         if len(out) + len(streams) >= len(flat):
             return b"\xff\xff", flat
         return struct.pack("<H", len(streams)), out + streams
 
-    def unfolded(
-        self, folded: Bits, widths: NDArray[np.uint8], groups: list[Group], codes: NDArray[np.int64], streams: int
+    def unfolded(  # noqa: PLR0917
+        self,
+        folded: Bits,
+        widths: NDArray[np.uint8],
+        groups: list[Group],
+        biases: NDArray[np.int8],
+        codes: NDArray[np.int64],
+        streams: int,
     ) -> None:
         """Set the anchor's bits of `codes`."""
-        channels = np.flatnonzero(widths >= 3)
-        sign, moved = np.zeros_like(codes), np.zeros_like(codes)
+        sign, distance = np.zeros_like(codes), np.zeros_like(codes)
         for first in range(0, len(codes), 8):
-            for p in range(8):
-                for c in range(codes.shape[1]):
-                    if p < widths[c] and not (p == 2 and c in channels):
-                        byte = folded.get(8)
-                        for t in range(first, min(first + 8, len(codes))):
-                            bit = byte >> t - first & 1
-                            if c in channels and p < 2:
-                                (sign, moved)[p][t, c] = bit
-                            else:
-                                codes[t, c] |= bit << 7 - p
+            for p, c in self.fold_rows(widths):
+                byte = folded.get(8)
+                for t in range(first, min(first + 8, len(codes))):
+                    bit = byte >> t - first & 1
+                    if p < 0:
+                        (distance, sign)[p][t, c] = bit
+                    else:
+                        codes[t, c] |= bit << 7 - p
+        channels = [c for c, width in enumerate(widths) if self.folds(int(width))]
         order = [(t, c) for o in range(0, len(codes), 8) for c in channels for t in range(o, min(o + 8, len(codes)))]
         end = folded.at + 8 * streams
-        distance = moved
         for position in (1, 2):
             for t, c in order:
                 if distance[t, c] == position:
                     distance[t, c] += folded.get(1)
             folded.at += -folded.at % 8
         assert folded.at == end, "the fold's streams have another size"
-        top = np.zeros_like(codes)
         for t in range(len(codes)):
-            v = np.where(sign[t] == 1, 4 + distance[t], 3 - distance[t])
-            top[t] = (v + self.centres(top, groups, t) - 4) % 8
-            codes[t, channels] |= top[t, channels] << 5
+            for c in channels:
+                if widths[c] == 2:
+                    codes[t, c] = self.likely(codes, t, c)[distance[t, c]] << 6
+                else:
+                    v = 4 + distance[t, c] if sign[t, c] else 3 - distance[t, c]
+                    codes[t, c] |= (v + self.centre(codes, groups, biases, t, c) - 4) % 8 << 5
 
     def choose(self, block: NDArray[np.uint16], widths: NDArray[np.uint8]) -> tuple[list[Group], bool]:
         groups, any_special = [], False
@@ -349,11 +390,11 @@ class Tile:
             )
             return struct.pack("<HhBB", 0, 0, 255, 255), body
         s_low, z_low = min(g.s_word for g in groups), min(g.z for g in groups)
-        s_bits = (max(g.s_word for g in groups) - s_low).bit_length()
+        s_bits = ((max(g.s_word for g in groups) - s_low) // 4).bit_length()
         z_bits = (max(g.z for g in groups) - z_low).bit_length()
         bits = Bits()
         for group in groups:
-            bits.put(group.s_word - s_low, s_bits)
+            bits.put((group.s_word - s_low) // 4, s_bits)
             bits.put(group.z - z_low, z_bits)
         return struct.pack("<HhBB", s_low, z_low, s_bits, z_bits), bits.data()
 
@@ -415,7 +456,7 @@ class Tile:
             codes = np.zeros(shape, np.int64)
             streams = struct.unpack_from("<H", sections.folds, 2 * i)[0] if self.fold else 0xFFFF
             if streams != 0xFFFF:
-                self.unfolded(anchor, widths, groups, codes, streams)
+                self.unfolded(anchor, widths, groups, self.biases[h, c], codes, streams)
             for first in range(0, shape[0], 8):
                 for p in range(8):
                     for channel in range(shape[1]):
@@ -460,7 +501,7 @@ class Tile:
                 if s_word == 0:
                     constant, z = z & 0xFFFF, 0
             else:
-                s_word = s_low + bits.get(s_bits)
+                s_word = s_low + 4 * bits.get(s_bits)
                 z = z_low + bits.get(z_bits)
             groups.append(Group(float(np.uint32(s_word << 16).view(np.float32)), s_word, z, constant, width))
         return groups, params

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from reference_hq import Sections, Tile, exponents_of, nibbles, payloads, spreads, widths_by_range
+from reference_hq import Sections, Tile, biases_of, exponents_of, nibbles, payloads, spreads, widths_by_range
 
 from lynxproto import ChunkSpec, get_codec
 from lynxproto.codecs._library import (
@@ -123,7 +123,7 @@ def configs() -> st.SearchStrategy[dict[str, Any]]:
 def reference_of(config: dict[str, Any], part: str, dtype: str, words: Words) -> tuple[Tile, bytes]:
     """The reference's tile for a config, and the tables that the payload carries."""
     heads, _, dim = words.shape
-    exponents, side = None, b""
+    exponents, biases, side = None, None, b""
     if part == "key" and config.get("widths") == "ranges":
         widths = widths_by_range(spreads(part, dtype, words), config["key_bits"])
         side = nibbles(widths)
@@ -132,7 +132,11 @@ def reference_of(config: dict[str, Any], part: str, dtype: str, words: Words) ->
     if part == "value" and config.get("scaling") and dtype == "bfloat16":
         exponents = exponents_of(spreads(part, dtype, words))
         side = nibbles(exponents + 8)
-    return Tile(part, dtype, words.shape, widths, fold=config.get("fold", False), exponents=exponents), side
+    if part == "value" and config.get("fold"):
+        biases = biases_of(words)
+        side += nibbles(biases + 8)
+    fold = config.get("fold", False)
+    return Tile(part, dtype, words.shape, widths, fold=fold, exponents=exponents, biases=biases), side
 
 
 @settings(max_examples=60, deadline=None)
@@ -386,7 +390,7 @@ def test_hostile_parameters_are_errors() -> None:
         (0xBF80, 0, s_bits, z_bits),  # negative
         (0x3C00, 1025, s_bits, z_bits),
         (0x3C00, -1025, s_bits, z_bits),
-        (0x3C00, 0, 16, z_bits),
+        (0x3C00, 0, 14, z_bits),
         (0x3C00, 0, s_bits, 13),
         (0x3C00, 0, 255, z_bits),
         (0x3C00, 0, s_bits + 1, z_bits),  # parameters would be longer
@@ -447,15 +451,17 @@ def test_mixed_widths(dtype: str, shape: tuple[int, int, int], kind: str, fold: 
             part=part, dtype=dtype, heads=shape[0], tokens=shape[1], head_dim=shape[2], layer=1, head_start=1
         )
         own = widths[1, 1:] if part == "key" else np.repeat(widths[1, 1:, :1], shape[2], axis=1)
-        reference = Tile(part, dtype, shape, own, fold=fold)
-        expected = payloads(reference, words, 3)
+        biases = biases_of(words) if part == "value" and fold else None
+        reference = Tile(part, dtype, shape, own, fold=fold, biases=biases)
+        side = b"" if biases is None else nibbles(biases + 8)
+        expected = payloads(reference, words, 3, side)
         for name in AVAILABLE:
             with isa(name):
                 assert codec.encode(spec, words) == expected
                 assert np.array_equal(decoded(codec, spec, expected), words)
                 assert all(len(p) <= codec.max_encoded_size(spec, i) for i, p in enumerate(expected))
                 if expected[0][0] == 0:
-                    sections = split(reference, expected, 3, 0)
+                    sections = split(reference, expected, 3, len(side))
                     for count in (1, 2):
                         assert np.array_equal(decoded(codec, spec, expected[:count]), reference.decode(sections, count))
 
@@ -531,13 +537,14 @@ def test_hostile_folds_are_errors() -> None:
     spec = specification("value", "bfloat16", words.shape)
     codec = get_codec("hq", value_bits=3, key_bits=3, fold=True)
     level = bytes(codec.encode(spec, words)[0])
-    sizes = np.frombuffer(level, "<u2", count=2, offset=8)
+    at = 8 + 32  # behind the biases
+    sizes = np.frombuffer(level, "<u2", count=2, offset=at)
     assert (sizes < 512).all()
     for bad in ((0, 0), (sizes[0] + 1, sizes[1]), (sizes[0] + 1, sizes[1] - 1), (512, 0), (0xFFFF, sizes[1])):
-        broken = level[:8] + np.array(bad, "<u2").tobytes() + level[12:]
+        broken = level[:at] + np.array(bad, "<u2").tobytes() + level[at + 4 :]
         with pytest.raises(PayloadError, match=r"level 0.*anchor planes of block.*byte offset"):
             decoded(codec, spec, [broken])
-    ones = level[:12] + b"\xff" * 1024 + level[12 + 1024 :]  # all values far: the streams would be longer
+    ones = level[: at + 4] + b"\xff" * 1024 + level[at + 4 + 1024 :]  # all values far: the streams would be longer
     with pytest.raises(PayloadError, match=r"level 0.*anchor planes of block 0"):
         decoded(codec, spec, [ones])
 

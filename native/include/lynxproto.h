@@ -65,6 +65,7 @@ typedef struct {
     uint32_t heads, tokens, head_dim;
     const uint8_t *widths; /* [heads][head_dim] anchor bits, 0..8; equal within a value group */
     const int8_t *exponents; /* [heads][head_dim] words are divided by 2^e, -8..7, bfloat16 only; null: none */
+    const int8_t *biases;  /* [heads][head_dim] of value tiles with folding, -8..7; null: zeros */
     int32_t fold;          /* whether the top planes are folded */
 } lynx_hq_tile;
 
@@ -89,10 +90,11 @@ int lynx_hq_measure(const lynx_hq_tile *tile, lynx_hq_sizes *sizes);
 /* The same sizes for blocks [first, last). */
 int lynx_hq_measure_range(const lynx_hq_tile *tile, uint64_t first, uint64_t last, lynx_hq_sizes *sizes);
 
-/* How large the channels are, as bfloat16 words: [heads][head_dim] means over blocks of a key channel's range or a
- * value channel's largest magnitude; spec/codec-hq.md, "Spreads". `tile->widths` only has to be valid. */
+/* What an encoder has to know of the channels, [heads][head_dim]: how large they are, as bfloat16 words (the mean over
+ * blocks of a key's range or a value's largest magnitude), and how far they lie from zero; spec/codec-hq.md, "Spreads" and
+ * "Folding". `tile->widths` only has to be valid. */
 int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
-                    uint16_t *spreads, void *scratch);
+                    uint16_t *spreads, int8_t *biases, void *scratch);
 
 /* Encode blocks [first, last). Planes and headers point to the first block of the range. Any of `anchor`,
  * `param_headers` (with `params`), `rest`, `rank_table` (with `rank`) may be null: that section is not made. Each section

@@ -14,35 +14,104 @@ static inline uint64_t fold_valid(int folded, int w, int tokens) {
     return channels < 8 ? octet & ((1ull << 8 * channels) - 1) : octet;
 }
 
-/* The bytes of folded channels in plane `p` of an octet, and where that plane ends. */
-static inline const uint8_t *gather_plane(const lynx_planes *planes, int p, const uint8_t *octet, uint8_t *row) {
-    if (planes->folded == planes->channels) {
-        memcpy(row, octet, (size_t)planes->folded);
-        return octet + planes->folded;
-    }
+/* An octet's sections: where planes 1 and 2 and the others start in its flat form, and plane 1 and the others folded. */
+typedef struct {
+    int second, third, rest, folded_second, folded_rest, size, folded_size;
+} fold_layout;
+
+static inline fold_layout layout_of(const lynx_planes *planes) {
+    int counts[3] = {0}; /* channels of 1, 2, 3 bits and more */
     for (int c = 0; c < planes->channels; c++) {
-        if (planes->fold_mask[c]) {
-            *row++ = *octet++;
-        } else if (p < planes->widths[c]) {
-            octet++;
+        for (int p = 0; p < 3; p++) {
+            counts[p] += planes->widths[c] > p;
         }
     }
-    return octet;
+    const int rest = counts[0] + counts[1] + counts[2];
+    return (fold_layout){counts[0], counts[0] + counts[1], rest, counts[0], rest - planes->folded,
+                         planes->anchor_octet, planes->anchor_octet - planes->folded};
 }
 
-static inline uint8_t *scatter_plane(const lynx_planes *planes, int p, const uint8_t *row, uint8_t *octet) {
-    if (planes->folded == planes->channels) {
-        memcpy(octet, row, (size_t)planes->folded);
-        return octet + planes->folded;
+/* The top bits of folded channels, in `top`: sign, high and low. Channels of 2 bits have no sign: all ones. */
+static inline void gather_top(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet, uint8_t top[3][ROW]) {
+    if (at->second == planes->folded && at->rest == 3 * planes->folded) {
+        for (int p = 0; p < 3; p++) {
+            memcpy(top[p], octet + p * planes->folded, (size_t)planes->folded);
+        }
+        return;
     }
-    for (int c = 0; c < planes->channels; c++) {
-        if (planes->fold_mask[c]) {
-            *octet++ = *row++;
-        } else if (p < planes->widths[c]) {
-            octet++;
+    const uint8_t *first = octet, *second = octet + at->second, *third = octet + at->third;
+    for (int c = 0, n = 0; c < planes->channels; c++) {
+        if (planes->fold_three[c]) {
+            top[0][n] = *first++;
+            top[1][n] = *second++;
+            top[2][n++] = *third++;
+        } else if (planes->fold_two[c]) {
+            top[0][n] = 255;
+            top[1][n] = *first++;
+            top[2][n++] = *second++;
+        } else {
+            first += planes->widths[c] == 1;
         }
     }
-    return octet;
+}
+
+static inline void scatter_top(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW], uint8_t *octet) {
+    uint8_t *first = octet, *second = octet + at->second, *third = octet + at->third;
+    for (int c = 0, n = 0; c < planes->channels; c++) {
+        if (planes->fold_three[c]) {
+            *first++ = top[0][n];
+            *second++ = top[1][n];
+            *third++ = top[2][n++];
+        } else if (planes->fold_two[c]) {
+            *first++ = top[1][n];
+            *second++ = top[2][n++];
+        } else {
+            first += planes->widths[c] == 1;
+        }
+    }
+}
+
+/* The planes of sign and D1 in a folded octet. */
+static inline void gather_folded(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet,
+                                 uint8_t top[2][ROW]) {
+    const uint8_t *first = octet, *second = octet + at->folded_second;
+    for (int c = 0, n = 0; c < planes->channels; c++) {
+        if (planes->fold_three[c]) {
+            top[0][n] = *first++;
+            top[1][n++] = *second++;
+        } else if (planes->fold_two[c]) {
+            top[0][n] = 255;
+            top[1][n++] = *first++;
+        } else {
+            first += planes->widths[c] == 1;
+        }
+    }
+}
+
+static inline void scatter_folded(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW],
+                                  const uint8_t *flat, uint8_t *octet) {
+    uint8_t *first = octet, *second = octet + at->folded_second;
+    for (int c = 0, n = 0; c < planes->channels; c++) {
+        if (planes->fold_three[c]) {
+            *first++ = top[0][n];
+            *second++ = top[1][n++];
+        } else if (planes->fold_two[c]) {
+            *first++ = top[1][n++];
+        } else if (planes->widths[c] == 1) {
+            *first++ = *flat;
+        }
+        flat += planes->widths[c] > 0; /* plane 0 */
+    }
+}
+
+/* The only plane of channels of 1 bit, from a folded octet into its flat form. */
+static inline void copy_singles(const lynx_planes *planes, const uint8_t *octet, uint8_t *flat) {
+    for (int c = 0, n = 0; c < planes->channels; c++) {
+        if (planes->widths[c] == 1) {
+            flat[n] = octet[n];
+        }
+        n += planes->widths[c] > 0;
+    }
 }
 
 static inline void put_bits64(uint8_t *stream, uint32_t position, uint64_t value) {
@@ -59,18 +128,16 @@ static inline uint64_t get_bits64(const uint8_t *stream, uint32_t position) {
 }
 
 static uint32_t fold(const lynx_planes *planes, const uint8_t *flat, int tokens, uint8_t *folded) {
+    const fold_layout at = layout_of(planes);
     uint8_t far[ROW * 8 + SLACK], farther[ROW * 8 + SLACK]; /* D2, D3 */
     memset(far, 0, sizeof far);
     memset(farther, 0, sizeof farther);
     uint32_t far_bits = 0, farther_bits = 0;
-    for (int first = 0; first < tokens; first += 8, flat += planes->anchor_octet) {
+    for (int token = 0; token < tokens; token += 8, flat += at.size, folded += at.folded_size) {
         uint8_t top[3][ROW] = {{0}};
-        const uint8_t *second = gather_plane(planes, 0, flat, top[0]);
-        const uint8_t *third = gather_plane(planes, 1, second, top[1]);
-        memcpy(top[2], third, (size_t)planes->folded); /* nobody else has plane 2 */
-        const size_t front = (size_t)(third - flat), back = planes->anchor_octet - front - (size_t)planes->folded;
+        gather_top(planes, &at, flat, top);
         for (int w = 0; 8 * w < planes->folded; w++) {
-            const uint64_t valid = fold_valid(planes->folded, w, tokens - first);
+            const uint64_t valid = fold_valid(planes->folded, w, tokens - token);
             const uint64_t sign = load64(top[0] + 8 * w);
             const uint64_t high = load64(top[1] + 8 * w) ^ ~sign, low = load64(top[2] + 8 * w) ^ ~sign;
             const uint64_t moved = (high | low) & valid, more = high & valid;
@@ -81,10 +148,8 @@ static uint32_t fold(const lynx_planes *planes, const uint8_t *flat, int tokens,
             far_bits += (uint32_t)POPCOUNT64(moved);
             farther_bits += (uint32_t)POPCOUNT64(more);
         }
-        memcpy(folded, flat, front);
-        scatter_plane(planes, 1, top[1], scatter_plane(planes, 0, top[0], folded));
-        memcpy(folded + front, third + planes->folded, back);
-        folded += front + back;
+        scatter_folded(planes, &at, top, flat, folded);
+        memcpy(folded + at.folded_rest, flat + at.rest, (size_t)(at.size - at.rest));
     }
     const uint32_t far_size = (far_bits + 7) / 8, farther_size = (farther_bits + 7) / 8;
     memcpy(folded, far, far_size);
@@ -93,16 +158,19 @@ static uint32_t fold(const lynx_planes *planes, const uint8_t *flat, int tokens,
 }
 
 static bool unfold(const lynx_planes *planes, const uint8_t *folded, uint32_t streams, int tokens, uint8_t *flat) {
-    const size_t octet = (size_t)(planes->anchor_octet - planes->folded);
-    const uint8_t *far = folded + octet * (size_t)((tokens + 7) / 8);
+    const fold_layout at = layout_of(planes);
+    const int octets = (tokens + 7) / 8;
+    const uint8_t *far = folded + at.folded_size * octets;
+    uint8_t planes_of[8][2][ROW]; /* sign and D1 of each octet */
+    memset(planes_of, 0, sizeof planes_of);
     /* Both streams' sizes, before anything is read from them. */
     uint32_t far_bits = 0, farther_bits = 0;
-    const uint8_t *in = folded;
-    for (int first = 0; first < tokens; first += 8, in += octet) {
-        uint8_t row[ROW] = {0};
-        gather_plane(planes, 1, gather_plane(planes, 0, in, row), row);
+    for (int o = 0; o < octets; o++) {
+        gather_folded(planes, &at, folded + at.folded_size * o, planes_of[o]);
         for (int w = 0; 8 * w < planes->folded; w++) {
-            far_bits += (uint32_t)POPCOUNT64(load64(row + 8 * w) & fold_valid(planes->folded, w, tokens - first));
+            const uint64_t moved = load64(planes_of[o][1] + 8 * w) & fold_valid(planes->folded, w, tokens - 8 * o);
+            store64(planes_of[o][1] + 8 * w, moved);
+            far_bits += (uint32_t)POPCOUNT64(moved);
         }
     }
     const uint32_t far_size = (far_bits + 7) / 8;
@@ -119,13 +187,11 @@ static bool unfold(const lynx_planes *planes, const uint8_t *folded, uint32_t st
     }
     const uint8_t *farther = far + far_size;
     far_bits = farther_bits = 0;
-    for (int first = 0; first < tokens; first += 8, folded += octet, flat += planes->anchor_octet) {
-        uint8_t top[3][ROW] = {{0}};
-        const uint8_t *second = gather_plane(planes, 0, folded, top[0]);
-        const size_t front = (size_t)(gather_plane(planes, 1, second, top[1]) - folded);
+    for (int o = 0; o < octets; o++, folded += at.folded_size, flat += at.size) {
+        uint8_t top[3][ROW];
+        memcpy(top, planes_of[o], sizeof planes_of[o]);
         for (int w = 0; 8 * w < planes->folded; w++) {
-            const uint64_t sign = load64(top[0] + 8 * w);
-            const uint64_t moved = load64(top[1] + 8 * w) & fold_valid(planes->folded, w, tokens - first);
+            const uint64_t sign = load64(top[0] + 8 * w), moved = load64(top[1] + 8 * w);
             const uint64_t high = EXPAND64(get_bits64(far, far_bits), moved);
             const uint64_t low = (moved & ~high) | EXPAND64(get_bits64(farther, farther_bits), high);
             far_bits += (uint32_t)POPCOUNT64(moved);
@@ -133,44 +199,68 @@ static bool unfold(const lynx_planes *planes, const uint8_t *folded, uint32_t st
             store64(top[1] + 8 * w, high ^ ~sign);
             store64(top[2] + 8 * w, low ^ ~sign);
         }
-        memcpy(flat, folded, front);
-        scatter_plane(planes, 1, top[1], flat + (second - folded));
-        memcpy(flat + front, top[2], (size_t)planes->folded);
-        memcpy(flat + front + planes->folded, folded + front, octet - front);
+        copy_singles(planes, folded, flat);
+        scatter_top(planes, &at, top, flat);
+        memcpy(flat + at.rest, folded + at.folded_rest, (size_t)(at.size - at.rest));
     }
     return true;
 }
 
-/* The centre that a token's top bits t give the next: half way to the middle. */
-static inline uint8_t next_centre(uint8_t top) {
-    return (uint8_t)(2 + ((top + 1) >> 1));
+/* The code before a block's first token, as centres go. */
+#define FIRST_BEFORE 96
+
+/* A channel's top three bits as distance from a centre that lies half way between the middle and the code before. */
+static inline int key_centre(int before) {
+    return 2 + (((before >> 5) + 1) >> 1);
 }
 
-static void centre(const lynx_planes *planes, const uint8_t *centres, const uint8_t *codes, int tokens,
-                   uint8_t *centred) {
-    uint8_t at[ROW];
-    memset(at, 4, sizeof at);
+static inline int value_centre(int zero, int bias) {
+    const int centre = (zero + bias + 16) >> 5;
+    return centre < 1 ? 1 : centre > 7 ? 7 : centre;
+}
+
+/* The rank of a channel's two top bits, by what is likely after a code of the lower half: 1, 2, 0, 3. The upper half
+ * mirrors it. */
+static inline int rank_two(int top, int before) {
+    const int mirrored = before < 128 ? top : 3 - top;
+    return mirrored == 3 ? 3 : mirrored == 0 ? 2 : mirrored - 1;
+}
+
+static inline int unrank_two(int rank_of, int before) {
+    const int mirrored = rank_of == 3 ? 3 : rank_of == 2 ? 0 : rank_of + 1;
+    return before < 128 ? mirrored : 3 - mirrored;
+}
+
+static inline uint8_t blend(uint8_t a, uint8_t mask_a, uint8_t b, uint8_t mask_b, uint8_t other) {
+    return (uint8_t)((a & mask_a) | (b & mask_b) | (other & ~(mask_a | mask_b)));
+}
+
+static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
+    uint8_t before[ROW];
+    memset(before, FIRST_BEFORE, sizeof before);
     for (int t = 0; t < tokens; t++, codes += ROW, centred += ROW) {
         for (int c = 0; c < ROW; c++) {
-            const uint8_t top = codes[c] >> 5;
-            const uint8_t from = centres == NULL ? at[c] : centres[t];
-            const uint8_t moved = (uint8_t)((codes[c] & 31) | (top - from + 4) * 32);
-            centred[c] = (uint8_t)((moved & planes->fold_mask[c]) | (codes[c] & ~planes->fold_mask[c]));
-            at[c] = next_centre(top);
+            const uint8_t code = codes[c];
+            const int from = zeros == NULL ? key_centre(before[c]) : value_centre(zeros[t], planes->bias[c]);
+            const uint8_t three = (uint8_t)(code + (4 - from) * 32);
+            const uint8_t two = (uint8_t)((code & 63) | rank_two(code >> 6, before[c]) << 6);
+            centred[c] = blend(three, planes->fold_three[c], two, planes->fold_two[c], code);
+            before[c] = code;
         }
     }
     memset(centred, 0, (size_t)(-tokens & 7) * ROW);
 }
 
-static void uncentre(const lynx_planes *planes, const uint8_t *centres, int tokens, uint8_t *codes) {
-    uint8_t at[ROW];
-    memset(at, 4, sizeof at);
+static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes) {
+    uint8_t before[ROW];
+    memset(before, FIRST_BEFORE, sizeof before);
     for (int t = 0; t < tokens; t++, codes += ROW) {
         for (int c = 0; c < ROW; c++) {
-            const uint8_t from = centres == NULL ? at[c] : centres[t];
-            const uint8_t moved = (uint8_t)(codes[c] + (from - 4) * 32);
-            codes[c] = (uint8_t)((moved & planes->fold_mask[c]) | (codes[c] & ~planes->fold_mask[c]));
-            at[c] = next_centre(codes[c] >> 5);
+            const uint8_t code = codes[c];
+            const int from = zeros == NULL ? key_centre(before[c]) : value_centre(zeros[t], planes->bias[c]);
+            const uint8_t three = (uint8_t)(code + (from - 4) * 32);
+            const uint8_t two = (uint8_t)((code & 63) | unrank_two(code >> 6, before[c]) << 6);
+            before[c] = codes[c] = blend(three, planes->fold_three[c], two, planes->fold_two[c], code);
         }
     }
 }

@@ -7,7 +7,7 @@
 #define RAW_RANKS 0xffff  /* rank table: size of stream A; the block's words follow */
 #define FLAT 0xffff       /* fold table: the block's anchor is not folded */
 #define MAX_ZERO_POINT 1024
-#define MIN_FOLDED_WIDTH 3
+#define SCALE_UNIT 4      /* scales have 6 significant bits: a multiple of 4 as bfloat16 words */
 
 typedef struct {
     uint8_t range;   /* R: steps between a group's extremes, all but the rounding */
@@ -58,7 +58,8 @@ static bool tile_is_bad(const lynx_hq_tile *tile) {
     }
     const uint64_t n = (uint64_t)tile->heads * tile->head_dim;
     for (uint64_t i = 0; i < n; i++) {
-        if (tile->exponents != NULL && (tile->exponents[i] < -8 || tile->exponents[i] > 7)) {
+        if ((tile->exponents != NULL && (tile->exponents[i] < -8 || tile->exponents[i] > 7)) ||
+            (tile->biases != NULL && (tile->biases[i] < -8 || tile->biases[i] > 7))) {
             return true;
         }
         const uint64_t in_block = i % tile->head_dim % LYNX_BLOCK;
@@ -78,6 +79,10 @@ typedef struct {
     uint32_t folded;               /* channels whose top planes fold */
 } lynx_block;
 
+static bool folds(int part, int width) {
+    return width >= (part == LYNX_KEY ? 2 : 3);
+}
+
 static void measure_block(const lynx_hq_tile *tile, lynx_block *block) {
     const uint32_t tokens = tile->tokens - block->token, channels = tile->head_dim - block->channel;
     block->tokens = tokens < ROW ? (int)tokens : ROW;
@@ -88,7 +93,7 @@ static void measure_block(const lynx_hq_tile *tile, lynx_block *block) {
     block->width_sum = block->folded = 0;
     for (int c = 0; c < block->channels; c++) {
         block->width_sum += widths[c];
-        block->folded += tile->fold != 0 && widths[c] >= MIN_FOLDED_WIDTH;
+        block->folded += tile->fold != 0 && folds(tile->part, widths[c]);
     }
 }
 
@@ -172,8 +177,11 @@ static void set_planes(const lynx_hq_tile *tile, const lynx_block *block, lynx_s
     s->shifted = false;
     for (int c = 0; c < ROW; c++) {
         const bool used = c < block->channels;
-        planes->fold_mask[c] = used && block->folded > 0 && planes->widths[c] >= MIN_FOLDED_WIDTH ? 255 : 0;
+        const bool folded = used && block->folded > 0 && folds(tile->part, planes->widths[c]);
+        planes->fold_three[c] = folded && planes->widths[c] > 2 ? 255 : 0;
+        planes->fold_two[c] = folded && planes->widths[c] == 2 ? 255 : 0;
         const uint64_t at = (uint64_t)block->head * tile->head_dim + block->channel + (uint64_t)c;
+        planes->bias[c] = (int16_t)(tile->biases == NULL || !used ? 0 : 4 * tile->biases[at]);
         const int exponent = tile->exponents == NULL || !used ? 0 : tile->exponents[at];
         s->shifts[c] = (int16_t)(128 * exponent);
         s->unshifts[c] = (int16_t)(-128 * exponent);
@@ -299,7 +307,7 @@ static uint64_t write_params(const lynx_params *params, int groups, uint8_t *hea
         z_low = params->z[g] < z_low ? params->z[g] : z_low;
         z_high = params->z[g] > z_high ? params->z[g] : z_high;
     }
-    const int s_bits = bit_length((uint32_t)(s_high - s_low)), z_bits = bit_length((uint32_t)(z_high - z_low));
+    const int s_bits = bit_length((uint32_t)(s_high - s_low) / SCALE_UNIT), z_bits = bit_length((uint32_t)(z_high - z_low));
     if (params->constant != 0) {
         store16(header, 0);
         store16(header + 2, 0);
@@ -319,7 +327,7 @@ static uint64_t write_params(const lynx_params *params, int groups, uint8_t *hea
     int filled = 0;
     uint8_t *p = out;
     for (int g = 0; g < groups; g++) {
-        pending |= ((uint64_t)(params->s[g] - s_low) | (uint64_t)(params->z[g] - z_low) << s_bits) << filled;
+        pending |= ((uint64_t)((params->s[g] - s_low) / SCALE_UNIT) | (uint64_t)(params->z[g] - z_low) << s_bits) << filled;
         for (filled += bits; filled >= 8; filled -= 8) {
             *p++ = (uint8_t)pending;
             pending >>= 8;
@@ -351,16 +359,15 @@ static uint64_t write_ranks(const lynx_streams *streams, uint8_t *table, uint8_t
     return a + b + w + 2 * (uint64_t)streams->x_count;
 }
 
-/* The centres of value tokens: the top three bits that their zero points have as codes. */
-static const uint8_t *centres_of(int part, const lynx_planes *planes, const lynx_params *params, uint8_t *centres) {
+/* Where zero lies among the codes of value tokens. */
+static const int16_t *zeros_of(int part, const lynx_planes *planes, const lynx_params *params, int16_t *zeros) {
     if (part == LYNX_KEY) {
         return NULL;
     }
     for (int g = 0; g < ROW; g++) {
-        const int centre = (params->z[g] + planes->low[g] + 16) >> 5;
-        centres[g] = (uint8_t)(centre < 1 ? 1 : centre > 7 ? 7 : centre);
+        zeros[g] = (int16_t)(params->z[g] + planes->low[g]);
     }
-    return centres;
+    return zeros;
 }
 
 static void zero_pad(const lynx_block *block, uint8_t *codes) {
@@ -401,9 +408,9 @@ static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block 
     const uint32_t flat_size = (uint32_t)block->octets * block->width_sum;
     uint8_t *done = NULL;
     if (block->folded > 0) {
-        uint8_t centres[ROW], *out = s->flat;
-        kernels->centre(&s->planes, centres_of(part, &s->planes, &s->params, centres), s->codes, block->tokens,
-                        s->centred);
+        int16_t zeros[ROW];
+        uint8_t *out = s->flat;
+        kernels->centre(&s->planes, zeros_of(part, &s->planes, &s->params, zeros), s->codes, block->tokens, s->centred);
         pack_planes(kernels, block, &s->planes, s->centred, s, &out, rest);
         const uint32_t fixed = flat_size - (uint32_t)block->octets * block->folded;
         const uint32_t streams = kernels->fold(&s->planes, s->flat, block->tokens, s->folded);
@@ -426,6 +433,13 @@ static uint32_t spread_word(int dtype, int part, int16_t low, int16_t high) {
     const float far = -least > largest ? -least : largest;
     const uint32_t word = (float_bits(part == LYNX_KEY ? largest - least : far) + 0xffffu) >> 16;
     return word < LEAST_SPREAD || word > 0x8000 ? LEAST_SPREAD : word;
+}
+
+/* How far a channel's values lie from zero, by their signs, in units of 4 codes: round(15 (positive - negative) / n). */
+static int8_t bias_of(uint32_t tokens, uint32_t negative) {
+    const int64_t n = tokens, excess = n - 2 * (int64_t)negative;
+    const int64_t bias = (30 * excess + 31 * n) / (2 * n) - 15; /* the dividend is positive */
+    return (int8_t)(bias < -8 ? -8 : bias > 7 ? 7 : bias);
 }
 
 /* The block's values in rows of 64 channels for the kernels: in place, or in scratch where there are fewer channels
@@ -453,7 +467,7 @@ static const uint16_t *block_rows(const lynx_kernels *kernels, const lynx_block 
 }
 
 int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
-                    uint16_t *spreads, void *scratch) {
+                    uint16_t *spreads, int8_t *biases, void *scratch) {
     if (tile_is_bad(tile) || tile->exponents != NULL) {
         return LYNX_ERR_ARGUMENT;
     }
@@ -464,6 +478,7 @@ int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t h
     for (uint32_t head = 0; head < tile->heads; head++) {
         for (uint32_t channel = 0; channel < tile->head_dim; channel += ROW) {
             uint64_t sum[ROW] = {0}, count[ROW] = {0};
+            uint32_t negative[ROW] = {0};
             lynx_block block = {.head = head, .channel = channel};
             for (; block.token < tile->tokens; block.token += ROW) {
                 measure_block(tile, &block);
@@ -472,7 +487,14 @@ int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t h
                                        channel;
                 rows = block_rows(kernels, &block, rows, &stride, s);
                 kernels->range(LYNX_KEY, rows, stride, block.tokens, s->low, s->high);
+                uint16_t signs[ROW] = {0};
+                for (int t = 0; t < block.tokens; t++) {
+                    for (int c = 0; c < ROW; c++) {
+                        signs[c] = (uint16_t)(signs[c] + (rows[t * stride + c] >> 15));
+                    }
+                }
                 for (int c = 0; c < block.channels; c++) {
+                    negative[c] += signs[c];
                     if (s->high[c] < limit && s->low[c] >= -limit) {
                         sum[c] += spread_word(tile->dtype, tile->part, s->low[c], s->high[c]);
                         count[c]++;
@@ -481,7 +503,9 @@ int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t h
             }
             for (int c = 0; c < block.channels; c++) {
                 const uint64_t mean = count[c] == 0 ? LEAST_SPREAD : sum[c] / count[c];
-                spreads[(uint64_t)head * tile->head_dim + channel + (uint64_t)c] = (uint16_t)mean;
+                const uint64_t at = (uint64_t)head * tile->head_dim + channel + (uint64_t)c;
+                spreads[at] = (uint16_t)mean;
+                biases[at] = bias_of(tile->tokens, negative[c]);
             }
         }
     }
@@ -575,7 +599,7 @@ static int64_t params_bytes(const uint8_t *header, int groups) {
     if (header[4] == RAW_PARAMS && header[5] == RAW_PARAMS) {
         return 4 * (int64_t)groups;
     }
-    if (header[4] > 15 || header[5] > 12) {
+    if (header[4] > 13 || header[5] > 12) {
         return -1;
     }
     return ((int64_t)groups * (header[4] + header[5]) + 7) / 8;
@@ -691,7 +715,7 @@ static bool read_params(const lynx_hq_tile *tile, const lynx_block *block, const
         uint32_t position = 0;
         for (int g = 0; g < block->groups; g++, position += (uint32_t)bits) {
             const uint64_t field = load64(padded + position / 8) >> position % 8;
-            const int scale = s_low + (int)(field & ((1u << s_bits) - 1));
+            const int scale = s_low + SCALE_UNIT * (int)(field & ((1u << s_bits) - 1));
             const int zero = z_low + (int)(field >> s_bits & ((1u << z_bits) - 1));
             params->s[g] = (uint16_t)scale;
             params->z[g] = (int16_t)zero;
@@ -808,9 +832,9 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                 }
                 kernels->unpack(&s->planes, in_anchor, in_rest, block.tokens, s->codes);
                 if (folded) {
-                    uint8_t centres[ROW];
-                    kernels->uncentre(&s->planes, centres_of(tile->part, &s->planes, &s->params, centres),
-                                      block.tokens, s->codes);
+                    int16_t zeros[ROW];
+                    kernels->uncentre(&s->planes, zeros_of(tile->part, &s->planes, &s->params, zeros), block.tokens,
+                                      s->codes);
                 }
                 if (rest != NULL &&
                     !kernels->check(tile->part, s->codes, block.tokens, &s->planes)) {

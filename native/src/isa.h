@@ -35,8 +35,9 @@ typedef struct {
     float steps[ROW];            /* R */
     int16_t full[ROW], base[ROW]; /* o, and the anchor's lowest integer */
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
-    int folded;                  /* channels whose top planes fold: those of 3 bits or more, or none */
-    uint8_t fold_mask[ROW];      /* 255 for these channels, else 0 */
+    int folded;                  /* channels whose top planes fold */
+    uint8_t fold_three[ROW], fold_two[ROW]; /* 255 for such channels of 3 bits and more, or of 2 bits; else 0 */
+    int16_t bias[ROW];           /* how far a value channel's centre lies from the token's, in codes */
 } lynx_planes;
 
 /* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
@@ -88,10 +89,10 @@ typedef struct {
                  int channels, const lynx_params *params, lynx_streams *streams);
     int (*unrank)(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, uint16_t *rows, ptrdiff_t stride);
-    /* Codes with their top three bits replaced by their distance from a centre, in folded channels, and back in place.
-     * `centres`: of each token; null: from the token before. Rows of `centred` up to the next multiple of 8 are zeros. */
-    void (*centre)(const lynx_planes *planes, const uint8_t *centres, const uint8_t *codes, int tokens, uint8_t *centred);
-    void (*uncentre)(const lynx_planes *planes, const uint8_t *centres, int tokens, uint8_t *codes);
+    /* Codes with their top bits replaced by their place around a centre, in folded channels, and back in place. `zeros`:
+     * z + o of each token; null: centres by the token before. Rows of `centred` up to the next multiple of 8 are zeros. */
+    void (*centre)(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred);
+    void (*uncentre)(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes);
     /* The anchor section of a block of centred codes in folded form. Returns the bytes of its streams; up to
      * SLACK bytes beyond are zeros. */
     uint32_t (*fold)(const lynx_planes *planes, const uint8_t *flat, int tokens, uint8_t *folded);

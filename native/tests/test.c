@@ -202,7 +202,7 @@ static void hq(int isa, int round, void *scratch) {
     const uint64_t values = (uint64_t)heads * tokens * dim;
     uint8_t *widths = bytes((uint64_t)heads * dim);
     int8_t *exponents = bytes((uint64_t)heads * dim);
-    lynx_hq_tile tile = {(int32_t)draw(2), (int32_t)draw(2), heads, tokens, dim, widths, NULL, (int32_t)draw(2)};
+    lynx_hq_tile tile = {(int32_t)draw(2), (int32_t)draw(2), heads, tokens, dim, widths, NULL, NULL, (int32_t)draw(2)};
     const bool mixed = tile.part == LYNX_KEY && draw(2);
     const uint8_t width = (uint8_t)draw(9);
     for (uint32_t i = 0; i < heads * dim; i++) {
@@ -213,6 +213,7 @@ static void hq(int isa, int round, void *scratch) {
             exponents[i] = (int8_t)((int)draw(16) - 8);
         }
         tile.exponents = exponents;
+        tile.biases = draw(2) ? exponents : NULL; /* any numbers do */
     }
     uint16_t *words = bytes(2 * values), *out = bytes(2 * values), *other = bytes(2 * values);
     const int kind = round % 6;
