@@ -713,14 +713,20 @@ static bool read_params(const lynx_hq_tile *tile, const lynx_block *block, const
         }
     } else {
         uint32_t position = 0;
+        const uint32_t s_mask = (1u << s_bits) - 1, z_mask = (1u << z_bits) - 1;
         for (int g = 0; g < block->groups; g++, position += (uint32_t)bits) {
             const uint64_t field = load64(padded + position / 8) >> position % 8;
-            const int scale = s_low + SCALE_UNIT * (int)(field & ((1u << s_bits) - 1));
-            const int zero = z_low + (int)(field >> s_bits & ((1u << z_bits) - 1));
+            params->s[g] = (uint16_t)(field & s_mask);
+            params->z[g] = (int16_t)(field >> s_bits & z_mask);
+        }
+        int bad = 0;
+        for (int g = 0; g < block->groups; g++) { /* apart, for vectors */
+            const int scale = s_low + SCALE_UNIT * params->s[g], zero = z_low + params->z[g];
+            bad |= (scale < least) | (scale > largest) | (zero < -MAX_ZERO_POINT) | (zero > MAX_ZERO_POINT);
             params->s[g] = (uint16_t)scale;
             params->z[g] = (int16_t)zero;
-            good &= (scale >= least) & (scale <= largest) & (zero >= -MAX_ZERO_POINT) & (zero <= MAX_ZERO_POINT);
         }
+        good = bad == 0;
     }
     derive(&s->planes, full, params);
     return good;
