@@ -781,7 +781,7 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
     lynx_scratch *s = aligned(scratch);
     s->planes_head = UINT32_MAX;
     memset(&s->streams, 0, sizeof s->streams);
-    const uint8_t *anchor = levels->anchor, *rest = levels->rest;
+    const uint8_t *anchor = levels->anchor, *rest = levels->rest, *anchor_end = anchor + levels->anchor_size;
     uint64_t params = 0, ranks = 0;
     lynx_block block = {0};
     measure_block(tile, &block);
@@ -830,8 +830,8 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                         return fail(fault, LYNX_ERR_FOLD, 3, block.index, (uint64_t)(anchor - levels->anchor));
                     }
                     in_anchor = s->anchor;
-                } else if (!s->planes.uniform) { /* kernels read beyond the end */
-                    in_anchor = memcpy(s->anchor, anchor, (size_t)anchor_size);
+                } else if (!s->planes.uniform && anchor_end - anchor < anchor_size + SLACK) {
+                    in_anchor = memcpy(s->anchor, anchor, (size_t)anchor_size); /* kernels read beyond the end */
                 }
                 if (!s->planes.uniform && rest != NULL) {
                     in_rest = memcpy(s->rest, rest, rest_size);
