@@ -19,11 +19,6 @@
 #include "params.h"
 #include "words.h"
 
-#define COMPRESS64 _pext_u64
-#define EXPAND64 _pdep_u64
-#define POPCOUNT64 __builtin_popcountll
-#include "fold.h"
-
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE __m512i load(const void *p) {
@@ -33,6 +28,74 @@ INLINE __m512i load(const void *p) {
 INLINE void store(void *p, __m512i v) {
     _mm512_storeu_si512(p, v);
 }
+
+/* --- folding: the bytes of folded channels, by expanding and compressing whole planes -------------------------- */
+
+typedef struct {
+    __mmask64 two, three, any, folded; /* channels of 2 bits and of more that fold; of 1 bit or more; both that fold */
+} fold_masks;
+
+INLINE fold_masks fold_masks_of(const lynx_planes *planes) {
+    const __mmask64 two = _mm512_movepi8_mask(load(planes->fold_two));
+    const __mmask64 three = _mm512_movepi8_mask(load(planes->fold_three));
+    const __mmask64 one = _mm512_cmpeq_epi8_mask(load(planes->widths), _mm512_set1_epi8(1));
+    return (fold_masks){two, three, one | two | three, two | three};
+}
+
+INLINE __m512i expanded(__mmask64 mask, const uint8_t *in) {
+    return _mm512_maskz_expand_epi8(mask, load(in));
+}
+
+INLINE void compressed(__mmask64 mask, __m512i v, uint8_t *out) { /* writes no byte more */
+    const uint64_t count = (uint64_t)_mm_popcnt_u64(mask);
+    _mm512_mask_storeu_epi8(out, _bzhi_u64(~0ull, (uint32_t)count), _mm512_maskz_compress_epi8(mask, v));
+}
+
+INLINE void gather_top(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet, uint8_t top[3][ROW]) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i first = expanded(m.any, octet), second = expanded(m.folded, octet + at->second);
+    const __m512i third = expanded(m.three, octet + at->third);
+    store(top[0], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(first, m.two, _mm512_set1_epi8(-1))));
+    store(top[1], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(second, m.two, first)));
+    store(top[2], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(third, m.two, second)));
+}
+
+INLINE void scatter_top(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW], uint8_t *octet) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i sign = expanded(m.folded, top[0]), high = expanded(m.folded, top[1]), low = expanded(m.folded, top[2]);
+    const __m512i singles = expanded(m.any, octet);
+    compressed(m.any, _mm512_mask_mov_epi8(_mm512_mask_mov_epi8(singles, m.two, high), m.three, sign), octet);
+    compressed(m.folded, _mm512_mask_mov_epi8(low, m.three, high), octet + at->second);
+    compressed(m.three, low, octet + at->third);
+}
+
+INLINE void gather_folded(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet,
+                          uint8_t top[2][ROW]) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i first = expanded(m.any, octet), second = expanded(m.three, octet + at->folded_second);
+    store(top[0], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(first, m.two, _mm512_set1_epi8(-1))));
+    store(top[1], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(second, m.two, first)));
+}
+
+INLINE void scatter_folded(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW], const uint8_t *flat,
+                           uint8_t *octet) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i sign = expanded(m.folded, top[0]), moved = expanded(m.folded, top[1]);
+    const __m512i singles = expanded(m.any, flat);
+    compressed(m.any, _mm512_mask_mov_epi8(_mm512_mask_mov_epi8(singles, m.two, moved), m.three, sign), octet);
+    compressed(m.three, moved, octet + at->folded_second);
+}
+
+INLINE void copy_singles(const lynx_planes *planes, const uint8_t *octet, uint8_t *flat) {
+    const __mmask64 any = fold_masks_of(planes).any; /* what is not of a single bit is overwritten */
+    compressed(any, expanded(any, octet), flat);
+}
+
+#define FOLD_BYTES
+#define COMPRESS64 _pext_u64
+#define EXPAND64 _pdep_u64
+#define POPCOUNT64 __builtin_popcountll
+#include "fold.h"
 
 INLINE __m512i ordered16(__m512i w) {
     return _mm512_ternarylogic_epi64(w, _mm512_srai_epi16(w, 15), _mm512_set1_epi16(0x7fff), 0x78); /* x ^ (y & z) */

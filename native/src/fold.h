@@ -14,11 +14,6 @@ static inline uint64_t fold_valid(int folded, int w, int tokens) {
     return channels < 8 ? octet & ((1ull << 8 * channels) - 1) : octet;
 }
 
-/* An octet's sections: where planes 1 and 2 and the others start in its flat form, and plane 1 and the others folded. */
-typedef struct {
-    int second, third, rest, folded_second, folded_rest, size, folded_size;
-} fold_layout;
-
 static inline fold_layout layout_of(const lynx_planes *planes) {
     int counts[3] = {0}; /* channels of 1, 2, 3 bits and more */
     for (int c = 0; c < planes->channels; c++) {
@@ -30,6 +25,8 @@ static inline fold_layout layout_of(const lynx_planes *planes) {
     return (fold_layout){counts[0], counts[0] + counts[1], rest, counts[0], rest - planes->folded,
                          planes->anchor_octet, planes->anchor_octet - planes->folded};
 }
+
+#ifndef FOLD_BYTES /* an instruction set may bring its own of these five */
 
 /* The top bits of folded channels, in `top`: sign, high and low. Channels of 2 bits have no sign: all ones. */
 static inline void gather_top(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet, uint8_t top[3][ROW]) {
@@ -113,6 +110,8 @@ static inline void copy_singles(const lynx_planes *planes, const uint8_t *octet,
         n += planes->widths[c] > 0;
     }
 }
+
+#endif
 
 static inline void put_bits64(uint8_t *stream, uint32_t position, uint64_t value) {
     uint8_t *p = stream + (position >> 3);

@@ -114,6 +114,11 @@ typedef struct {
 #define RESCALE_FIRST 0x0800
 #define RESCALE_COUNT (0x7e80 - RESCALE_FIRST)
 
+/* An octet's sections: where planes 1 and 2 and the others start in its flat form, and plane 1 and the others folded. */
+typedef struct {
+    int second, third, rest, folded_second, folded_rest, size, folded_size;
+} fold_layout;
+
 /* Largest folded form of a block: the flat one, and D2 and D3 with a bit for each value in place of plane 2. */
 #define FOLDED_MAX (9 * 8 * ROW)
 
