@@ -250,6 +250,7 @@ static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_
     memset(centred, 0, (size_t)(-tokens & 7) * ROW);
 }
 
+#ifndef FOLD_UNCENTRE
 static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes) {
     uint8_t before[ROW];
     memset(before, FIRST_BEFORE, sizeof before);
@@ -263,6 +264,7 @@ static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens
         }
     }
 }
+#endif
 
 static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                     ptrdiff_t out_stride) {
