@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -85,9 +86,9 @@ class TorchState(DecodeState):
 class TorchHQ(HQ):
     """:class:`~lynxproto.codecs.hq.HQ` for torch tensors, with the same config, payloads and words.
 
-    ``encode`` takes a tensor ``[heads, tokens, head_dim]`` of a 16-bit dtype on any device and returns uint8 tensors on
-    that device. ``decode`` and ``refine`` take uint8 tensors, or anything with the buffer protocol, and write into such a
-    tensor. Strides are free. ``threads`` is torch's business and ignored. Temporary memory is about 100 bytes a value.
+    ``encode`` takes a tensor ``[heads, tokens, head_dim]`` of a 16-bit dtype on any device and returns uint8 tensors
+    on that device. ``decode`` and ``refine`` take uint8 tensors of the output's device, or anything with the buffer
+    protocol, and write into such a tensor. Strides are free. ``threads`` is ignored: torch has its own.
     """
 
     @classmethod
@@ -122,7 +123,7 @@ class TorchHQ(HQ):
         flat = [*side, anchor, *fields, *(rest + last if self.exact else [])]
         fold_bytes = _FOLD_HEADER * grid.blocks if self._fold else 0
         if self.levels * _HEADER.size + _nbytes(flat) + fold_bytes >= spec.nbytes:
-            stored = words.contiguous().view(torch.uint8).reshape(-1)
+            stored = words.reshape(-1).view(torch.uint8)
             sections = [[stored] if level == 0 else [] for level in range(self.levels)]
             headers = [_HEADER.pack(_STORED, level, 0, 0) for level in range(self.levels)]
         else:
@@ -156,57 +157,70 @@ class TorchHQ(HQ):
     def _decode_coded(self, spec: ChunkSpec, payloads: list[Tensor], variable: list[int], words: Tensor | None) -> None:
         grid = _Grid.of(spec, payloads[0].device)
         tables, side_bytes = self._read_tables(grid, payloads[0])
-        widths = tables.widths
-        headers, table = _PARAM_HEADER * grid.blocks, _RANK_HEADER * grid.blocks
-        fold_bytes = _FOLD_HEADER * grid.blocks if self._fold else 0
-        anchor_size, present = torch.stack([widths.anchor.sum(), grid.planes.sum()]).tolist()
-        rest_size = present - anchor_size
-        if self._fold:  # the fold table says how large it is
-            fixed = _HEADER.size + side_bytes + fold_bytes + headers + variable[0]
-            anchor_size = max(0, payloads[0].numel() - fixed)
-        has_ranks = self.exact and len(payloads) == self.levels
-
-        sizes = [side_bytes, fold_bytes, anchor_size, headers, variable[0]]
-        _, fold_table, anchor, head, fields = _cut(payloads, 0, sizes)
-        rest = table_bytes = ranks = entries = None
-        if len(payloads) > 1:
-            sizes = [rest_size, *([table, variable[1]] if self.levels == 2 else [])]
-            rest, *last = _cut(payloads, 1, sizes)
-            if has_ranks:
-                table_bytes, ranks = last or _cut(payloads, 2, [table, variable[2]])
-            elif variable[1]:
-                raise PayloadError("hq level 1: reserved bytes are not zero (byte offset 4)")
-
+        parts = self._cut_levels(grid, tables.widths, side_bytes, payloads, variable)
         faults = _Faults(grid.blocks)
-        rank_level = self.levels - 1
-        folds = _fold_sizes(grid, widths, fold_table, anchor, faults) if self._fold else None
-        param_sizes = _param_sizes(grid, head, faults)
-        if table_bytes is not None and ranks is not None:
-            entries = _rank_sizes(grid, table_bytes, rank_level, faults)
-            faults.add(rank_level, "ranks", "sizes in the table do not add up", entries.starts[-1:] != ranks.numel())
-        faults.add(0, "parameters", "sizes in the headers do not add up", param_sizes.starts[-1:] != fields.numel())
+        folds = None if parts.folds is None else _fold_sizes(grid, tables.widths, parts.folds, parts.anchor, faults)
+        param_sizes = _param_sizes(grid, parts.headers, parts.params, faults)
+        streams = None
+        if parts.table is not None and parts.ranks is not None:
+            streams = _rank_sizes(grid, parts.table, parts.ranks, faults)
         faults.check()
         if words is None:
             return
-        params = _read_params(grid, param_sizes, fields, faults)
-        raw = torch.zeros_like(folds.folded if folds else param_sizes.full) if entries is None else entries.raw
+        params = _read_params(grid, param_sizes, parts.params, faults)
+        coded = torch.ones_like(grid.groups[:, 0]) if streams is None else ~streams.raw
         if folds is None:
-            codes = _unpack(grid, widths.anchor, anchor, widths, rest)
+            codes = _unpack(grid, tables.widths, tables.widths.anchor, parts.anchor.data, parts.rest)
         else:
-            codes = _unpack_folded(grid, tables, params, folds, anchor, rest, raw, faults)
-        if rest is not None:
-            faults.add(1, "codes", "a code outside its range", _bad_codes(grid, widths, codes) & ~raw)
-        if entries is None or ranks is None:
-            values = _dequantised(grid, widths, params, codes, full=rest is not None)
+            codes = _unpack_folded(grid, tables, params, folds, parts, coded, faults)
+        if parts.rest is not None:
+            _check_codes(grid, tables.widths, codes, coded, parts.rest, faults)
+        if streams is None or parts.ranks is None:
+            values = _dequantised(grid, tables.widths, params, codes, full=parts.rest is not None)
         else:
-            values = _read_ranks(grid, widths, params, codes, entries, ranks, rank_level, faults)
+            values = _read_ranks(grid, tables.widths, params, codes, streams, parts.ranks, faults)
         faults.check()
         if tables.exponents is not None:
             values = _moved(values, -tables.exponents)
-        if entries is not None and ranks is not None:
-            mine, at = _raw_places(grid, entries.starts, entries.raw)
-            values[mine] = _Reader(ranks).get(at, 16).to(torch.int32)
+        if streams is not None and parts.ranks is not None:
+            mine, at = _raw_places(grid, streams.starts, streams.raw)
+            values[mine] = _Reader(parts.ranks.data).get(at, 16).to(torch.int32)
         words.copy_(grid.join(_to_int16(values)))
+
+    def _cut_levels(
+        self, grid: _Grid, widths: _Widths, side_bytes: int, payloads: list[Tensor], variable: list[int]
+    ) -> _Parts:
+        """Payloads as sections, whose sizes are checked as far as headers and tables of widths tell."""
+        head_bytes, table_bytes = _PARAM_HEADER * grid.blocks, _RANK_HEADER * grid.blocks
+        fold_bytes = _FOLD_HEADER * grid.blocks if self._fold else 0
+        anchor_bytes, plane_bytes = torch.stack([widths.anchor.sum(), grid.planes.sum()]).tolist()
+        rest_bytes = plane_bytes - anchor_bytes
+        if self._fold:  # the fold table says how large it is
+            fixed = _HEADER.size + side_bytes + fold_bytes + head_bytes + variable[0]
+            anchor_bytes = max(0, payloads[0].numel() - fixed)
+        sections = _cut(
+            payloads[0],
+            0,
+            {
+                "side table": side_bytes,
+                "fold table": fold_bytes,
+                "anchor planes": anchor_bytes,
+                "parameter headers": head_bytes,
+                "parameters": variable[0],
+            },
+        )
+        _, folds, anchor, headers, params = sections
+        parts = _Parts(folds if self._fold else None, anchor, headers, params)
+        if len(payloads) == 1:
+            return parts
+        last = self.levels - 1
+        ranks = {"rank table": table_bytes, "ranks": variable[min(last, len(payloads) - 1)]}
+        if last == 2 and variable[1]:
+            raise PayloadError("hq level 1: reserved bytes are not zero (byte offset 4)")
+        sections = _cut(payloads[1], 1, {"codes": rest_bytes, **(ranks if last == 1 else {})})
+        if last == 2 and len(payloads) == 3:
+            sections += _cut(payloads[2], 2, ranks)
+        return parts._replace(**dict(zip(("rest", "table", "ranks"), sections, strict=False)))
 
     def _choose_tables(self, grid: _Grid, block: Tensor) -> tuple[_Tables, list[Tensor]]:
         """Tables of a tile to encode, and its side table."""
@@ -261,7 +275,7 @@ def _words(spec: ChunkSpec, tensor: Any) -> Tensor:
         raise SpecError(f"the torch codec takes torch tensors, not {type(tensor).__name__}")
     if tuple(tensor.shape) != spec.shape:
         raise SpecError(f"tensor has shape {tuple(tensor.shape)}, the spec {spec.shape}")
-    if tensor.element_size() != spec.word_dtype.itemsize or tensor.is_complex():
+    if tensor.element_size() != spec.word_dtype.itemsize:
         raise SpecError(f"tensor dtype {tensor.dtype} does not hold {spec.dtype} words")
     words: Tensor = tensor.detach().view(torch.int16)
     return words
@@ -312,10 +326,33 @@ def _check_size(level: int, payload: Tensor, size: int) -> None:
         )
 
 
-def _cut(payloads: list[Tensor], level: int, sizes: list[int]) -> list[Tensor]:
-    """The sections of a level, of these sizes."""
-    _check_size(level, payloads[level], _HEADER.size + sum(sizes))
-    return list(payloads[level][_HEADER.size :].split(sizes))
+class _Section(NamedTuple):
+    """A part of a payload, and where it is."""
+
+    level: int
+    name: str
+    start: int
+    data: Tensor
+
+
+class _Parts(NamedTuple):
+    """The sections of a tile's levels, as far as they are there."""
+
+    folds: _Section | None
+    anchor: _Section
+    headers: _Section
+    params: _Section
+    rest: _Section | None = None
+    table: _Section | None = None
+    ranks: _Section | None = None
+
+
+def _cut(payload: Tensor, level: int, sizes: dict[str, int]) -> list[_Section]:
+    """A level's sections, of these sizes."""
+    _check_size(level, payload, _HEADER.size + sum(sizes.values()))
+    starts = accumulate(sizes.values(), initial=_HEADER.size)
+    pieces = payload[_HEADER.size :].split(list(sizes.values()))
+    return [_Section(level, name, start, data) for name, start, data in zip(sizes, starts, pieces, strict=False)]
 
 
 class _Faults:
@@ -323,20 +360,25 @@ class _Faults:
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
-        self.found: list[tuple[int, str, str, Tensor]] = []
+        self.found: list[tuple[_Section, str, Tensor, Tensor]] = []
 
-    def add(self, level: int, section: str, what: str, bad: Tensor) -> None:
-        """Note which blocks are bad, as ``[blocks]`` booleans, or as one for all."""
-        self.found.append((level, section, what, bad))
+    def add(self, section: _Section, what: str, bad: Tensor, starts: Tensor) -> None:
+        """Note which blocks are bad, as ``[blocks]`` booleans; ``starts``: of blocks in the section, and its end."""
+        self.found.append((section, what, bad, starts))
+
+    def add_total(self, section: _Section, starts: Tensor) -> None:
+        """Note whether the blocks do not add up to the section."""
+        self.add(section, "sizes do not add up", starts[-1] != section.data.numel(), starts)
 
     def check(self) -> None:
         """Raise PayloadError for the first fault. Waits for the device."""
-        any_bad = torch.stack([bad.any() for *_, bad in self.found]).tolist()
-        for (level, section, what, bad), wrong in zip(self.found, any_bad, strict=True):
+        any_bad = torch.stack([bad.any() for _, _, bad, _ in self.found]).tolist()
+        for (section, what, bad, starts), wrong in zip(self.found, any_bad, strict=True):
             if wrong:
-                block = int(bad.to(torch.uint8).argmax()) if bad.numel() > 1 else self.blocks
+                block = int(bad.to(torch.uint8).argmax()) if bad.dim() else self.blocks
                 raise PayloadError(
-                    f"hq level {level}: {what} ({section} of block {block} of {self.blocks}, past byte offset {_HEADER.size})"
+                    f"hq level {section.level}: {what} ({section.name} of block {block} of {self.blocks},"
+                    f" byte offset {section.start + int(starts[block])})"
                 )
         self.found.clear()
 
@@ -713,8 +755,7 @@ def _quantised(grid: _Grid, widths: _Widths, params: _Params, block: Tensor) -> 
     """Codes, uint8; zeros beside the tile."""
     magnitude = block & 0x7FFF
     inverse = grid.spread(_inverse(params.scale().masked_fill(params.s == 0, 1.0)))
-    k = _rounded(_value(grid.format, magnitude), inverse)
-    k = k.masked_fill(magnitude >= 0x7F80, 4095)  # NaN and what lies on their side of infinity
+    k = _rounded(_value(grid.format, magnitude.clamp(max=0x7F80)), inverse)  # NaN counts as infinity
     k = torch.where(block >= 0x8000, -k, k)
     low, high = grid.spread(widths.offset), grid.spread(widths.offset + widths.steps + 1)
     codes = k + grid.spread(params.z + widths.offset)
@@ -723,11 +764,14 @@ def _quantised(grid: _Grid, widths: _Widths, params: _Params, block: Tensor) -> 
     return codes.masked_fill(~grid.valid, 0).to(torch.uint8)
 
 
-def _bad_codes(grid: _Grid, widths: _Widths, codes: Tensor) -> Tensor:
-    """``[blocks]``: whether a code is out of range."""
+def _check_codes(
+    grid: _Grid, widths: _Widths, codes: Tensor, coded: Tensor, section: _Section, faults: _Faults
+) -> None:
+    """Codes of the blocks that are ``coded`` are in range."""
     steps = codes.to(torch.int32) - grid.spread(widths.offset)
-    bad = (steps < 0) | (steps > grid.spread(widths.steps) + 1)
-    return (bad & grid.valid).flatten(1).any(1)
+    bad = ((steps < 0) | (steps > grid.spread(widths.steps) + 1)) & grid.valid
+    starts = _starts((grid.planes & ~widths.anchor).flatten(1).sum(1))
+    faults.add(section, "a code outside its range", bad.flatten(1).any(1) & coded, starts)
 
 
 def _dequantised(grid: _Grid, widths: _Widths, params: _Params, codes: Tensor, *, full: bool) -> Tensor:
@@ -759,12 +803,12 @@ def _pack(codes: Tensor) -> Tensor:
     return _transpose_bytes(octets).flip(3).transpose(2, 3)
 
 
-def _unpack(grid: _Grid, present: Tensor, anchor: Tensor, widths: _Widths, rest: Tensor | None) -> Tensor:
+def _unpack(grid: _Grid, widths: _Widths, present: Tensor, anchor: Tensor, rest: _Section | None) -> Tensor:
     """Codes from the anchor's plane bytes that are ``present`` and the rest, with zeros for what is not there."""
     planes = torch.zeros(grid.planes.shape, dtype=torch.uint8, device=anchor.device)
     planes.masked_scatter_(present, anchor)
     if rest is not None:
-        planes.masked_scatter_(~widths.anchor & grid.planes, rest)
+        planes.masked_scatter_(~widths.anchor & grid.planes, rest.data)
     octets = _transpose_bytes(planes.transpose(2, 3).flip(3))
     return octets.transpose(2, 3).reshape(grid.blocks, grid.rows, grid.columns)
 
@@ -773,7 +817,7 @@ def _unpack(grid: _Grid, present: Tensor, anchor: Tensor, widths: _Widths, rest:
 
 
 def _next_tops() -> list[int]:
-    """What top bits come after each (3 bits of the result for each of the 8): for v of 3-bit keys, then d of 2-bit ones."""
+    """What top bits come after each, 3 bits for each of the 8: for every v of 3-bit keys, then every d of 2-bit ones."""
     after = [[(v + ((top + 1) >> 1) - 2) & 7 for top in range(8)] for v in range(8)]
     after += [[_LIKELY[top >> 2][d] << 1 for top in range(8)] for d in range(4)]
     return [sum(then << 3 * top for top, then in enumerate(row)) for row in after]
@@ -835,10 +879,7 @@ def _write_folded(grid: _Grid, tables: _Tables, params: _Params, codes: Tensor) 
     """Fold table, anchor section."""
     widths, code = tables.widths, codes.to(torch.int32)
     before = torch.cat([torch.full_like(code[:, :1], 96), code[:, :-1]], 1)  # 96: the first token's centre is 4
-    if grid.spec.part == "value":
-        centre = _centres(grid, tables, params)
-    else:
-        centre = 2 + (((before >> 5) + 1) >> 1)
+    centre = _centres(grid, tables, params) if grid.spec.part == "value" else 2 + (((before >> 5) + 1) >> 1)
     v = ((code >> 5) - centre + 4) & 7
     places = torch.tensor([[row.index(top) for top in range(4)] for row in _LIKELY], device=codes.device)
     two = widths.channels[:, None, :] == 2
@@ -867,14 +908,14 @@ def _write_folded(grid: _Grid, tables: _Tables, params: _Params, codes: Tensor) 
     return [torch.stack([entries & 255, entries >> 8], 1).to(torch.uint8).reshape(-1), section]
 
 
-def _fold_sizes(grid: _Grid, widths: _Widths, table: Tensor, section: Tensor, faults: _Faults) -> _Folds:
-    pairs = table.reshape(-1, 2).to(torch.int64)
+def _fold_sizes(grid: _Grid, widths: _Widths, table: _Section, anchor: _Section, faults: _Faults) -> _Folds:
+    pairs = table.data.reshape(-1, 2).to(torch.int64)
     entry = pairs[:, 0] | pairs[:, 1] << 8
     folded = entry != _FLAT
     layout = _Folds.of(grid, widths, folded, entry)
     bad = folded & (layout.planes + layout.streams >= widths.anchor.flatten(1).sum(1))
-    faults.add(0, "anchor planes", "a block that folding does not make smaller", bad)
-    faults.add(0, "anchor planes", "sizes in the fold table do not add up", layout.starts[-1:] != section.numel())
+    faults.add(anchor, "a block that folding does not make smaller", bad, layout.starts)
+    faults.add_total(anchor, layout.starts)
     return layout
 
 
@@ -883,14 +924,14 @@ def _unpack_folded(
     tables: _Tables,
     params: _Params,
     layout: _Folds,
-    section: Tensor,
-    rest: Tensor | None,
-    raw: Tensor,
+    parts: _Parts,
+    coded: Tensor,
     faults: _Faults,
 ) -> Tensor:
     """Codes."""
     widths = tables.widths
-    codes = _unpack(grid, layout.mask, section[layout.plane_places()], widths, rest)
+    section = parts.anchor.data
+    codes = _unpack(grid, widths, layout.mask, section[layout.plane_places()], parts.rest)
     code = codes.to(torch.int32)
     two = widths.channels[:, None, :] == 2
     folds = _folding(grid, widths)[:, None, :] & grid.valid & layout.folded[:, None, None]
@@ -906,8 +947,8 @@ def _unpack_folded(
     farther = torch.zeros_like(far)
     mine = far.nonzero(as_tuple=True)
     farther[mine] = reader.get((base + 8 * far_size[:, None] + at)[mine], 1) > 0
-    bad = (far_size + (farther_bits + 7) // 8 != layout.streams) & layout.folded & ~raw
-    faults.add(0, "anchor planes", "folded planes whose sizes do not match", bad)
+    bad = (far_size + (farther_bits + 7) // 8 != layout.streams) & layout.folded & coded
+    faults.add(parts.anchor, "folded planes whose sizes do not match", bad, layout.starts)
 
     distance = _row_order(grid, moved.to(torch.int32) + far + farther)
     v = torch.where(code >= 128, 4 + distance, 3 - distance)
@@ -958,23 +999,24 @@ class _ParamSizes(NamedTuple):
     starts: Tensor
 
 
-def _param_sizes(grid: _Grid, headers: Tensor, faults: _Faults) -> _ParamSizes:
-    b = headers.reshape(-1, _PARAM_HEADER).to(torch.int32)
+def _param_sizes(grid: _Grid, headers: _Section, params: _Section, faults: _Faults) -> _ParamSizes:
+    b = headers.data.reshape(-1, _PARAM_HEADER).to(torch.int32)
     s_low, z_low, s_bits, z_bits = b[:, 0] | b[:, 1] << 8, b[:, 2] | b[:, 3] << 8, b[:, 4], b[:, 5]
     z_low = z_low - (z_low >> 15 << 16)
     full = (s_bits == _FULL) & (z_bits == _FULL)
     bad = ~full & ((s_bits > 13) | (z_bits > 12))
-    faults.add(0, "parameters", "a width of parameters outside its range", bad)
     s_bits, z_bits = s_bits.masked_fill(full, 16), z_bits.masked_fill(full, 16)
     starts = _starts(((s_bits + z_bits) * grid.groups.sum(1) + 7) // 8)
+    faults.add(params, "a width of parameters outside its range", bad, starts)
+    faults.add_total(params, starts)
     return _ParamSizes(s_low, z_low, s_bits, z_bits, full, starts)
 
 
-def _read_params(grid: _Grid, sizes: _ParamSizes, data: Tensor, faults: _Faults) -> _Params:
+def _read_params(grid: _Grid, sizes: _ParamSizes, section: _Section, faults: _Faults) -> _Params:
     used, full = grid.groups, sizes.full[:, None]
     bits = (sizes.s_bits + sizes.z_bits)[:, None]
     at = 8 * sizes.starts[:-1, None] + bits * (used.cumsum(1) - used.long())
-    fields = _Reader(data).get(at, bits)
+    fields = _Reader(section.data).get(at, bits)
     s_bits = sizes.s_bits[:, None]
     s = (fields & ((1 << s_bits.long()) - 1)).to(torch.int32)
     z = (fields >> s_bits).to(torch.int32)
@@ -985,7 +1027,7 @@ def _read_params(grid: _Grid, sizes: _ParamSizes, data: Tensor, faults: _Faults)
     form = grid.format
     good = (s >= form.least) & (s <= form.largest) & (z >= -_MAX_ZERO_POINT) & (z <= _MAX_ZERO_POINT)
     bad = (used & ~constant & ~good).any(1) | (sizes.full & ((sizes.s_low != 0) | (sizes.z_low != 0)))
-    faults.add(0, "parameters", "a scale or zero point outside its range", bad)
+    faults.add(section, "a scale or zero point outside its range", bad, sizes.starts)
     unused = constant | ~used | ~good
     return _Params(s.masked_fill(unused, 0), z.masked_fill(unused, 0), constant, word)
 
@@ -1035,9 +1077,10 @@ class _Streams(NamedTuple):
     starts: Tensor
 
     @classmethod
-    def of(cls, grid: _Grid, a: Tensor, b: Tensor, w: Tensor, x: Tensor, raw: Tensor) -> _Streams:
-        size = torch.where(raw, 2 * grid.tokens * grid.channels, a + b + w + x)
-        return cls(a, b, w, x, raw, _starts(size))
+    def of(cls, grid: _Grid, sizes: Sequence[Tensor], raw: Tensor) -> _Streams:
+        """From the sizes of A, B, W and X."""
+        a, b, w, x = sizes
+        return cls(a, b, w, x, raw, _starts(torch.where(raw, 2 * grid.tokens * grid.channels, a + b + w + x)))
 
     def bit(self, before: Tensor) -> Tensor:
         """The first bit of each block's stream that has these streams before it, to go with flattened values."""
@@ -1080,7 +1123,7 @@ def _write_ranks(
     sizes = [(a_bits + 7) // 8, (b_bits + 7) // 8, (12 * w_count + 7) // 8, 2 * x_count]
     raw = special | (sum(sizes) >= 2 * grid.tokens * grid.channels)
     a, b, w, x = (size.masked_fill(raw, 0) for size in sizes)
-    streams = _Streams.of(grid, a, b, w, x, raw)
+    streams = _Streams.of(grid, (a, b, w, x), raw)
     coded = ~raw[:, None]
     writer = _Writer(int(streams.starts[-1]), block.device)
 
@@ -1109,13 +1152,15 @@ def _write_ranks(
     return [table, writer.bytes()]
 
 
-def _rank_sizes(grid: _Grid, table: Tensor, level: int, faults: _Faults) -> _Streams:
-    pairs = table.reshape(-1, 4, 2).to(torch.int64)
+def _rank_sizes(grid: _Grid, table: _Section, ranks: _Section, faults: _Faults) -> _Streams:
+    pairs = table.data.reshape(-1, 4, 2).to(torch.int64)
     a, b, w, x = (pairs[..., 0] | pairs[..., 1] << 8).unbind(1)
     raw = a == _RAW
     bad = torch.where(raw, b + w + x > 0, a + b + w + x >= 2 * grid.tokens * grid.channels)
-    faults.add(level, "ranks", "sizes that cannot be", bad)
-    return _Streams.of(grid, a, b, w, x, raw)
+    streams = _Streams.of(grid, (a, b, w, x), raw)
+    faults.add(ranks, "sizes that cannot be", bad, streams.starts)
+    faults.add_total(ranks, streams.starts)
+    return streams
 
 
 def _read_ranks(
@@ -1124,13 +1169,12 @@ def _read_ranks(
     params: _Params,
     codes: Tensor,
     streams: _Streams,
-    data: Tensor,
-    level: int,
+    section: _Section,
     faults: _Faults,
 ) -> Tensor:
     """Exact words; those of raw blocks mean nothing."""
     cells = _cells(grid, widths, params, codes, ~streams.raw)
-    reader = _Reader(data)
+    reader = _Reader(section.data)
     ranked, zero = cells.ranked.flatten(1), cells.zero.flatten(1)
     count, low = cells.count.flatten(1), cells.low.flatten(1)
     bad = (ranked & (count <= 0)).any(1)
@@ -1164,6 +1208,6 @@ def _read_ranks(
     sizes = torch.stack([(a_bits + 7) // 8, (b_bits + 7) // 8, (12 * w_count + 7) // 8, 2 * x_count], 1)
     given = torch.stack([streams.a, streams.b, streams.w, streams.x], 1)
     bad |= (sizes != given).any(1)
-    faults.add(level, "ranks", "a rank outside its cell, or streams that the codes do not call for", bad & ~streams.raw)
-
+    what = "a rank outside its cell, or streams that the codes do not call for"
+    faults.add(section, what, bad & ~streams.raw, streams.starts)
     return torch.where(grid.spread(params.constant), grid.spread(params.word), word.reshape(grid.valid.shape))
