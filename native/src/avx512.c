@@ -91,40 +91,62 @@ INLINE void copy_singles(const lynx_planes *planes, const uint8_t *octet, uint8_
     compressed(any, expanded(any, octet), flat);
 }
 
+/* (centre - 4) * 32 of 64 codes, modulo 256: by the codes before, or by a token's zero point and the channels' biases. */
+INLINE __m512i from_middle(const int16_t *zero, const __m512i *bias, __m512i before) {
+    const __m512i least = _mm512_set1_epi16(1), most = _mm512_set1_epi16(7);
+    __m512i from; /* centres less 2 */
+    if (zero == NULL) {
+        const __m512i top = _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(7));
+        from = _mm512_avg_epu8(top, _mm512_setzero_si512());
+    } else {
+        __m256i half[2];
+        for (int i = 0; i < 2; i++) {
+            const __m512i at = _mm512_add_epi16(bias[i], _mm512_set1_epi16((int16_t)(*zero + 16)));
+            const __m512i middle = _mm512_min_epi16(_mm512_max_epi16(_mm512_srai_epi16(at, 5), least), most);
+            half[i] = _mm512_cvtepi16_epi8(_mm512_sub_epi16(middle, _mm512_set1_epi16(2)));
+        }
+        from = _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1), _mm512_set1_epi8(7));
+    }
+    return _mm512_sub_epi8(_mm512_slli_epi16(from, 5), _mm512_set1_epi8(64));
+}
+
+/* Codes with their two top bits replaced by what `table` has for them: 4 entries by the code before, of either half. */
+INLINE __m512i replaced_two(__m512i code, __m512i before, __m128i table) {
+    const __m512i index = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(code, 6), _mm512_set1_epi8(3)),
+                                          _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(4)));
+    const __m512i top = _mm512_slli_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index), 6);
+    return _mm512_or_si512(_mm512_and_si512(code, _mm512_set1_epi8(63)), top);
+}
+
+static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i bias[2] = {load(planes->bias), load(planes->bias + 32)};
+    const __m128i ranks = _mm_setr_epi8(2, 0, 1, 3, 3, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
+    for (int t = 0; t < tokens; t++, codes += ROW, centred += ROW) {
+        const __m512i code = load(codes), moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
+        const __m512i three = _mm512_mask_sub_epi8(code, m.three, code, moved);
+        store(centred, _mm512_mask_mov_epi8(three, m.two, replaced_two(code, before, ranks)));
+        before = code;
+    }
+    memset(centred, 0, (size_t)(-tokens & 7) * ROW);
+}
+
 static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes) {
     const fold_masks m = fold_masks_of(planes);
     const __m512i bias[2] = {load(planes->bias), load(planes->bias + 32)};
-    const __m512i unranked = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 2, 0, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0));
-    const __m512i least = _mm512_set1_epi16(1), most = _mm512_set1_epi16(7);
+    const __m128i unranked = _mm_setr_epi8(1, 2, 0, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0);
     __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
     for (int t = 0; t < tokens; t++, codes += ROW) {
-        const __m512i code = load(codes);
-        __m512i from; /* centres less 2 */
-        if (zeros == NULL) {
-            const __m512i top = _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(7));
-            from = _mm512_avg_epu8(top, _mm512_setzero_si512());
-        } else {
-            __m256i half[2];
-            for (int i = 0; i < 2; i++) {
-                const __m512i at = _mm512_add_epi16(bias[i], _mm512_set1_epi16((int16_t)(zeros[t] + 16)));
-                const __m512i centre_of = _mm512_min_epi16(_mm512_max_epi16(_mm512_srai_epi16(at, 5), least), most);
-                half[i] = _mm512_cvtepi16_epi8(_mm512_sub_epi16(centre_of, _mm512_set1_epi16(2)));
-            }
-            from = _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1), _mm512_set1_epi8(7));
-        }
-        /* The code plus (centre - 4) * 32, modulo 256. */
-        const __m512i moved = _mm512_sub_epi8(_mm512_slli_epi16(from, 5), _mm512_set1_epi8(64));
-        const __m512i index = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(code, 6), _mm512_set1_epi8(3)),
-                                              _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(4)));
-        const __m512i top_two = _mm512_slli_epi16(_mm512_shuffle_epi8(unranked, index), 6);
-        const __m512i two = _mm512_or_si512(_mm512_and_si512(code, _mm512_set1_epi8(63)), top_two);
-        before = _mm512_mask_mov_epi8(_mm512_mask_add_epi8(code, m.three, code, moved), m.two, two);
+        const __m512i code = load(codes), moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
+        const __m512i three = _mm512_mask_add_epi8(code, m.three, code, moved);
+        before = _mm512_mask_mov_epi8(three, m.two, replaced_two(code, before, unranked));
         store(codes, before);
     }
 }
 
 #define FOLD_BYTES
-#define FOLD_UNCENTRE
+#define FOLD_CENTRES
 #define COMPRESS64 _pext_u64
 #define EXPAND64 _pdep_u64
 #define POPCOUNT64 __builtin_popcountll

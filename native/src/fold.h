@@ -234,6 +234,7 @@ static inline uint8_t blend(uint8_t a, uint8_t mask_a, uint8_t b, uint8_t mask_b
     return (uint8_t)((a & mask_a) | (b & mask_b) | (other & ~(mask_a | mask_b)));
 }
 
+#ifndef FOLD_CENTRES
 static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
     uint8_t before[ROW];
     memset(before, FIRST_BEFORE, sizeof before);
@@ -250,7 +251,6 @@ static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_
     memset(centred, 0, (size_t)(-tokens & 7) * ROW);
 }
 
-#ifndef FOLD_UNCENTRE
 static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes) {
     uint8_t before[ROW];
     memset(before, FIRST_BEFORE, sizeof before);
