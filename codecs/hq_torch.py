@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -114,12 +114,13 @@ class TorchHQ(HQ):
         widths = tables.widths
         block = source if tables.exponents is None else _moved(source, tables.exponents)
         params, special = _choose(grid, widths, block)
-        codes = _quantised(grid, widths, params, block)
+        tile = _Tile(grid, tables, params)
+        codes = _quantised(tile, block)
         planes = _pack(codes)
         anchor = planes[widths.anchor]
         rest = [planes[~widths.anchor & grid.planes]]
         fields = _write_params(grid, params)
-        last = _write_ranks(grid, widths, params, block, source, codes, special) if self.exact else []
+        last = _write_ranks(tile, block, source, codes, special) if self.exact else []
         flat = [*side, anchor, *fields, *(rest + last if self.exact else [])]
         fold_bytes = _FOLD_HEADER * grid.blocks if self._fold else 0
         if self.levels * _HEADER.size + _nbytes(flat) + fold_bytes >= spec.nbytes:
@@ -127,7 +128,7 @@ class TorchHQ(HQ):
             sections = [[stored] if level == 0 else [] for level in range(self.levels)]
             headers = [_HEADER.pack(_STORED, level, 0, 0) for level in range(self.levels)]
         else:
-            folded = _write_folded(grid, tables, params, codes) if self._fold and 0 in wanted else [anchor]
+            folded = _write_folded(tile, codes) if self._fold and 0 in wanted else [anchor]
             first = [*side, *folded, *fields]
             sections = [first, rest, last] if self.levels == 3 else [first, rest + last][: self.levels]
             variable = {self.levels - 1: _nbytes(last[1:]), 0: _nbytes(fields[1:])}
@@ -151,10 +152,12 @@ class TorchHQ(HQ):
             if words is not None:
                 words.copy_(payloads[0][_HEADER.size :].clone().view(torch.int16).reshape(spec.shape))
         else:
-            self._decode_coded(spec, payloads, [size for _, size in heads], words)
+            self._decode_levels(spec, payloads, [size for _, size in heads], words)
         return TorchState(len(levels) - 1, tuple(payloads))
 
-    def _decode_coded(self, spec: ChunkSpec, payloads: list[Tensor], variable: list[int], words: Tensor | None) -> None:
+    def _decode_levels(
+        self, spec: ChunkSpec, payloads: list[Tensor], variable: list[int], words: Tensor | None
+    ) -> None:
         grid = _Grid.of(spec, payloads[0].device)
         tables, side_bytes = self._read_tables(grid, payloads[0])
         parts = self._cut_levels(grid, tables.widths, side_bytes, payloads, variable)
@@ -167,18 +170,18 @@ class TorchHQ(HQ):
         faults.check()
         if words is None:
             return
-        params = _read_params(grid, param_sizes, parts.params, faults)
+        tile = _Tile(grid, tables, _read_params(grid, param_sizes, parts.params, faults))
         coded = torch.ones_like(grid.groups[:, 0]) if streams is None else ~streams.raw
         if folds is None:
             codes = _unpack(grid, tables.widths, tables.widths.anchor, parts.anchor.data, parts.rest)
         else:
-            codes = _unpack_folded(grid, tables, params, folds, parts, coded, faults)
+            codes = _unpack_folded(tile, folds, parts, coded, faults)
         if parts.rest is not None:
-            _check_codes(grid, tables.widths, codes, coded, parts.rest, faults)
+            _check_codes(tile, codes, coded, parts.rest, faults)
         if streams is None or parts.ranks is None:
-            values = _dequantised(grid, tables.widths, params, codes, full=parts.rest is not None)
+            values = _dequantised(tile, codes, full=parts.rest is not None)
         else:
-            values = _read_ranks(grid, tables.widths, params, codes, streams, parts.ranks, faults)
+            values = _read_ranks(tile, codes, streams, parts.ranks, faults)
         faults.check()
         if tables.exponents is not None:
             values = _moved(values, -tables.exponents)
@@ -244,7 +247,7 @@ class TorchHQ(HQ):
                 _check_size(0, payload, at + size)
             packed = payload[at : at + size].to(torch.int32)
             nibbles = torch.stack([packed & 15, packed >> 4], 1).reshape(-1)
-            table, padding = nibbles.split([heads * dim, heads * dim % 2])
+            table, padding = nibbles[: heads * dim], nibbles[heads * dim :]
             if bool(padding.any() | (table > (8 if name == "widths" else 15)).any()):
                 raise PayloadError(f"hq level 0: a width is over 8 or padding not zero (byte offset {at})")
             read[name] = table.reshape(heads, dim)
@@ -253,9 +256,9 @@ class TorchHQ(HQ):
 
     def _tables(self, grid: _Grid, side: dict[str, Tensor]) -> _Tables:
         """From what a side table has."""
-        widths = side.get("widths")
+        widths, static = side.get("widths"), self._static_widths(grid.spec)
         if widths is None:
-            widths = torch.from_numpy(self._static_widths(grid.spec).astype(np.int32)).to(grid.valid.device)
+            widths = torch.from_numpy(np.array(static, np.int32)).to(grid.valid.device)
         exponents, biases = (
             grid.of_channels(side[name] - 8)[:, None, :] if name in side else None for name in ("exponents", "biases")
         )
@@ -350,9 +353,8 @@ class _Parts(NamedTuple):
 def _cut(payload: Tensor, level: int, sizes: dict[str, int]) -> list[_Section]:
     """A level's sections, of these sizes."""
     _check_size(level, payload, _HEADER.size + sum(sizes.values()))
-    starts = accumulate(sizes.values(), initial=_HEADER.size)
-    pieces = payload[_HEADER.size :].split(list(sizes.values()))
-    return [_Section(level, name, start, data) for name, start, data in zip(sizes, starts, pieces, strict=False)]
+    edges = pairwise(accumulate(sizes.values(), initial=_HEADER.size))
+    return [_Section(level, name, a, payload[a:b]) for name, (a, b) in zip(sizes, edges, strict=True)]
 
 
 class _Faults:
@@ -649,6 +651,18 @@ class _Params(NamedTuple):
         return (self.s << 16).view(torch.float32)
 
 
+class _Tile(NamedTuple):
+    """All that says what a tile's codes mean."""
+
+    grid: _Grid
+    tables: _Tables
+    params: _Params
+
+    @property
+    def widths(self) -> _Widths:
+        return self.tables.widths
+
+
 def _value(form: _Format, magnitude: Tensor) -> Tensor:
     """Magnitude words as binary32; subnormals of bfloat16 may count as 0."""
     if form.fraction == 7:
@@ -751,8 +765,9 @@ def _choose(grid: _Grid, widths: _Widths, block: Tensor) -> tuple[_Params, Tenso
     return params, outside.flatten(1).any(1)
 
 
-def _quantised(grid: _Grid, widths: _Widths, params: _Params, block: Tensor) -> Tensor:
+def _quantised(tile: _Tile, block: Tensor) -> Tensor:
     """Codes, uint8; zeros beside the tile."""
+    grid, widths, params = tile.grid, tile.widths, tile.params
     magnitude = block & 0x7FFF
     inverse = grid.spread(_inverse(params.scale().masked_fill(params.s == 0, 1.0)))
     k = _rounded(_value(grid.format, magnitude.clamp(max=0x7F80)), inverse)  # NaN counts as infinity
@@ -764,18 +779,18 @@ def _quantised(grid: _Grid, widths: _Widths, params: _Params, block: Tensor) -> 
     return codes.masked_fill(~grid.valid, 0).to(torch.uint8)
 
 
-def _check_codes(
-    grid: _Grid, widths: _Widths, codes: Tensor, coded: Tensor, section: _Section, faults: _Faults
-) -> None:
+def _check_codes(tile: _Tile, codes: Tensor, coded: Tensor, section: _Section, faults: _Faults) -> None:
     """Codes of the blocks that are ``coded`` are in range."""
+    grid, widths = tile.grid, tile.widths
     steps = codes.to(torch.int32) - grid.spread(widths.offset)
     bad = ((steps < 0) | (steps > grid.spread(widths.steps) + 1)) & grid.valid
     starts = _starts((grid.planes & ~widths.anchor).flatten(1).sum(1))
     faults.add(section, "a code outside its range", bad.flatten(1).any(1) & coded, starts)
 
 
-def _dequantised(grid: _Grid, widths: _Widths, params: _Params, codes: Tensor, *, full: bool) -> Tensor:
+def _dequantised(tile: _Tile, codes: Tensor, *, full: bool) -> Tensor:
     """Words after level 0, or 1 if ``full``."""
+    grid, widths, params = tile.grid, tile.widths, tile.params
     integer = codes.to(torch.int32) + grid.spread((-widths.offset if full else widths.base) - params.z)
     bits = (integer.abs().to(torch.float32) * grid.spread(params.scale())).view(torch.int32)
     if grid.format.fraction == 7:
@@ -817,7 +832,7 @@ def _unpack(grid: _Grid, widths: _Widths, present: Tensor, anchor: Tensor, rest:
 
 
 def _next_tops() -> list[int]:
-    """What top bits come after each, 3 bits for each of the 8: for every v of 3-bit keys, then every d of 2-bit ones."""
+    """What top bits come after each of the 8, 3 bits each: for every v of 3-bit keys, then every d of 2-bit ones."""
     after = [[(v + ((top + 1) >> 1) - 2) & 7 for top in range(8)] for v in range(8)]
     after += [[_LIKELY[top >> 2][d] << 1 for top in range(8)] for d in range(4)]
     return [sum(then << 3 * top for top, then in enumerate(row)) for row in after]
@@ -828,8 +843,9 @@ def _folding(grid: _Grid, widths: _Widths) -> Tensor:
     return widths.channels >= (2 if grid.spec.part == "key" else 3)
 
 
-def _centres(grid: _Grid, tables: _Tables, params: _Params) -> Tensor:
+def _centres(tile: _Tile) -> Tensor:
     """Of values, to go with ``[blocks, rows, columns]``."""
+    grid, tables, params = tile.grid, tile.tables, tile.params
     zero = grid.spread(params.z + tables.widths.offset)
     return ((zero + (0 if tables.biases is None else 4 * tables.biases) + 16) >> 5).clamp(1, 7)
 
@@ -875,11 +891,11 @@ class _Folds:
         return torch.arange(before.numel(), device=before.device) + before
 
 
-def _write_folded(grid: _Grid, tables: _Tables, params: _Params, codes: Tensor) -> list[Tensor]:
+def _write_folded(tile: _Tile, codes: Tensor) -> list[Tensor]:
     """Fold table, anchor section."""
-    widths, code = tables.widths, codes.to(torch.int32)
+    grid, widths, code = tile.grid, tile.widths, codes.to(torch.int32)
     before = torch.cat([torch.full_like(code[:, :1], 96), code[:, :-1]], 1)  # 96: the first token's centre is 4
-    centre = _centres(grid, tables, params) if grid.spec.part == "value" else 2 + (((before >> 5) + 1) >> 1)
+    centre = _centres(tile) if grid.spec.part == "value" else 2 + (((before >> 5) + 1) >> 1)
     v = ((code >> 5) - centre + 4) & 7
     places = torch.tensor([[row.index(top) for top in range(4)] for row in _LIKELY], device=codes.device)
     two = widths.channels[:, None, :] == 2
@@ -919,17 +935,9 @@ def _fold_sizes(grid: _Grid, widths: _Widths, table: _Section, anchor: _Section,
     return layout
 
 
-def _unpack_folded(
-    grid: _Grid,
-    tables: _Tables,
-    params: _Params,
-    layout: _Folds,
-    parts: _Parts,
-    coded: Tensor,
-    faults: _Faults,
-) -> Tensor:
+def _unpack_folded(tile: _Tile, layout: _Folds, parts: _Parts, coded: Tensor, faults: _Faults) -> Tensor:
     """Codes."""
-    widths = tables.widths
+    grid, widths = tile.grid, tile.widths
     section = parts.anchor.data
     codes = _unpack(grid, widths, layout.mask, section[layout.plane_places()], parts.rest)
     code = codes.to(torch.int32)
@@ -953,7 +961,7 @@ def _unpack_folded(
     distance = _row_order(grid, moved.to(torch.int32) + far + farther)
     v = torch.where(code >= 128, 4 + distance, 3 - distance)
     if grid.spec.part == "value":
-        top = (v + _centres(grid, tables, params) - 4) & 7
+        top = (v + _centres(tile) - 4) & 7
     else:  # a token's top bits depend on those before: one look into a table each
         after = torch.tensor(_next_tops(), dtype=torch.int32, device=codes.device)[torch.where(two, 8 + distance, v)]
         tops = [torch.full_like(after[:, 0], 3)]
@@ -1049,14 +1057,15 @@ class _Cells(NamedTuple):
 
     k: Tensor
     low: Tensor
-    count: Tensor
+    size: Tensor
     bits: Tensor
     ranked: Tensor  # values of streams A and B
     zero: Tensor  # values of zero cells
 
 
-def _cells(grid: _Grid, widths: _Widths, params: _Params, codes: Tensor, coded: Tensor) -> _Cells:
+def _cells(tile: _Tile, codes: Tensor, coded: Tensor) -> _Cells:
     """Cells of the blocks that are ``coded``."""
+    grid, widths, params = tile.grid, tile.widths, tile.params
     k = codes.to(torch.int32) - grid.spread(widths.offset + params.z)
     twice, half = 2 * k.abs(), grid.spread(params.scale() * 0.5)
     low = _ceil_word(grid.format, (twice - 1).abs().to(torch.float32) * half)
@@ -1087,7 +1096,7 @@ class _Streams(NamedTuple):
         return 8 * (self.starts[:-1] + before)[:, None]
 
 
-def _raw_places(grid: _Grid, starts: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _raw_places(grid: _Grid, starts: Tensor, chosen: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """Which values are ``chosen`` blocks' ones, and the bits where their words are."""
     row = torch.arange(grid.rows, device=chosen.device)[:, None]
     column = torch.arange(grid.columns, device=chosen.device)
@@ -1096,17 +1105,16 @@ def _raw_places(grid: _Grid, starts: Tensor, chosen: Tensor) -> tuple[Tensor, Te
     return mine, (8 * starts[:-1, None, None] + 16 * place)[mine]
 
 
-def _write_ranks(
-    grid: _Grid, widths: _Widths, params: _Params, block: Tensor, source: Tensor, codes: Tensor, special: Tensor
-) -> list[Tensor]:
+def _write_ranks(tile: _Tile, block: Tensor, source: Tensor, codes: Tensor, special: Tensor) -> list[Tensor]:
     """Table, ranks; ``source`` is what raw blocks hold."""
-    cells = _cells(grid, widths, params, codes, ~special)
+    grid = tile.grid
+    cells = _cells(tile, codes, ~special)
     magnitude = block & 0x7FFF
     bits = cells.bits.masked_fill(~cells.ranked, 0).flatten(1)
     rank = (magnitude - cells.low).flatten(1)
     one = torch.ones_like(bits)
     field = rank & ((one << bits) - 1)
-    more = cells.ranked.flatten(1) & (field < cells.count.flatten(1) - (one << bits))
+    more = cells.ranked.flatten(1) & (field < cells.size.flatten(1) - (one << bits))
     zero = cells.zero.flatten(1)
     if grid.format.fraction == 7:
         depth = (cells.low - 1 - magnitude).flatten(1)
@@ -1163,20 +1171,13 @@ def _rank_sizes(grid: _Grid, table: _Section, ranks: _Section, faults: _Faults) 
     return streams
 
 
-def _read_ranks(
-    grid: _Grid,
-    widths: _Widths,
-    params: _Params,
-    codes: Tensor,
-    streams: _Streams,
-    section: _Section,
-    faults: _Faults,
-) -> Tensor:
+def _read_ranks(tile: _Tile, codes: Tensor, streams: _Streams, section: _Section, faults: _Faults) -> Tensor:
     """Exact words; those of raw blocks mean nothing."""
-    cells = _cells(grid, widths, params, codes, ~streams.raw)
+    grid, params = tile.grid, tile.params
+    cells = _cells(tile, codes, ~streams.raw)
     reader = _Reader(section.data)
     ranked, zero = cells.ranked.flatten(1), cells.zero.flatten(1)
-    count, low = cells.count.flatten(1), cells.low.flatten(1)
+    count, low = cells.size.flatten(1), cells.low.flatten(1)
     bad = (ranked & (count <= 0)).any(1)
 
     bits = cells.bits.flatten(1).masked_fill(~ranked, 0)
