@@ -432,9 +432,9 @@ static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes 
     return (bad & used) == 0;
 }
 
-/* Scale, half of it, and offset times scale, of 64 channels. */
+/* Scale, half of it, and offset, of 64 channels. */
 typedef struct {
-    __m512 scale[4], half[4], shift[4];
+    __m512 scale[4], half[4], offset[4];
 } lanes;
 
 INLINE lanes of_channels(const lynx_params *params) {
@@ -443,7 +443,7 @@ INLINE lanes of_channels(const lynx_params *params) {
         const __m512i offset = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(params->offset + 16 * i)));
         l.scale[i] = _mm512_loadu_ps(params->scale + 16 * i);
         l.half[i] = _mm512_mul_ps(l.scale[i], _mm512_set1_ps(0.5f));
-        l.shift[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(offset), l.scale[i]);
+        l.offset[i] = _mm512_cvtepi32_ps(offset);
     }
     return l;
 }
@@ -451,13 +451,14 @@ INLINE lanes of_channels(const lynx_params *params) {
 INLINE lanes of_token(const lynx_params *params, int token) {
     const float s = params->scale[token];
     const __m512 scale = _mm512_set1_ps(s), half = _mm512_set1_ps(s * 0.5f);
-    const __m512 shift = _mm512_set1_ps((float)params->offset[token] * s);
-    return (lanes){{scale, scale, scale, scale}, {half, half, half, half}, {shift, shift, shift, shift}};
+    const __m512 offset = _mm512_set1_ps((float)params->offset[token]);
+    return (lanes){{scale, scale, scale, scale}, {half, half, half, half}, {offset, offset, offset, offset}};
 }
 
-INLINE __m512 integer_times_scale(const uint8_t *codes, __m512 scale, __m512 shift) {
+/* Subtract, then multiply: a fused code * scale - offset * scale would overflow for hostile parameters. */
+INLINE __m512 integer_times_scale(const uint8_t *codes, __m512 scale, __m512 offset) {
     const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes)));
-    return _mm512_fmsub_ps(code, scale, shift);
+    return _mm512_mul_ps(_mm512_sub_ps(code, offset), scale);
 }
 
 INLINE __m512i words_of(int dtype, __m512 a, __m512 b) {
@@ -489,8 +490,8 @@ INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens,
         }
         const lanes l = part == LYNX_KEY ? channels : of_token(params, t);
         for (int i = 0; i < 4; i += 2) {
-            store(rows + 16 * i, words_of(dtype, integer_times_scale(codes + 16 * i, l.scale[i], l.shift[i]),
-                                          integer_times_scale(codes + 16 * i + 16, l.scale[i + 1], l.shift[i + 1])));
+            store(rows + 16 * i, words_of(dtype, integer_times_scale(codes + 16 * i, l.scale[i], l.offset[i]),
+                                          integer_times_scale(codes + 16 * i + 16, l.scale[i + 1], l.offset[i + 1])));
         }
     }
 }
@@ -524,7 +525,7 @@ INLINE row_cells cells_of(const uint8_t *codes, const lanes *l) {
         __m512i low[2], high[2], middle[2];
         for (int j = 0; j < 2; j++) {
             const int at = 2 * i + j;
-            const __m512 x = integer_times_scale(codes + 16 * at, l->scale[at], l->shift[at]);
+            const __m512 x = integer_times_scale(codes + 16 * at, l->scale[at], l->offset[at]);
             const __m512 half = l->half[at], size = _mm512_abs_ps(x);
             middle[j] = _mm512_castps_si512(x);
             low[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(size, half)), up);
