@@ -20,6 +20,7 @@ from lynxproto import ChunkSpec, get_codec
 from lynxproto.chunk import Part
 from lynxproto.codecs import Codec
 from lynxproto.codecs._library import ISAS, instruction_set, select_instruction_set
+from lynxproto.codecs.hq import PRESETS
 
 Words = NDArray[np.uint16]
 TILE_TOKENS = 2048
@@ -118,7 +119,7 @@ def main() -> None:
         "value": np.load(args.values) if args.values else synthetic(rng),
     }
     codecs = [
-        get_codec("hq", key_bits=4, value_bits=3),
+        *(get_codec("hq", preset=preset) for preset in PRESETS),
         get_codec("hq", anchor_bits=3),
         get_codec("hq", anchor_bits=8, levels=2),
         get_codec("bitplane", planes=[9, 7]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -16,7 +17,7 @@ from lynxproto.errors import ConfigError, MissingDependencyError
 
 __all__ = ["ISAS", "address", "error_text", "ffi", "instruction_set", "lib", "parallel", "select_instruction_set"]
 
-_ABI_VERSION: Final = 2
+_ABI_VERSION: Final = 3
 _BUILD_HINT: Final = "build it with `pip install -e .` (needs a C compiler) in the project's root"
 
 try:
@@ -67,9 +68,15 @@ def address(array: NDArray[Any], ctype: str = "uint8_t *") -> Any:
     return ffi.cast(ctype, array.__array_interface__["data"][0])  # array.ctypes.data says the same, slower
 
 
+_memory = threading.local()
+
+
 def scratch() -> NDArray[np.uint8]:
-    """Working memory for one call of a kernel."""
-    return np.empty(lib.lynx_hq_scratch_size(), np.uint8)
+    """Working memory for one call of a kernel: the thread's own, since new pages cost more than the call."""
+    if not hasattr(_memory, "scratch"):
+        _memory.scratch = np.empty(lib.lynx_hq_scratch_size(), np.uint8)
+    scratch: NDArray[np.uint8] = _memory.scratch
+    return scratch
 
 
 @cache

@@ -1,7 +1,7 @@
 """Policies: how a layer is cut into tiles, and which codec each tile gets.
 
 A policy knows token positions; codecs do not. The default keeps attention sinks exact and recent tokens at
-8 bits in the anchor (the idea of per-token precision is SpectrumKV's, arXiv 2606.08635) and the rest at 3 to 4 bits.
+8 bits in the anchor (the idea of per-token precision is SpectrumKV's, arXiv 2606.08635) and the rest at 3 bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GROUP_TOKENS = 64
 PolicyName = Literal["lynx", "bf16", "int8", "int4"]
 
 _RAW: Mapping[str, Any] = {"id": "raw"}
-_BODY: Mapping[str, Any] = {"id": "hq", "key_bits": 4, "value_bits": 3, "levels": 3}
+_BODY: Mapping[str, Any] = {"id": "hq", "preset": "balanced"}
 _FINE: Mapping[str, Any] = {"id": "hq", "anchor_bits": 8, "levels": 2}
 
 

@@ -82,7 +82,7 @@ def scale_of(dtype: str, low: float, high: float, steps: int) -> tuple[float, in
         np.float32(max(abs(low), abs(high))) * np.float32(2.0**-10),
         np.float32(FORMATS[dtype].least),
     )
-    word = (int(np.float32(step).view(np.uint32)) + 0xFFFF) >> 16
+    word = (int(np.float32(step).view(np.uint32)) + 0x3FFFF) >> 18 << 2
     return float(np.uint32(word << 16).view(np.float32)), word
 
 
@@ -115,12 +115,89 @@ class Group:
     width: tuple[int, int, int]
 
 
+RESCALED = range(0x0800, 0x7E80)  # magnitude words that exponents move
+
+
+def rescaled(words: NDArray[np.uint16], exponents: NDArray[np.int8]) -> NDArray[np.uint16]:
+    """bfloat16 words divided by 2^e, e by channel; words that leave the range come in again at its other end."""
+    magnitude = (words & 0x7FFF).astype(np.int64)
+    moved = (magnitude - RESCALED.start - 128 * exponents.astype(np.int64)) % len(RESCALED) + RESCALED.start
+    inside = (magnitude >= RESCALED.start) & (magnitude < RESCALED.stop)
+    return (np.where(inside, moved, magnitude) | (words & 0x8000)).astype(np.uint16)
+
+
+def spreads(part: str, dtype: str, words: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Mean bfloat16 word of each channel's range (keys) or largest magnitude (values), over blocks."""
+    heads, tokens, dim = words.shape
+    out = np.zeros((heads, dim), np.int64)
+    for h, c in np.ndindex(heads, dim):
+        found = []
+        for t in range(0, tokens, BLOCK):
+            block = words[h, t : t + BLOCK, c]
+            if ((block & 0x7FFF) >= FORMATS[dtype].special).any():
+                continue
+            x = numbers(dtype, block).astype(np.float32)
+            size = np.float32(x.max()) - np.float32(x.min()) if part == "key" else np.abs(x).max()
+            word = (int(np.float32(size).view(np.uint32)) + 0xFFFF) >> 16
+            found.append(max(word, 0x2000))
+        out[h, c] = sum(found) // len(found) if found else 0x2000
+    return out
+
+
+GAINS = (-315, -392, -475, -614, -756, -891, -1022)
+
+
+def widths_by_range(spread: NDArray[np.int64], mean: float) -> NDArray[np.uint8]:
+    """Each next bit to the channel that gains most, the first of those that gain the same."""
+    widths = np.zeros(spread.size, np.uint8)
+    flat = spread.ravel()
+    for _ in range(min(int(mean * spread.size), 7 * spread.size)):
+        gains = [int(flat[i]) + GAINS[b] if b < 7 else -(10**9) for i, b in enumerate(widths)]
+        widths[int(np.argmax(gains))] += 1
+    return widths.reshape(spread.shape)
+
+
+def biases_of(words: NDArray[np.uint16]) -> NDArray[np.int8]:
+    """round(15 (positive - negative) / tokens) of each channel, [heads, channels]."""
+    tokens = words.shape[1]
+    excess = tokens - 2 * (words >> 15).astype(np.int64).sum(1)
+    return np.clip(np.floor(15 * excess / tokens + 0.5), -8, 7).astype(np.int8)
+
+
+def exponents_of(spread: NDArray[np.int64]) -> NDArray[np.int8]:
+    rows = [[min(max((int(x) - int(row.sum()) // row.size + 64) // 128, -8), 7) for x in row] for row in spread]
+    return np.array(rows, np.int8)
+
+
+@dataclass(frozen=True)
+class Sections:
+    anchor: bytes = b""
+    headers: bytes = b""
+    params: bytes = b""
+    rest: bytes = b""
+    table: bytes = b""
+    ranks: bytes = b""
+    folds: bytes = b""
+
+
 class Tile:
     """A tile of one part; `widths` is [heads, head_dim] (for values, equal within 64 channels)."""
 
-    def __init__(self, part: str, dtype: str, shape: tuple[int, int, int], widths: NDArray[np.uint8]) -> None:
+    def __init__(
+        self,
+        part: str,
+        dtype: str,
+        shape: tuple[int, int, int],
+        widths: NDArray[np.uint8],
+        *,
+        fold: bool = False,
+        exponents: NDArray[np.int8] | None = None,
+        biases: NDArray[np.int8] | None = None,
+    ) -> None:
         self.part, self.dtype, self.shape, self.widths = part, dtype, shape, widths
         self.table = KEY_WIDTHS if part == "key" else VALUE_WIDTHS
+        self.fold, self.exponents = fold, exponents
+        self.biases = np.zeros(widths.shape, np.int8) if biases is None else biases
 
     def blocks(self) -> list[tuple[int, slice, slice]]:
         heads, tokens, dim = self.shape
@@ -137,19 +214,125 @@ class Tile:
 
     # --- encoder
 
-    def encode(self, words: NDArray[np.uint16]) -> tuple[bytes, bytes, bytes, bytes, bytes, bytes]:
-        """Anchor planes, parameter headers, parameters, remaining planes, rank table, ranks."""
-        out = [b""] * 6
+    def encode(self, words: NDArray[np.uint16]) -> Sections:
+        out = [b""] * 7
         for h, t, c in self.blocks():
             block, widths = words[h, t, c], self.widths[h, c]
-            groups, special = self.choose(block, widths)
-            codes = self.codes(block, groups)
+            scaled = block if self.exponents is None else rescaled(block, self.exponents[h, c])
+            groups, special = self.choose(scaled, widths)
+            codes = self.codes(scaled, groups)
             anchor, rest = self.planes(codes, widths)
+            entry, anchor = self.folded(codes, widths, groups, self.biases[h, c], anchor)
             header, params = self.params(groups)
-            entry, ranks = self.ranks(block, codes, groups, special)
-            for i, piece in enumerate((anchor, header, params, rest, entry, ranks)):
+            rank_entry, ranks = self.ranks(scaled, block, codes, groups, special)
+            for i, piece in enumerate((anchor, header, params, rest, rank_entry, ranks, entry)):
                 out[i] += piece
-        return tuple(out)  # type: ignore[return-value]
+        return Sections(*out)
+
+    # --- folding
+
+    def centre(self, codes: NDArray[np.int64], groups: list[Group], biases: NDArray[np.int8], t: int, c: int) -> int:
+        """Of the three top bits of a value; of the codes only the token before is read."""
+        if self.part == "value":
+            return min(max((groups[t].z + groups[t].width[1] + 4 * int(biases[c]) + 16) // 32, 1), 7)
+        return 2 + ((int(codes[t - 1, c]) >> 5) + 1) // 2 if t else 4
+
+    @staticmethod
+    def likely(codes: NDArray[np.int64], t: int, c: int) -> tuple[int, ...]:
+        """The two top bits of a key of 2 bits, the likeliest first."""
+        return (2, 1, 3, 0) if t and codes[t - 1, c] >= 128 else (1, 2, 0, 3)
+
+    def folds(self, width: int) -> bool:
+        return width >= (2 if self.part == "key" else 3)
+
+    def fold_rows(self, widths: NDArray[np.uint8]) -> list[tuple[int, int]]:
+        """(plane, channel) of the bytes of an octet of a folded block; plane -1 is S, -2 is D1."""
+        rows = []
+        for p in range(8):
+            for c, width in enumerate(int(b) for b in widths):
+                if not self.folds(width):
+                    rows += [(p, c)] * (p < width)
+                elif width == 2:
+                    rows += [(-2, c)] * (p == 0)
+                elif p < width and p != 2:
+                    rows += [((-1, -2)[p] if p < 2 else p, c)]
+        return rows
+
+    def folded(
+        self,
+        codes: NDArray[np.int64],
+        widths: NDArray[np.uint8],
+        groups: list[Group],
+        biases: NDArray[np.int8],
+        flat: bytes,
+    ) -> tuple[bytes, bytes]:
+        """The entry in the fold table, and the anchor section of the block."""
+        if not self.fold:
+            return b"", flat
+        channels = [c for c, width in enumerate(widths) if self.folds(int(width))]
+        sign, distances = np.zeros_like(codes), np.zeros_like(codes)
+        far, farther = Bits(), Bits()
+        for first in range(0, len(codes), 8):
+            for c in channels:
+                for t in range(first, min(first + 8, len(codes))):
+                    code = int(codes[t, c])
+                    if widths[c] == 2:
+                        distance = self.likely(codes, t, c).index(code >> 6)
+                    else:
+                        v = ((code >> 5) - self.centre(codes, groups, biases, t, c) + 4) % 8
+                        distance = v - 4 if v >= 4 else 3 - v
+                        sign[t, c] = v >= 4
+                    distances[t, c] = distance
+                    if distance > 0:
+                        far.put(int(distance > 1), 1)
+                    if distance > 1:
+                        farther.put(int(distance > 2), 1)
+        out = b""
+        for first in range(0, len(codes), 8):
+            for p, c in self.fold_rows(widths):
+                bits = sign if p == -1 else distances > 0 if p == -2 else codes >> 7 - p & 1
+                out += bytes([sum(int(bit) << t for t, bit in enumerate(bits[first : first + 8, c]))])
+        streams = far.data() + farther.data()
+        if len(out) + len(streams) >= len(flat):
+            return b"\xff\xff", flat
+        return struct.pack("<H", len(streams)), out + streams
+
+    def unfolded(  # noqa: PLR0917
+        self,
+        folded: Bits,
+        widths: NDArray[np.uint8],
+        groups: list[Group],
+        biases: NDArray[np.int8],
+        codes: NDArray[np.int64],
+        streams: int,
+    ) -> None:
+        """Set the anchor's bits of `codes`."""
+        sign, distance = np.zeros_like(codes), np.zeros_like(codes)
+        for first in range(0, len(codes), 8):
+            for p, c in self.fold_rows(widths):
+                byte = folded.get(8)
+                for t in range(first, min(first + 8, len(codes))):
+                    bit = byte >> t - first & 1
+                    if p < 0:
+                        (distance, sign)[p][t, c] = bit
+                    else:
+                        codes[t, c] |= bit << 7 - p
+        channels = [c for c, width in enumerate(widths) if self.folds(int(width))]
+        order = [(t, c) for o in range(0, len(codes), 8) for c in channels for t in range(o, min(o + 8, len(codes)))]
+        end = folded.at + 8 * streams
+        for position in (1, 2):
+            for t, c in order:
+                if distance[t, c] == position:
+                    distance[t, c] += folded.get(1)
+            folded.at += -folded.at % 8
+        assert folded.at == end, "the fold's streams have another size"
+        for t in range(len(codes)):
+            for c in channels:
+                if widths[c] == 2:
+                    codes[t, c] = self.likely(codes, t, c)[distance[t, c]] << 6
+                else:
+                    v = 4 + distance[t, c] if sign[t, c] else 3 - distance[t, c]
+                    codes[t, c] |= (v + self.centre(codes, groups, biases, t, c) - 4) % 8 << 5
 
     def choose(self, block: NDArray[np.uint16], widths: NDArray[np.uint8]) -> tuple[list[Group], bool]:
         groups, any_special = [], False
@@ -207,11 +390,11 @@ class Tile:
             )
             return struct.pack("<HhBB", 0, 0, 255, 255), body
         s_low, z_low = min(g.s_word for g in groups), min(g.z for g in groups)
-        s_bits = (max(g.s_word for g in groups) - s_low).bit_length()
+        s_bits = ((max(g.s_word for g in groups) - s_low) // 4).bit_length()
         z_bits = (max(g.z for g in groups) - z_low).bit_length()
         bits = Bits()
         for group in groups:
-            bits.put(group.s_word - s_low, s_bits)
+            bits.put((group.s_word - s_low) // 4, s_bits)
             bits.put(group.z - z_low, z_bits)
         return struct.pack("<HhBB", s_low, z_low, s_bits, z_bits), bits.data()
 
@@ -219,10 +402,15 @@ class Tile:
         return groups[c if self.part == "key" else t]
 
     def ranks(
-        self, block: NDArray[np.uint16], codes: NDArray[np.int64], groups: list[Group], special: bool
+        self,
+        block: NDArray[np.uint16],
+        original: NDArray[np.uint16],
+        codes: NDArray[np.int64],
+        groups: list[Group],
+        special: bool,
     ) -> tuple[bytes, bytes]:
         a, b, w, x = Bits(), Bits(), Bits(), b""
-        raw = struct.pack("<HHHH", 0xFFFF, 0, 0, 0), block.astype("<u2").tobytes()
+        raw = struct.pack("<HHHH", 0xFFFF, 0, 0, 0), original.astype("<u2").tobytes()
         if special:
             return raw
         for t, c in np.ndindex(block.shape):
@@ -256,48 +444,44 @@ class Tile:
 
     # --- decoder
 
-    def decode(
-        self,
-        anchor: bytes,
-        headers: bytes,
-        params: bytes,
-        *,
-        rest: bytes | None = None,
-        table: bytes | None = None,
-        ranks: bytes = b"",
-    ) -> NDArray[np.uint16]:
+    def decode(self, sections: Sections, count: int = 3) -> NDArray[np.uint16]:
+        """Words after level 0 (``count`` 1), with the rest (2), or with ranks too (3)."""
         words = np.zeros(self.shape, np.uint16)
+        params, ranks = sections.params, sections.ranks
+        anchor, rest = Bits(sections.anchor), Bits(sections.rest)
         for i, (h, t, c) in enumerate(self.blocks()):
             shape = (t.stop - t.start, c.stop - c.start)
             widths = self.widths[h, c]
-            groups, params = self.read_params(headers[6 * i : 6 * i + 6], params, shape, widths)
+            groups, params = self.read_params(sections.headers[6 * i : 6 * i + 6], params, shape, widths)
             codes = np.zeros(shape, np.int64)
+            streams = struct.unpack_from("<H", sections.folds, 2 * i)[0] if self.fold else 0xFFFF
+            if streams != 0xFFFF:
+                self.unfolded(anchor, widths, groups, self.biases[h, c], codes, streams)
             for first in range(0, shape[0], 8):
                 for p in range(8):
                     for channel in range(shape[1]):
-                        if p < widths[channel]:
-                            byte, anchor = anchor[0], anchor[1:]
-                        elif rest is not None:
-                            byte, rest = rest[0], rest[1:]
-                        else:
+                        if p < widths[channel] and streams != 0xFFFF:
                             continue
+                        if p >= widths[channel] and count == 1:
+                            continue
+                        byte = (anchor if p < widths[channel] else rest).get(8)
                         for j in range(min(8, shape[0] - first)):
                             codes[first + j, channel] |= (byte >> j & 1) << 7 - p
-            if table is None:
-                words[h, t, c] = self.dequantised(codes, groups, full=rest is not None)
-                continue
-            sizes = struct.unpack_from("<HHHH", table, 8 * i)
-            if sizes[0] == 0xFFFF:
-                size = 2 * shape[0] * shape[1]
-                words[h, t, c] = np.frombuffer(ranks[:size], "<u2").reshape(shape)
+            if count < 3:
+                block = self.dequantised(codes, groups, full=count == 2)
             else:
-                size = sum(sizes)
-                words[h, t, c] = self.exact(codes, groups, sizes, ranks[:size])
-            ranks = ranks[size:]
-        assert not anchor, "anchor planes are left over"
-        assert not rest, "planes are left over"
+                sizes = struct.unpack_from("<HHHH", sections.table, 8 * i)
+                size = 2 * shape[0] * shape[1] if sizes[0] == 0xFFFF else sum(sizes)
+                body, ranks = ranks[:size], ranks[size:]
+                if sizes[0] == 0xFFFF:
+                    words[h, t, c] = np.frombuffer(body, "<u2").reshape(shape)
+                    continue
+                block = self.exact(codes, groups, sizes, body)
+            words[h, t, c] = block if self.exponents is None else rescaled(block, -self.exponents[h, c])
+        assert anchor.at == len(anchor.bits), "anchor planes are left over"
+        assert count == 1 or rest.at == len(rest.bits), "planes are left over"
         assert not params, "parameters are left over"
-        assert not ranks, "ranks are left over"
+        assert count < 3 or not ranks, "ranks are left over"
         return words
 
     def read_params(
@@ -317,7 +501,7 @@ class Tile:
                 if s_word == 0:
                     constant, z = z & 0xFFFF, 0
             else:
-                s_word = s_low + bits.get(s_bits)
+                s_word = s_low + 4 * bits.get(s_bits)
                 z = z_low + bits.get(z_bits)
             groups.append(Group(float(np.uint32(s_word << 16).view(np.float32)), s_word, z, constant, width))
         return groups, params
@@ -366,16 +550,23 @@ class Tile:
         return words
 
 
-def payloads(tile: Tile, words: NDArray[np.uint16], levels: int) -> list[bytes]:
-    """The codec's payloads of a tile."""
-    anchor, headers, params, rest, table, ranks = tile.encode(words)
+def nibbles(values: NDArray[np.integer]) -> bytes:
+    flat = [int(x) for x in values.ravel()] + [0] * (values.size % 2)
+    return bytes(low | high << 4 for low, high in zip(flat[::2], flat[1::2], strict=True))
+
+
+def payloads(tile: Tile, words: NDArray[np.uint16], levels: int, side: bytes = b"") -> list[bytes]:
+    """The codec's payloads of a tile; `side`: the tile's own tables."""
+    s = tile.encode(words)
     header = struct.Struct("<BBHI").pack
-    out = [header(0, 0, 0, len(params)) + anchor + headers + params]
+    first = side + s.folds + s.anchor + s.headers + s.params
+    out = [header(0, 0, 0, len(s.params)) + first]
     if levels == 3:
-        out += [header(0, 1, 0, 0) + rest, header(0, 2, 0, len(ranks)) + table + ranks]
+        out += [header(0, 1, 0, 0) + s.rest, header(0, 2, 0, len(s.ranks)) + s.table + s.ranks]
     elif levels == 2:
-        out += [header(0, 1, 0, len(ranks)) + rest + table + ranks]
-    if sum(map(len, out)) >= words.nbytes:
+        out += [header(0, 1, 0, len(s.ranks)) + s.rest + s.table + s.ranks]
+    octets = sum(-(-(t.stop - t.start) // 8) * int(tile.widths[h, c].sum()) for h, t, c in tile.blocks())
+    if sum(map(len, out)) - len(s.anchor) + octets >= words.nbytes:
         stored = words.astype("<u2").tobytes()
         return [header(1, i, 0, 0) + (stored if i == 0 else b"") for i in range(levels)]
     return out

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define LYNX_ABI_VERSION 2
+#define LYNX_ABI_VERSION 3
 
 enum {
     LYNX_OK = 0,
@@ -25,7 +25,8 @@ enum {
     LYNX_ERR_PADDED = 4,    /* the payload is longer than its content */
     LYNX_ERR_PARAMETER = 5, /* a scale, zero point or parameter width outside its range */
     LYNX_ERR_CODE = 6,      /* an 8-bit code outside the range of its width */
-    LYNX_ERR_RANK = 7       /* a rank outside its cell, an empty cell, or streams that do not match the codes */
+    LYNX_ERR_RANK = 7,      /* a rank outside its cell, an empty cell, or streams that do not match the codes */
+    LYNX_ERR_FOLD = 8       /* folded planes whose sizes do not match */
 };
 
 enum { LYNX_ISA_SCALAR = 0, LYNX_ISA_AVX2 = 1, LYNX_ISA_AVX512 = 2, LYNX_ISA_NEON = 3 };
@@ -34,7 +35,7 @@ int lynx_abi_version(void);
 const char *lynx_strerror(int error);
 
 /* The best instruction set of this machine, and the one in use. Selecting one that the machine or the build lacks
- * returns LYNX_ERR_ARGUMENT. The environment variable LYNXPROTO_ISA (scalar, avx2) sets the first choice. */
+ * returns LYNX_ERR_ARGUMENT. The environment variable LYNXPROTO_ISA (scalar, avx2, avx512, neon) sets the first choice. */
 int lynx_isa_best(void);
 int lynx_isa(void);
 int lynx_isa_select(int isa);
@@ -63,13 +64,16 @@ typedef struct {
     int32_t part;          /* LYNX_KEY: a group is a channel over tokens. LYNX_VALUE: a token over channels */
     uint32_t heads, tokens, head_dim;
     const uint8_t *widths; /* [heads][head_dim] anchor bits, 0..8; equal within a value group */
+    const int8_t *exponents; /* [heads][head_dim] words are divided by 2^e, -8..7, bfloat16 only; null: none */
+    const int8_t *biases;  /* [heads][head_dim] of value tiles with folding, -8..7; null: zeros */
+    int32_t fold;          /* whether the top planes are folded */
 } lynx_hq_tile;
 
 /* Sizes that follow from the tile alone. */
 typedef struct {
     uint64_t blocks;      /* number of blocks */
     uint64_t groups;      /* number of groups, all blocks */
-    uint64_t anchor;      /* bytes of the anchor planes */
+    uint64_t anchor;      /* bytes of the anchor planes; with folding, what they take at most */
     uint64_t rest;        /* bytes of the remaining planes */
     uint64_t max_params;  /* the parameters' bound, without block headers */
     uint64_t max_rank;    /* the rank streams' bound, without block table */
@@ -77,6 +81,7 @@ typedef struct {
 
 #define LYNX_HQ_PARAM_HEADER 6 /* bytes of a block's parameter header */
 #define LYNX_HQ_RANK_HEADER 8  /* bytes of a block's entry in the rank table */
+#define LYNX_HQ_FOLD_HEADER 2  /* bytes of a block's entry in the fold table */
 
 /* Scratch for one thread; no state is kept in it between calls. */
 size_t lynx_hq_scratch_size(void);
@@ -85,16 +90,25 @@ int lynx_hq_measure(const lynx_hq_tile *tile, lynx_hq_sizes *sizes);
 /* The same sizes for blocks [first, last). */
 int lynx_hq_measure_range(const lynx_hq_tile *tile, uint64_t first, uint64_t last, lynx_hq_sizes *sizes);
 
+/* What an encoder has to know of the channels, [heads][head_dim]: how large they are, as bfloat16 words (the mean over
+ * blocks of a key's range or a value's largest magnitude), and how far they lie from zero; spec/codec-hq.md, "Spreads" and
+ * "Folding". `tile->widths` only has to be valid. */
+int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
+                    uint16_t *spreads, int8_t *biases, void *scratch);
+
 /* Encode blocks [first, last). Planes and headers point to the first block of the range. Any of `anchor`,
  * `param_headers` (with `params`), `rest`, `rank_table` (with `rank`) may be null: that section is not made. Each section
- * has the size that lynx_hq_measure_range gives; params_size and rank_size return the bytes used. */
+ * has the size that lynx_hq_measure_range gives; anchor_size, params_size and rank_size return the bytes used. With folding,
+ * `anchor` needs `fold_table`. */
 typedef struct {
+    uint8_t *fold_table;
     uint8_t *anchor;
     uint8_t *param_headers;
     uint8_t *params;
     uint8_t *rest;
     uint8_t *rank_table;
     uint8_t *rank;
+    uint64_t anchor_size;
     uint64_t params_size;
     uint64_t rank_size;
     uint64_t rank_bound;     /* bytes of rank table and ranks; without these sections, what they take at most */
@@ -106,24 +120,26 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
 
 /* The sections of a tile's levels, each whole, as received. `rest` null: anchor only. `rank_table` null: 8-bit. */
 typedef struct {
+    const uint8_t *fold_table; /* of tiles with folding */
     const uint8_t *anchor;
     const uint8_t *param_headers;
     const uint8_t *params;
     const uint8_t *rest;
     const uint8_t *rank_table;
     const uint8_t *rank;
+    uint64_t anchor_size;
     uint64_t params_size;
     uint64_t rank_size;
 } lynx_hq_levels;
 
-/* Where a payload is wrong: the section (0 parameters, 1 codes, 2 ranks), the block, and the byte offset in it. */
+/* Where a payload is wrong: the section (0 parameters, 1 codes, 2 ranks, 3 anchor planes), the block, and the byte offset in it. */
 typedef struct {
     int32_t section;
     uint64_t block;
     uint64_t offset;
 } lynx_hq_fault;
 
-/* Check that headers and tables add up to params_size and rank_size: the total only, no values. */
+/* Check that headers and tables add up to anchor_size, params_size and rank_size: the totals only, no values. */
 int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_hq_fault *fault);
 
 /* Decode blocks [first, last) into `words`. lynx_hq_check must have passed for the same levels. */

@@ -17,6 +17,11 @@
 #include "params.h"
 #include "words.h"
 
+#define COMPRESS64 _pext_u64
+#define EXPAND64 _pdep_u64
+#define POPCOUNT64 __builtin_popcountll
+#include "fold.h"
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE __m256i load(const void *p) {
@@ -305,6 +310,31 @@ INLINE __m256i codes_minus_offset(int part, const uint8_t *codes, int i, const l
     return _mm256_sub_epi16(code, part == LYNX_KEY ? load(params->offset + 16 * i) : token_offset);
 }
 
+INLINE bool at_most_4_bits(const uint8_t *codes) {
+    return _mm256_testz_si256(_mm256_or_si256(load(codes), load(codes + 32)), _mm256_set1_epi8(15));
+}
+
+/* A token's codes that are multiples of 16, by a table of its 16 words. */
+INLINE void dequantise_by_table(const uint8_t *codes, int offset, __m256 scale, uint16_t *row) {
+    const __m256i nibble = _mm256_set1_epi8(15), half = _mm256_set1_epi32(0x8000);
+    const __m256i k = _mm256_sub_epi32(_mm256_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112), _mm256_set1_epi32(offset));
+    const __m256 x1 = _mm256_mul_ps(_mm256_cvtepi32_ps(k), scale);
+    const __m256 x2 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(k, _mm256_set1_epi32(128))), scale);
+    const __m256i words =
+        in_order(_mm256_packus_epi32(_mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x1), half), 16),
+                                     _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x2), half), 16)));
+    const __m256i first = _mm256_permute4x64_epi64(words, 0x44), second = _mm256_permute4x64_epi64(words, 0xee);
+    const __m256i byte = _mm256_set1_epi16(255);
+    const __m256i low = _mm256_packus_epi16(_mm256_and_si256(first, byte), _mm256_and_si256(second, byte));
+    const __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(first, 8), _mm256_srli_epi16(second, 8));
+    for (int i = 0; i < ROW; i += 32) {
+        const __m256i index = _mm256_and_si256(_mm256_srli_epi16(in_order(load(codes + i)), 4), nibble);
+        const __m256i l = _mm256_shuffle_epi8(low, index), h = _mm256_shuffle_epi8(high, index);
+        store(row + i, _mm256_unpacklo_epi8(l, h));
+        store(row + i + 16, _mm256_unpackhi_epi8(l, h));
+    }
+}
+
 INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
                           uint16_t *rows, ptrdiff_t stride) {
     _Alignas(32) float scales[ROW];
@@ -314,6 +344,10 @@ INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens,
     for (int t = 0; t < tokens; t++) {
         const __m256 of_token = _mm256_set1_ps(params->scale[t]);
         const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
+        if (part == LYNX_VALUE && dtype == LYNX_BFLOAT16 && at_most_4_bits(codes + t * ROW)) {
+            dequantise_by_table(codes + t * ROW, params->offset[t], of_token, rows + t * stride);
+            continue;
+        }
         for (int i = 0; i < 4; i++) {
             const __m256i k = codes_minus_offset(part, codes + t * ROW, i, params, token_offset);
             const __m256i first = _mm256_srai_epi32(_mm256_unpacklo_epi16(k, k), 16);
@@ -480,45 +514,69 @@ INLINE uint32_t get_flagged(const uint8_t *stream, uint32_t *bits, uint32_t flag
     return values;
 }
 
-INLINE void rank_zeros(int part, int dtype, uint64_t zeros, const uint16_t *row, int token, const lynx_params *params,
-                       lynx_streams *streams) {
-    for (; zeros != 0; zeros &= zeros - 1) {
-        const int c = __builtin_ctzll(zeros);
+/* Zero cells as token * 64 + channel, in order. */
+typedef struct {
+    uint32_t count;
+    uint16_t at[BLOCK_VALUES + 4];
+} zero_list;
+
+/* Four at once without a branch; rows with more are rare. */
+INLINE void add_zeros(zero_list *list, uint64_t zeros, int token) {
+    uint16_t *at = list->at + list->count;
+    list->count += (uint32_t)_mm_popcnt_u64(zeros);
+    do {
+        for (int i = 0; i < 4; i++, zeros &= zeros - 1) {
+            *at++ = (uint16_t)(ROW * token + (int)(_tzcnt_u64(zeros) & 63));
+        }
+    } while (__builtin_expect(zeros != 0, 0));
+}
+
+INLINE void rank_zeros(int part, int dtype, const zero_list *zeros, const uint16_t *rows, ptrdiff_t stride,
+                       const lynx_params *params, lynx_streams *streams) {
+    uint32_t pair = 0; /* fields of 12 bits, two to three bytes */
+    streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
+    streams->x_count = 0;
+    for (uint32_t i = 0; i < zeros->count; i++) {
+        const int t = zeros->at[i] / ROW, c = zeros->at[i] % ROW;
+        const uint16_t word = rows[t * stride + c];
         if (dtype == LYNX_FLOAT16) {
-            streams->x[streams->x_count++] = row[c];
+            streams->x[streams->x_count++] = word;
             continue;
         }
-        const uint32_t magnitude = row[c] & 0x7fff;
-        const float half_scale = params->scale[part == LYNX_KEY ? c : token] * 0.5f;
-        uint32_t code = ceil_word(LYNX_BFLOAT16, half_scale) - 1 - magnitude;
-        if (magnitude == 0) {
+        const uint32_t magnitude = word & 0x7fff;
+        uint32_t code = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1 - magnitude;
+        if (__builtin_expect(magnitude == 0, 0)) {
             code = ZERO_WORD;
-        } else if (code >= ZERO_WORD) {
+        } else if (__builtin_expect(code >= ZERO_WORD, 0)) {
             code = ZERO_ESCAPE;
-            streams->x[streams->x_count++] = row[c];
+            streams->x[streams->x_count++] = word;
         }
-        put_bits(streams->w, 12 * streams->w_count++, code | (uint32_t)(row[c] >> 15) << 11);
+        code |= (uint32_t)(word >> 15) << 11;
+        pair = i & 1 ? pair | code << 12 : code;
+        memcpy(streams->w + 3 * (i >> 1), &pair, sizeof pair);
     }
 }
 
-INLINE bool unrank_zeros(int part, int dtype, uint64_t zeros, uint16_t *row, int token, const lynx_params *params,
-                         lynx_streams *streams) {
-    for (; zeros != 0; zeros &= zeros - 1) {
-        const int c = __builtin_ctzll(zeros);
+INLINE bool unrank_zeros(int part, int dtype, const zero_list *zeros, uint16_t *rows, ptrdiff_t stride,
+                         const lynx_params *params, lynx_streams *streams) {
+    streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
+    streams->x_count = 0;
+    for (uint32_t i = 0; i < zeros->count; i++) {
+        const int t = zeros->at[i] / ROW, c = zeros->at[i] % ROW;
+        uint16_t *word = rows + t * stride + c;
         if (dtype == LYNX_FLOAT16) {
-            row[c] = streams->x[streams->x_count++];
+            *word = streams->x[streams->x_count++];
             continue;
         }
-        const uint32_t field = get_bits(streams->w, 12 * streams->w_count++, 12);
-        const uint32_t code = field & 2047, sign = field >> 11 << 15;
-        const uint32_t top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : token] * 0.5f) - 1;
-        if (code < ZERO_WORD) {
+        const uint32_t field = get_bits(streams->w, 12 * i, 12), code = field & 2047, sign = field >> 11 << 15;
+        const uint32_t top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1;
+        if (__builtin_expect(code < ZERO_WORD, 1)) {
             if (code >= top) {
                 return false;
             }
-            row[c] = (uint16_t)((top - code) | sign);
+            *word = (uint16_t)((top - code) | sign);
         } else {
-            row[c] = code == ZERO_WORD ? (uint16_t)sign : streams->x[streams->x_count++];
+            *word = code == ZERO_WORD ? (uint16_t)sign : streams->x[streams->x_count++];
         }
     }
     return true;
@@ -558,8 +616,8 @@ INLINE void rank_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride,
     unpack_order(params->scale, scales);
     const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
     const __m256i magnitude_bits = _mm256_set1_epi16(0x7fff);
-    memset(streams->w, 0, sizeof streams->w);
-    streams->w_count = streams->x_count = 0;
+    zero_list all_zeros;
+    all_zeros.count = 0;
     bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
     for (int t = 0; t < tokens; t++) {
         const uint16_t *row = rows + t * stride;
@@ -596,10 +654,11 @@ INLINE void rank_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride,
             flagged &= bits_of(keep[half]);
             put(&b, _pext_u32(above, flagged), (uint32_t)_mm_popcnt_u32(flagged));
         }
-        rank_zeros(part, dtype, zeros, row, t, params, streams);
+        add_zeros(&all_zeros, zeros, t);
     }
     streams->a_bits = position(&a, streams->a);
     streams->b_bits = position(&b, streams->b);
+    rank_zeros(part, dtype, &all_zeros, rows, stride, params, streams);
 }
 
 INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
@@ -607,7 +666,8 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
     _Alignas(32) float scales[ROW];
     unpack_order(params->scale, scales);
     const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
-    streams->w_count = streams->x_count = 0;
+    zero_list all_zeros;
+    all_zeros.count = 0;
     uint32_t a_bits = 0, b_bits = 0;
     __m256i empty = _mm256_setzero_si256();
     for (int t = 0; t < tokens; t++) {
@@ -651,13 +711,12 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
                 store(row + 32 * half + 16 * i, _mm256_or_si256(_mm256_add_epi16(in.low[i], ranks[i]), sign));
             }
         }
-        if (!unrank_zeros(part, dtype, zeros, row, t, params, streams)) {
-            return LYNX_ERR_RANK;
-        }
+        add_zeros(&all_zeros, zeros, t);
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
-    return _mm256_testz_si256(empty, empty) ? LYNX_OK : LYNX_ERR_RANK;
+    const bool good = unrank_zeros(part, dtype, &all_zeros, rows, stride, params, streams);
+    return good && _mm256_testz_si256(empty, empty) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
@@ -849,6 +908,11 @@ const lynx_kernels lynx_avx2 = {
     .pack = pack,
     .unpack = unpack,
     .check = check,
+    .centre = centre,
+    .uncentre = uncentre,
+    .fold = fold,
+    .unfold = unfold,
+    .rescale = rescale,
     .dequantise = dequantise,
     .rank = rank,
     .unrank = unrank,

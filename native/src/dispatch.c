@@ -16,28 +16,58 @@ static const lynx_kernels *kernels_of(int isa) {
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")
                    ? &lynx_avx2
                    : NULL;
+    case LYNX_ISA_AVX512:
+        return kernels_of(LYNX_ISA_AVX2) != NULL && __builtin_cpu_supports("avx512f") &&
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+                       __builtin_cpu_supports("avx512vbmi2")
+                   ? &lynx_avx512
+                   : NULL;
+#elif defined(__aarch64__)
+    case LYNX_ISA_NEON:
+        return &lynx_neon;
 #endif
     default:
         return NULL;
     }
 }
 
+/* By name; the best comes last. */
+static const struct {
+    const char *name;
+    int isa;
+} CHOICES[] = {
+    {"scalar", LYNX_ISA_SCALAR}, {"neon", LYNX_ISA_NEON}, {"avx2", LYNX_ISA_AVX2}, {"avx512", LYNX_ISA_AVX512}};
+enum { CHOICE_COUNT = sizeof CHOICES / sizeof CHOICES[0] };
+
 int lynx_isa_best(void) {
-    return kernels_of(LYNX_ISA_AVX2) != NULL ? LYNX_ISA_AVX2 : LYNX_ISA_SCALAR;
+    int best = LYNX_ISA_SCALAR;
+    for (int i = 0; i < CHOICE_COUNT; i++) {
+        best = kernels_of(CHOICES[i].isa) != NULL ? CHOICES[i].isa : best;
+    }
+    return best;
 }
 
 const lynx_kernels *lynx_current(void) {
     const lynx_kernels *kernels = atomic_load_explicit(&current, memory_order_acquire);
     if (kernels == NULL) {
         const char *wish = getenv("LYNXPROTO_ISA");
-        kernels = kernels_of(wish != NULL && strcmp(wish, "scalar") == 0 ? LYNX_ISA_SCALAR : lynx_isa_best());
+        for (int i = 0; i < CHOICE_COUNT && wish != NULL && kernels == NULL; i++) {
+            kernels = strcmp(wish, CHOICES[i].name) == 0 ? kernels_of(CHOICES[i].isa) : NULL;
+        }
+        kernels = kernels != NULL ? kernels : kernels_of(lynx_isa_best());
         atomic_store_explicit(&current, kernels, memory_order_release);
     }
     return kernels;
 }
 
 int lynx_isa(void) {
-    return lynx_current() == &lynx_scalar ? LYNX_ISA_SCALAR : LYNX_ISA_AVX2;
+    const lynx_kernels *kernels = lynx_current();
+    int isa = LYNX_ISA_SCALAR;
+    for (int i = 0; i < CHOICE_COUNT; i++) {
+        isa = kernels_of(CHOICES[i].isa) == kernels ? CHOICES[i].isa : isa;
+    }
+    return isa;
 }
 
 int lynx_isa_select(int isa) {
@@ -71,6 +101,8 @@ const char *lynx_strerror(int error) {
         return "a code is outside the range of its width";
     case LYNX_ERR_RANK:
         return "ranks do not match the codes";
+    case LYNX_ERR_FOLD:
+        return "folded planes do not match their size";
     default:
         return "unknown error";
     }

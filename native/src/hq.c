@@ -5,7 +5,9 @@
 
 #define RAW_PARAMS 0xff   /* parameter header: both widths; s and z follow in full */
 #define RAW_RANKS 0xffff  /* rank table: size of stream A; the block's words follow */
+#define FLAT 0xffff       /* fold table: the block's anchor is not folded */
 #define MAX_ZERO_POINT 1024
+#define SCALE_UNIT 4      /* scales have 6 significant bits: a multiple of 4 as bfloat16 words */
 
 typedef struct {
     uint8_t range;   /* R: steps between a group's extremes, all but the rounding */
@@ -25,8 +27,11 @@ typedef struct {
     uint32_t planes_head, planes_first; /* which block's planes are set up; heads + 1 at first */
     int16_t low[ROW], high[ROW];
     uint16_t words[BLOCK_VALUES];
-    uint8_t codes[BLOCK_VALUES];
-    uint8_t anchor[8 * 8 * ROW + SLACK], rest[8 * 8 * ROW + SLACK];
+    uint8_t codes[BLOCK_VALUES], centred[BLOCK_VALUES];
+    uint8_t anchor[8 * 8 * ROW + SLACK], rest[8 * 8 * ROW + SLACK], flat[8 * 8 * ROW + SLACK];
+    uint8_t folded[FOLDED_MAX + SLACK];
+    int16_t shifts[ROW], unshifts[ROW]; /* exponents of the block's channels, in words; and their negatives */
+    bool shifted;                       /* some exponent is not 0 */
     lynx_streams streams;
 } lynx_scratch;
 
@@ -48,8 +53,15 @@ static bool tile_is_bad(const lynx_hq_tile *tile) {
         (uint64_t)tile->heads * tile->tokens > (uint64_t)(1ull << 44) / tile->head_dim) {
         return true;
     }
+    if (tile->exponents != NULL && tile->dtype != LYNX_BFLOAT16) {
+        return true;
+    }
     const uint64_t n = (uint64_t)tile->heads * tile->head_dim;
     for (uint64_t i = 0; i < n; i++) {
+        if ((tile->exponents != NULL && (tile->exponents[i] < -8 || tile->exponents[i] > 7)) ||
+            (tile->biases != NULL && (tile->biases[i] < -8 || tile->biases[i] > 7))) {
+            return true;
+        }
         const uint64_t in_block = i % tile->head_dim % LYNX_BLOCK;
         if (tile->widths[i] > 8 || (tile->part == LYNX_VALUE && tile->widths[i] != tile->widths[i - in_block])) {
             return true;
@@ -64,7 +76,12 @@ typedef struct {
     uint32_t head, token, channel; /* of the block's first value */
     int tokens, channels, octets, groups;
     uint32_t width_sum;            /* sum of its channels' widths */
+    uint32_t folded;               /* channels whose top planes fold */
 } lynx_block;
+
+static bool folds(int part, int width) {
+    return width >= (part == LYNX_KEY ? 2 : 3);
+}
 
 static void measure_block(const lynx_hq_tile *tile, lynx_block *block) {
     const uint32_t tokens = tile->tokens - block->token, channels = tile->head_dim - block->channel;
@@ -73,9 +90,10 @@ static void measure_block(const lynx_hq_tile *tile, lynx_block *block) {
     block->octets = (block->tokens + 7) / 8;
     block->groups = tile->part == LYNX_KEY ? block->channels : block->tokens;
     const uint8_t *widths = tile->widths + (uint64_t)block->head * tile->head_dim + block->channel;
-    block->width_sum = 0;
+    block->width_sum = block->folded = 0;
     for (int c = 0; c < block->channels; c++) {
         block->width_sum += widths[c];
+        block->folded += tile->fold != 0 && folds(tile->part, widths[c]);
     }
 }
 
@@ -154,6 +172,20 @@ static void set_planes(const lynx_hq_tile *tile, const lynx_block *block, lynx_s
     planes->uniform = block->channels == ROW;
     for (int c = 1; c < ROW; c++) {
         planes->uniform &= planes->widths[c] == planes->widths[0];
+    }
+    planes->folded = (int)block->folded;
+    s->shifted = false;
+    for (int c = 0; c < ROW; c++) {
+        const bool used = c < block->channels;
+        const bool folded = used && block->folded > 0 && folds(tile->part, planes->widths[c]);
+        planes->fold_three[c] = folded && planes->widths[c] > 2 ? 255 : 0;
+        planes->fold_two[c] = folded && planes->widths[c] == 2 ? 255 : 0;
+        const uint64_t at = (uint64_t)block->head * tile->head_dim + block->channel + (uint64_t)c;
+        planes->bias[c] = (int16_t)(tile->biases == NULL || !used ? 0 : 4 * tile->biases[at]);
+        const int exponent = tile->exponents == NULL || !used ? 0 : tile->exponents[at];
+        s->shifts[c] = (int16_t)(128 * exponent);
+        s->unshifts[c] = (int16_t)(-128 * exponent);
+        s->shifted |= exponent != 0;
     }
     for (int g = 0; g < ROW; g++) {
         const uint8_t bits = planes->widths[tile->part == LYNX_KEY && g < block->channels ? g : 0];
@@ -275,7 +307,7 @@ static uint64_t write_params(const lynx_params *params, int groups, uint8_t *hea
         z_low = params->z[g] < z_low ? params->z[g] : z_low;
         z_high = params->z[g] > z_high ? params->z[g] : z_high;
     }
-    const int s_bits = bit_length((uint32_t)(s_high - s_low)), z_bits = bit_length((uint32_t)(z_high - z_low));
+    const int s_bits = bit_length((uint32_t)(s_high - s_low) / SCALE_UNIT), z_bits = bit_length((uint32_t)(z_high - z_low));
     if (params->constant != 0) {
         store16(header, 0);
         store16(header + 2, 0);
@@ -295,7 +327,7 @@ static uint64_t write_params(const lynx_params *params, int groups, uint8_t *hea
     int filled = 0;
     uint8_t *p = out;
     for (int g = 0; g < groups; g++) {
-        pending |= ((uint64_t)(params->s[g] - s_low) | (uint64_t)(params->z[g] - z_low) << s_bits) << filled;
+        pending |= ((uint64_t)((params->s[g] - s_low) / SCALE_UNIT) | (uint64_t)(params->z[g] - z_low) << s_bits) << filled;
         for (filled += bits; filled >= 8; filled -= 8) {
             *p++ = (uint8_t)pending;
             pending >>= 8;
@@ -327,32 +359,157 @@ static uint64_t write_ranks(const lynx_streams *streams, uint8_t *table, uint8_t
     return a + b + w + 2 * (uint64_t)streams->x_count;
 }
 
+/* Where zero lies among the codes of value tokens. */
+static const int16_t *zeros_of(int part, const lynx_planes *planes, const lynx_params *params, int16_t *zeros) {
+    if (part == LYNX_KEY) {
+        return NULL;
+    }
+    for (int g = 0; g < ROW; g++) {
+        zeros[g] = (int16_t)(params->z[g] + planes->low[g]);
+    }
+    return zeros;
+}
+
+static void zero_pad(const lynx_block *block, uint8_t *codes) {
+    memset(codes + block->tokens * ROW, 0, (size_t)(8 * block->octets - block->tokens) * ROW);
+}
+
 /* Pack the block's codes and move the sections' ends. Only uniform planes can be written in place: kernels overrun the
  * end of others, where another thread's block may begin. */
-static void pack_planes(const lynx_kernels *kernels, const lynx_block *block, lynx_scratch *s, uint8_t **anchor,
-                        uint8_t **rest) {
+static void pack_planes(const lynx_kernels *kernels, const lynx_block *block, const lynx_planes *planes,
+                        const uint8_t *codes, lynx_scratch *s, uint8_t **anchor, uint8_t **rest) {
     if (*anchor == NULL && *rest == NULL) {
         return;
     }
-    const size_t anchor_size = (size_t)block->octets * s->planes.anchor_octet;
-    const size_t rest_size = (size_t)block->octets * s->planes.rest_octet;
-    if (s->planes.uniform) {
-        kernels->pack(&s->planes, s->codes, block->tokens, *anchor, *rest);
+    const size_t anchor_size = (size_t)block->octets * planes->anchor_octet;
+    const size_t rest_size = (size_t)block->octets * planes->rest_octet;
+    if (planes->uniform) {
+        kernels->pack(planes, codes, block->tokens, *anchor, *rest);
     } else {
-        kernels->pack(&s->planes, s->codes, block->tokens, s->anchor, s->rest);
+        kernels->pack(planes, codes, block->tokens, s->anchor, s->rest);
     }
     if (*anchor != NULL) {
-        if (!s->planes.uniform) {
+        if (!planes->uniform) {
             memcpy(*anchor, s->anchor, anchor_size);
         }
         *anchor += anchor_size;
     }
     if (*rest != NULL) {
-        if (!s->planes.uniform) {
+        if (!planes->uniform) {
             memcpy(*rest, s->rest, rest_size);
         }
         *rest += rest_size;
     }
+}
+
+/* The block's anchor, folded where that is smaller, and its entry in the fold table. */
+static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block *block, lynx_scratch *s,
+                        uint8_t *entry, uint8_t **anchor, uint8_t **rest) {
+    const uint32_t flat_size = (uint32_t)block->octets * block->width_sum;
+    uint8_t *done = NULL;
+    if (block->folded > 0) {
+        int16_t zeros[ROW];
+        uint8_t *out = s->flat;
+        kernels->centre(&s->planes, zeros_of(part, &s->planes, &s->params, zeros), s->codes, block->tokens, s->centred);
+        pack_planes(kernels, block, &s->planes, s->centred, s, &out, rest);
+        const uint32_t fixed = flat_size - (uint32_t)block->octets * block->folded;
+        const uint32_t streams = kernels->fold(&s->planes, s->flat, block->tokens, s->folded);
+        if (fixed + streams < flat_size) {
+            store16(entry, streams);
+            memcpy(*anchor, s->folded, fixed + streams);
+            *anchor += fixed + streams;
+            return;
+        }
+        rest = &done;
+    }
+    store16(entry, FLAT);
+    pack_planes(kernels, block, &s->planes, s->codes, s, anchor, rest);
+}
+
+#define LEAST_SPREAD 0x2000 /* 2^-63 */
+
+static uint32_t spread_word(int dtype, int part, int16_t low, int16_t high) {
+    const float least = word_value(dtype, from_ordered(low)), largest = word_value(dtype, from_ordered(high));
+    const float far = -least > largest ? -least : largest;
+    const uint32_t word = (float_bits(part == LYNX_KEY ? largest - least : far) + 0xffffu) >> 16;
+    return word < LEAST_SPREAD || word > 0x8000 ? LEAST_SPREAD : word;
+}
+
+/* How far a channel's values lie from zero, by their signs, in units of 4 codes: round(15 (positive - negative) / n). */
+static int8_t bias_of(uint32_t tokens, uint32_t negative) {
+    const int64_t n = tokens, excess = n - 2 * (int64_t)negative;
+    const int64_t bias = (30 * excess + 31 * n) / (2 * n) - 15; /* the dividend is positive */
+    return (int8_t)(bias < -8 ? -8 : bias > 7 ? 7 : bias);
+}
+
+/* The block's values in rows of 64 channels for the kernels: in place, or in scratch where there are fewer channels
+ * (repeats do not change a group's extremes) or exponents to divide by. */
+static const uint16_t *block_rows(const lynx_kernels *kernels, const lynx_block *block, const uint16_t *rows,
+                                  ptrdiff_t *stride, lynx_scratch *s) {
+    if (block->channels < ROW) {
+        for (int t = 0; t < block->tokens; t++) {
+            for (int c = 0; c < ROW; c++) {
+                s->words[t * ROW + c] = rows[t * *stride + (c < block->channels ? c : 0)];
+            }
+        }
+        rows = s->words;
+        *stride = ROW;
+    }
+    if (s->shifted) {
+        for (int c = block->channels; c < ROW; c++) {
+            s->shifts[c] = s->shifts[0];
+        }
+        kernels->rescale(s->shifts, rows, *stride, block->tokens, s->words, ROW);
+        rows = s->words;
+        *stride = ROW;
+    }
+    return rows;
+}
+
+int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
+                    uint16_t *spreads, int8_t *biases, void *scratch) {
+    if (tile_is_bad(tile) || tile->exponents != NULL) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    const lynx_kernels *kernels = lynx_current();
+    lynx_scratch *s = aligned(scratch);
+    s->shifted = false;
+    const int16_t limit = LYNX_DTYPES[tile->dtype].special;
+    for (uint32_t head = 0; head < tile->heads; head++) {
+        for (uint32_t channel = 0; channel < tile->head_dim; channel += ROW) {
+            uint64_t sum[ROW] = {0}, count[ROW] = {0};
+            uint32_t negative[ROW] = {0};
+            lynx_block block = {.head = head, .channel = channel};
+            for (; block.token < tile->tokens; block.token += ROW) {
+                measure_block(tile, &block);
+                ptrdiff_t stride = token_stride;
+                const uint16_t *rows = words + (ptrdiff_t)head * head_stride + (ptrdiff_t)block.token * token_stride +
+                                       channel;
+                rows = block_rows(kernels, &block, rows, &stride, s);
+                kernels->range(LYNX_KEY, rows, stride, block.tokens, s->low, s->high);
+                uint16_t signs[ROW] = {0};
+                for (int t = 0; t < block.tokens; t++) {
+                    for (int c = 0; c < ROW; c++) {
+                        signs[c] = (uint16_t)(signs[c] + (rows[t * stride + c] >> 15));
+                    }
+                }
+                for (int c = 0; c < block.channels; c++) {
+                    negative[c] += signs[c];
+                    if (s->high[c] < limit && s->low[c] >= -limit) {
+                        sum[c] += spread_word(tile->dtype, tile->part, s->low[c], s->high[c]);
+                        count[c]++;
+                    }
+                }
+            }
+            for (int c = 0; c < block.channels; c++) {
+                const uint64_t mean = count[c] == 0 ? LEAST_SPREAD : sum[c] / count[c];
+                const uint64_t at = (uint64_t)head * tile->head_dim + channel + (uint64_t)c;
+                spreads[at] = (uint16_t)mean;
+                biases[at] = bias_of(tile->tokens, negative[c]);
+            }
+        }
+    }
+    return LYNX_OK;
 }
 
 int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
@@ -360,9 +517,13 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
     if (tile_is_bad(tile) || first > last || last > count_blocks(tile)) {
         return LYNX_ERR_ARGUMENT;
     }
+    if (tile->fold && (out->anchor == NULL) != (out->fold_table == NULL)) {
+        return LYNX_ERR_ARGUMENT;
+    }
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = aligned(scratch);
     s->planes_head = UINT32_MAX;
+    uint8_t *fold_table = tile->fold ? out->fold_table : NULL;
     uint8_t *anchor = out->anchor, *rest = out->rest, *headers = out->param_headers, *params = out->params;
     uint8_t *table = out->rank_table, *ranks = out->rank;
     out->rank_bound = 0;
@@ -372,25 +533,22 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
     for (; block.index < last; next_block(tile, &block)) {
         set_planes(tile, &block, s);
         const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
-        const uint16_t *rows = words + (ptrdiff_t)block.head * head_stride + (ptrdiff_t)block.token * token_stride +
-                               block.channel;
+        const uint16_t *source = words + (ptrdiff_t)block.head * head_stride + (ptrdiff_t)block.token * token_stride +
+                                 block.channel;
         ptrdiff_t stride = token_stride;
-        if (block.channels < ROW) { /* kernels see 64 channels; repeats do not change a group's extremes */
-            for (int t = 0; t < block.tokens; t++) {
-                for (int c = 0; c < ROW; c++) {
-                    s->words[t * ROW + c] = rows[t * stride + (c < block.channels ? c : 0)];
-                }
-            }
-            rows = s->words;
-            stride = ROW;
-        }
+        const uint16_t *rows = block_rows(kernels, &block, source, &stride, s);
         kernels->range(tile->part, rows, stride, block.tokens, s->low, s->high);
         const bool special = choose_params(kernels, tile, &block, rows, stride, s);
         const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
         quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, &s->planes, &s->params,
                             s->codes);
-        memset(s->codes + block.tokens * ROW, 0, (size_t)(8 * block.octets - block.tokens) * ROW);
-        pack_planes(kernels, &block, s, &anchor, &rest);
+        zero_pad(&block, s->codes);
+        if (fold_table != NULL) {
+            pack_folded(kernels, tile->part, &block, s, fold_table, &anchor, &rest);
+            fold_table += LYNX_HQ_FOLD_HEADER;
+        } else {
+            pack_planes(kernels, &block, &s->planes, s->codes, s, &anchor, &rest);
+        }
         if (headers != NULL) {
             params += write_params(&s->params, block.groups, headers, params);
             headers += LYNX_HQ_PARAM_HEADER;
@@ -415,7 +573,7 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
             store64(table, RAW_RANKS);
             for (int t = 0; t < block.tokens; t++) {
                 for (int c = 0; c < block.channels; c++, ranks += 2) {
-                    store16(ranks, rows[t * stride + c]);
+                    store16(ranks, source[t * token_stride + c]);
                 }
             }
         } else {
@@ -423,6 +581,7 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
         }
         table += LYNX_HQ_RANK_HEADER;
     }
+    out->anchor_size = anchor == NULL ? 0 : (uint64_t)(anchor - out->anchor);
     out->params_size = params == NULL ? 0 : (uint64_t)(params - out->params);
     out->rank_size = ranks == NULL ? 0 : (uint64_t)(ranks - out->rank);
     return LYNX_OK;
@@ -440,7 +599,7 @@ static int64_t params_bytes(const uint8_t *header, int groups) {
     if (header[4] == RAW_PARAMS && header[5] == RAW_PARAMS) {
         return 4 * (int64_t)groups;
     }
-    if (header[4] > 15 || header[5] > 12) {
+    if (header[4] > 13 || header[5] > 12) {
         return -1;
     }
     return ((int64_t)groups * (header[4] + header[5]) + 7) / 8;
@@ -460,16 +619,39 @@ static int64_t ranks_bytes(const uint8_t *entry, const lynx_block *block) {
     return size < 2 * values ? size : -1;
 }
 
+/* Bytes of a block's anchor planes, or -1 for an entry of the fold table that says what cannot be. */
+static int64_t anchor_bytes(const uint8_t *entry, const lynx_block *block) {
+    const uint32_t flat = (uint32_t)block->octets * block->width_sum;
+    if (entry == NULL || load16(entry) == FLAT) {
+        return flat;
+    }
+    const uint32_t folded = flat - (uint32_t)block->octets * block->folded + load16(entry);
+    return folded < flat ? (int64_t)folded : -1;
+}
+
+static const uint8_t *fold_entry(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint64_t block) {
+    return tile->fold ? levels->fold_table + LYNX_HQ_FOLD_HEADER * block : NULL;
+}
+
 int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_hq_fault *fault) {
     *fault = (lynx_hq_fault){0};
-    if (tile_is_bad(tile) || levels->anchor == NULL || levels->param_headers == NULL) {
+    if (tile_is_bad(tile) || levels->anchor == NULL || levels->param_headers == NULL ||
+        (tile->fold && levels->fold_table == NULL)) {
         return LYNX_ERR_ARGUMENT;
     }
     const uint64_t blocks = count_blocks(tile);
-    uint64_t params = 0, ranks = 0;
+    uint64_t anchor = 0, params = 0, ranks = 0;
     lynx_block block = {0};
     measure_block(tile, &block);
     for (; block.index < blocks; next_block(tile, &block)) {
+        const int64_t planes = anchor_bytes(fold_entry(tile, levels, block.index), &block);
+        if (planes < 0) {
+            return fail(fault, LYNX_ERR_FOLD, 3, block.index, anchor);
+        }
+        anchor += (uint64_t)planes;
+        if (anchor > levels->anchor_size) {
+            return fail(fault, LYNX_ERR_TRUNCATED, 3, block.index, levels->anchor_size);
+        }
         const int64_t size = params_bytes(levels->param_headers + LYNX_HQ_PARAM_HEADER * block.index, block.groups);
         if (size < 0) {
             return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
@@ -489,6 +671,9 @@ int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_h
         if (ranks > levels->rank_size) {
             return fail(fault, LYNX_ERR_TRUNCATED, 2, block.index, levels->rank_size);
         }
+    }
+    if (anchor != levels->anchor_size) {
+        return fail(fault, LYNX_ERR_PADDED, 3, blocks, anchor);
     }
     if (params != levels->params_size) {
         return fail(fault, LYNX_ERR_PADDED, 0, blocks, params);
@@ -528,14 +713,20 @@ static bool read_params(const lynx_hq_tile *tile, const lynx_block *block, const
         }
     } else {
         uint32_t position = 0;
+        const uint32_t s_mask = (1u << s_bits) - 1, z_mask = (1u << z_bits) - 1;
         for (int g = 0; g < block->groups; g++, position += (uint32_t)bits) {
             const uint64_t field = load64(padded + position / 8) >> position % 8;
-            const int scale = s_low + (int)(field & ((1u << s_bits) - 1));
-            const int zero = z_low + (int)(field >> s_bits & ((1u << z_bits) - 1));
+            params->s[g] = (uint16_t)(field & s_mask);
+            params->z[g] = (int16_t)(field >> s_bits & z_mask);
+        }
+        int bad = 0;
+        for (int g = 0; g < block->groups; g++) { /* apart, for vectors */
+            const int scale = s_low + SCALE_UNIT * params->s[g], zero = z_low + params->z[g];
+            bad |= (scale < least) | (scale > largest) | (zero < -MAX_ZERO_POINT) | (zero > MAX_ZERO_POINT);
             params->s[g] = (uint16_t)scale;
             params->z[g] = (int16_t)zero;
-            good &= (scale >= least) & (scale <= largest) & (zero >= -MAX_ZERO_POINT) & (zero <= MAX_ZERO_POINT);
         }
+        good = bad == 0;
     }
     derive(&s->planes, full, params);
     return good;
@@ -571,18 +762,26 @@ static void write_constants(int part, const lynx_block *block, const lynx_params
     }
 }
 
+/* Bytes that the next block is likely to need. Hardware follows one page at a time, and a block's sections are short. */
+static void prefetch(const uint8_t *p, uint64_t size) {
+    for (uint64_t i = 0; i < size; i += 64) {
+        __builtin_prefetch(p + i);
+    }
+}
+
 int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint16_t *words, ptrdiff_t head_stride,
                    ptrdiff_t token_stride, uint64_t first, uint64_t last, void *scratch, lynx_hq_fault *fault) {
     *fault = (lynx_hq_fault){0};
     if (tile_is_bad(tile) || first > last || last > count_blocks(tile) || levels->anchor == NULL ||
-        levels->param_headers == NULL || (levels->rank_table != NULL && levels->rest == NULL)) {
+        levels->param_headers == NULL || (levels->rank_table != NULL && levels->rest == NULL) ||
+        (tile->fold && levels->fold_table == NULL)) {
         return LYNX_ERR_ARGUMENT;
     }
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = aligned(scratch);
     s->planes_head = UINT32_MAX;
     memset(&s->streams, 0, sizeof s->streams);
-    const uint8_t *anchor = levels->anchor, *rest = levels->rest;
+    const uint8_t *anchor = levels->anchor, *rest = levels->rest, *anchor_end = anchor + levels->anchor_size;
     uint64_t params = 0, ranks = 0;
     lynx_block block = {0};
     measure_block(tile, &block);
@@ -590,10 +789,14 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
         const uint8_t *header = levels->param_headers + LYNX_HQ_PARAM_HEADER * block.index;
         const uint8_t *entry =
             levels->rank_table == NULL ? NULL : levels->rank_table + LYNX_HQ_RANK_HEADER * block.index;
-        const uint32_t anchor_size = (uint32_t)block.octets * block.width_sum;
+        const uint8_t *folding = fold_entry(tile, levels, block.index);
+        const int64_t anchor_size = anchor_bytes(folding, &block);
         const uint32_t rest_size = (uint32_t)block.octets * (8u * (uint32_t)block.channels - block.width_sum);
         const int64_t params_size = params_bytes(header, block.groups);
         const int64_t ranks_size = entry == NULL ? 0 : ranks_bytes(entry, &block);
+        if (anchor_size < 0 || (uint64_t)(anchor - levels->anchor) + (uint64_t)anchor_size > levels->anchor_size) {
+            return fail(fault, LYNX_ERR_FOLD, 3, block.index, (uint64_t)(anchor - levels->anchor));
+        }
         if (params_size < 0 || params + (uint64_t)params_size > levels->params_size) {
             return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
         }
@@ -615,15 +818,30 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                     }
                 }
             } else {
-                const bool padded = block.channels < ROW;
-                uint16_t *to = padded ? s->words : rows;
-                const ptrdiff_t stride = padded ? ROW : token_stride;
+                const bool moved = block.channels < ROW || s->shifted;
+                uint16_t *to = moved ? s->words : rows;
+                const ptrdiff_t stride = moved ? ROW : token_stride;
                 const uint8_t *in_anchor = anchor, *in_rest = rest;
-                if (!s->planes.uniform) { /* kernels read beyond the end */
-                    in_anchor = memcpy(s->anchor, anchor, anchor_size);
-                    in_rest = rest == NULL ? NULL : memcpy(s->rest, rest, rest_size);
+                const bool folded = folding != NULL && load16(folding) != FLAT;
+                if (folded) {
+                    memcpy(s->folded, anchor, (size_t)anchor_size);
+                    memset(s->folded + anchor_size, 0, SLACK);
+                    if (!kernels->unfold(&s->planes, s->folded, load16(folding), block.tokens, s->anchor)) {
+                        return fail(fault, LYNX_ERR_FOLD, 3, block.index, (uint64_t)(anchor - levels->anchor));
+                    }
+                    in_anchor = s->anchor;
+                } else if (!s->planes.uniform && anchor_end - anchor < anchor_size + SLACK) {
+                    in_anchor = memcpy(s->anchor, anchor, (size_t)anchor_size); /* kernels read beyond the end */
+                }
+                if (!s->planes.uniform && rest != NULL) {
+                    in_rest = memcpy(s->rest, rest, rest_size);
                 }
                 kernels->unpack(&s->planes, in_anchor, in_rest, block.tokens, s->codes);
+                if (folded) {
+                    int16_t zeros[ROW];
+                    kernels->uncentre(&s->planes, zeros_of(tile->part, &s->planes, &s->params, zeros), block.tokens,
+                                      s->codes);
+                }
                 if (rest != NULL &&
                     !kernels->check(tile->part, s->codes, block.tokens, &s->planes)) {
                     return fail(fault, LYNX_ERR_CODE, 1, block.index, (uint64_t)(rest - levels->rest));
@@ -631,6 +849,9 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                 if (entry == NULL) {
                     kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, to, stride);
                 } else {
+                    prefetch(anchor + anchor_size, (uint64_t)anchor_size);
+                    prefetch(rest + rest_size, rest_size);
+                    prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
                     read_ranks(entry, levels->rank + ranks, &s->streams);
                     const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
                     if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,
@@ -639,13 +860,18 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                         return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
                     }
                 }
-                if (padded) {
+                if (s->params.constant != 0) {
+                    write_constants(tile->part, &block, &s->params, to, stride);
+                }
+                if (s->shifted) {
+                    uint16_t *rescaled = block.channels < ROW ? s->words : rows;
+                    kernels->rescale(s->unshifts, s->words, ROW, block.tokens, rescaled,
+                                     block.channels < ROW ? ROW : token_stride);
+                }
+                if (block.channels < ROW) {
                     for (int t = 0; t < block.tokens; t++) {
                         memcpy(rows + t * token_stride, s->words + t * ROW, 2 * (size_t)block.channels);
                     }
-                }
-                if (s->params.constant != 0) {
-                    write_constants(tile->part, &block, &s->params, rows, token_stride);
                 }
             }
         }

@@ -35,6 +35,9 @@ typedef struct {
     float steps[ROW];            /* R */
     int16_t full[ROW], base[ROW]; /* o, and the anchor's lowest integer */
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
+    int folded;                  /* channels whose top planes fold */
+    uint8_t fold_three[ROW], fold_two[ROW]; /* 255 for such channels of 3 bits and more, or of 2 bits; else 0 */
+    int16_t bias[ROW];           /* how far a value channel's centre lies from the token's, in codes */
 } lynx_planes;
 
 /* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
@@ -72,9 +75,9 @@ typedef struct {
     void (*quantise)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
                      const lynx_params *params, uint8_t *codes);
     /* Either section may be null. Rows of codes up to the next multiple of 8 must be zeros. Unless the planes are
-     * uniform, a section may be written up to 16 bytes beyond its end. */
+     * uniform, a section may be written up to 64 bytes beyond its end. */
     void (*pack)(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest);
-    /* Bytes of codes; planes of `rest` null are zeros. Unless the planes are uniform, a section may be read up to 16
+    /* Bytes of codes; planes of `rest` null are zeros. Unless the planes are uniform, a section may be read up to 64
      * bytes beyond its end. */
     void (*unpack)(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
     /* Whether all codes are valid. */
@@ -86,6 +89,19 @@ typedef struct {
                  int channels, const lynx_params *params, lynx_streams *streams);
     int (*unrank)(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, uint16_t *rows, ptrdiff_t stride);
+    /* Codes with their top bits replaced by their place around a centre, in folded channels, and back in place. `zeros`:
+     * z + o of each token; null: centres by the token before. Rows of `centred` up to the next multiple of 8 are zeros. */
+    void (*centre)(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred);
+    void (*uncentre)(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes);
+    /* The anchor section of a block of centred codes in folded form. Returns the bytes of its streams; up to
+     * SLACK bytes beyond are zeros. */
+    uint32_t (*fold)(const lynx_planes *planes, const uint8_t *flat, int tokens, uint8_t *folded);
+    /* The reverse. `streams` is the size of the streams, SLACK readable bytes follow; false if the planes call for another. */
+    bool (*unfold)(const lynx_planes *planes, const uint8_t *folded, uint32_t streams, int tokens, uint8_t *flat);
+    /* Words of 64 channels divided by 2^e (`shifts`: e in units of the word's last place), or multiplied by it with the
+     * signs of `shifts` reversed. bfloat16. */
+    void (*rescale)(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
+                    ptrdiff_t out_stride);
     /* An upper bound on the bits of level 2, cheap. Null where there is none. */
     uint64_t (*rank_bound)(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
 
@@ -94,9 +110,23 @@ typedef struct {
     void (*unpack_row)(int word_bytes, const uint8_t *const *planes, size_t count, void *words);
 } lynx_kernels;
 
+/* Words that rescaling moves round: magnitude words from 2^-111 up to those that are special. */
+#define RESCALE_FIRST 0x0800
+#define RESCALE_COUNT (0x7e80 - RESCALE_FIRST)
+
+/* An octet's sections: where planes 1 and 2 and the others start in its flat form, and plane 1 and the others folded. */
+typedef struct {
+    int second, third, rest, folded_second, folded_rest, size, folded_size;
+} fold_layout;
+
+/* Largest folded form of a block: the flat one, and D2 and D3 with a bit for each value in place of plane 2. */
+#define FOLDED_MAX (9 * 8 * ROW)
+
 extern const lynx_kernels lynx_scalar;
 #if defined(__x86_64__)
-extern const lynx_kernels lynx_avx2;
+extern const lynx_kernels lynx_avx2, lynx_avx512;
+#elif defined(__aarch64__)
+extern const lynx_kernels lynx_neon;
 #endif
 
 const lynx_kernels *lynx_current(void);

@@ -27,7 +27,7 @@ static inline void choose_as(int dtype, const lynx_planes *restrict planes, cons
         const float largest = word_value(dtype, from_ordered(high[g]));
         const float below = least < 0 ? -least : least, above = largest < 0 ? -largest : largest;
         const float wide = (largest - least) / planes->steps[g], far = (below > above ? below : above) * 0x1p-10f;
-        const uint32_t rounded = (float_bits(wide > far ? wide : far) + 0xffffu) >> 16;
+        const uint32_t rounded = (float_bits(wide > far ? wide : far) + 0x3ffffu) >> 18 << 2;
         const uint32_t floor_word = LYNX_DTYPES[dtype].least;
         const uint32_t word = rounded > floor_word ? rounded : floor_word;
         const float inverse = 1.0f / bits_float(word << 16) * (1.0f + 0x1.8p-22f);

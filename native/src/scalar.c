@@ -3,6 +3,27 @@
 #include "params.h"
 #include "words.h"
 
+static inline uint64_t compress64(uint64_t x, uint64_t mask) {
+    uint64_t out = 0;
+    for (int n = 0; mask != 0; mask &= mask - 1, n++) {
+        out |= (uint64_t)((x & mask & (0 - mask)) != 0) << n;
+    }
+    return out;
+}
+
+static inline uint64_t expand64(uint64_t x, uint64_t mask) {
+    uint64_t out = 0;
+    for (; mask != 0; mask &= mask - 1, x >>= 1) {
+        out |= (x & 1) * (mask & (0 - mask));
+    }
+    return out;
+}
+
+#define COMPRESS64 compress64
+#define EXPAND64 expand64
+#define POPCOUNT64 __builtin_popcountll
+#include "fold.h"
+
 static inline int group_of(int part, int token, int channel) {
     return part == LYNX_KEY ? channel : token;
 }
@@ -270,6 +291,11 @@ const lynx_kernels lynx_scalar = {
     .quantise = quantise,
     .pack = pack,
     .unpack = unpack,
+    .centre = centre,
+    .uncentre = uncentre,
+    .fold = fold,
+    .unfold = unfold,
+    .rescale = rescale,
     .check = check,
     .dequantise = dequantise,
     .rank = rank,

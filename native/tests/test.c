@@ -14,6 +14,15 @@
 
 static uint64_t state = 88172645463325252ull;
 
+/* Of all bytes made and words decoded: the same on every instruction set and architecture. */
+static uint64_t digest;
+
+static void digest_bytes(const void *p, uint64_t n) { /* FNV-1a */
+    for (uint64_t i = 0; i < n; i++) {
+        digest = (digest ^ ((const uint8_t *)p)[i]) * 0x100000001b3ull;
+    }
+}
+
 static uint32_t draw(uint32_t below) {
     state ^= state << 13;
     state ^= state >> 7;
@@ -39,78 +48,79 @@ static void *copy(const void *from, uint64_t n) {
     return memcpy(bytes(n), from, (size_t)n);
 }
 
+enum { ANCHOR, HEADERS, PARAMS, REST, RANK_TABLE, RANKS, FOLD_TABLE, SECTIONS };
+
 typedef struct {
-    uint8_t *section[6]; /* anchor, headers, parameters, rest, rank table, ranks */
-    uint64_t size[6];
+    uint8_t *section[SECTIONS];
+    uint64_t size[SECTIONS];
 } encoded;
 
+static bool is_variable(int section) {
+    return section == ANCHOR || section == PARAMS || section == RANKS;
+}
+
 static lynx_hq_levels levels_of(const encoded *e, int count) {
-    lynx_hq_levels levels = {.anchor = e->section[0],
-                             .param_headers = e->section[1],
-                             .params = e->section[2],
-                             .rest = count > 1 ? e->section[3] : NULL,
-                             .rank_table = count > 2 ? e->section[4] : NULL,
-                             .rank = e->section[5],
-                             .params_size = e->size[2],
-                             .rank_size = e->size[5]};
+    lynx_hq_levels levels = {.fold_table = e->section[FOLD_TABLE],
+                             .anchor = e->section[ANCHOR],
+                             .param_headers = e->section[HEADERS],
+                             .params = e->section[PARAMS],
+                             .rest = count > 1 ? e->section[REST] : NULL,
+                             .rank_table = count > 2 ? e->section[RANK_TABLE] : NULL,
+                             .rank = e->section[RANKS],
+                             .anchor_size = e->size[ANCHOR],
+                             .params_size = e->size[PARAMS],
+                             .rank_size = e->size[RANKS]};
     return levels;
 }
 
+/* In two ranges, as threads do; the second first. */
 static encoded encode(const lynx_hq_tile *tile, const uint16_t *words, uint64_t cut, void *scratch) {
-    lynx_hq_sizes all, before, after;
+    lynx_hq_sizes all;
     CHECK(lynx_hq_measure(tile, &all) == LYNX_OK);
-    cut %= all.blocks + 1;
-    CHECK(lynx_hq_measure_range(tile, 0, cut, &before) == LYNX_OK);
-    CHECK(lynx_hq_measure_range(tile, cut, all.blocks, &after) == LYNX_OK);
-    CHECK(before.anchor + after.anchor == all.anchor && before.rest + after.rest == all.rest);
-    encoded e = {.size = {all.anchor, LYNX_HQ_PARAM_HEADER * all.blocks, 0, all.rest, LYNX_HQ_RANK_HEADER * all.blocks, 0}};
-    for (int i = 0; i < 6; i++) {
-        e.section[i] = bytes(i == 2 ? all.max_params : i == 5 ? all.max_rank : e.size[i]);
-    }
+    const uint64_t cuts[3] = {0, cut % (all.blocks + 1), all.blocks};
     const ptrdiff_t token_stride = tile->head_dim, head_stride = token_stride * (ptrdiff_t)tile->tokens;
-    /* In two ranges, as threads do; the second first. */
+    encoded parts[2];
     for (int part = 1; part >= 0; part--) {
-        const lynx_hq_sizes *own = part == 0 ? &before : &after;
-        uint8_t *params = bytes(own->max_params), *rank = bytes(own->max_rank);
-        lynx_hq_encoded out = {.anchor = e.section[0] + (part ? before.anchor : 0),
-                               .param_headers = e.section[1] + (part ? LYNX_HQ_PARAM_HEADER * cut : 0),
-                               .params = params,
-                               .rest = e.section[3] + (part ? before.rest : 0),
-                               .rank_table = e.section[4] + (part ? LYNX_HQ_RANK_HEADER * cut : 0),
-                               .rank = rank};
-        CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, part ? cut : 0, part ? all.blocks : cut, &out,
-                             scratch) == LYNX_OK);
-        lynx_hq_encoded bound = {.wants_rank_bound = 1};
-        CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, part ? cut : 0, part ? all.blocks : cut, &bound,
-                             scratch) == LYNX_OK);
-        CHECK(bound.rank_bound >= out.rank_bound);
-        CHECK(out.rank_bound == out.rank_size + LYNX_HQ_RANK_HEADER * own->blocks);
-        if (part == 1) {
-            e.size[2] = out.params_size;
-            e.size[5] = out.rank_size;
-            memcpy(e.section[2], params, out.params_size);
-            memcpy(e.section[5], rank, out.rank_size);
-        } else {
-            memmove(e.section[2] + out.params_size, e.section[2], e.size[2]);
-            memmove(e.section[5] + out.rank_size, e.section[5], e.size[5]);
-            memcpy(e.section[2], params, out.params_size);
-            memcpy(e.section[5], rank, out.rank_size);
-            e.size[2] += out.params_size;
-            e.size[5] += out.rank_size;
+        lynx_hq_sizes own;
+        CHECK(lynx_hq_measure_range(tile, cuts[part], cuts[part + 1], &own) == LYNX_OK);
+        encoded *e = &parts[part];
+        *e = (encoded){.size = {own.anchor, LYNX_HQ_PARAM_HEADER * own.blocks, own.max_params, own.rest,
+                                LYNX_HQ_RANK_HEADER * own.blocks, own.max_rank,
+                                tile->fold ? LYNX_HQ_FOLD_HEADER * own.blocks : 0}};
+        for (int i = 0; i < SECTIONS; i++) {
+            e->section[i] = bytes(e->size[i]);
         }
-        free(params);
-        free(rank);
+        lynx_hq_encoded out = {.fold_table = e->section[FOLD_TABLE],
+                               .anchor = e->section[ANCHOR],
+                               .param_headers = e->section[HEADERS],
+                               .params = e->section[PARAMS],
+                               .rest = e->section[REST],
+                               .rank_table = e->section[RANK_TABLE],
+                               .rank = e->section[RANKS]};
+        CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, cuts[part], cuts[part + 1], &out, scratch) == LYNX_OK);
+        lynx_hq_encoded bound = {.wants_rank_bound = 1};
+        CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, cuts[part], cuts[part + 1], &bound, scratch) == LYNX_OK);
+        CHECK(bound.rank_bound >= out.rank_bound);
+        CHECK(out.rank_bound == out.rank_size + LYNX_HQ_RANK_HEADER * own.blocks);
+        CHECK(out.anchor_size <= e->size[ANCHOR] && (tile->fold || out.anchor_size == e->size[ANCHOR]));
+        e->size[ANCHOR] = out.anchor_size;
+        e->size[PARAMS] = out.params_size;
+        e->size[RANKS] = out.rank_size;
     }
-    for (int i = 0; i < 6; i++) {
-        uint8_t *exact = copy(e.section[i], e.size[i]);
-        free(e.section[i]);
-        e.section[i] = exact;
+    encoded joined;
+    for (int i = 0; i < SECTIONS; i++) {
+        joined.size[i] = parts[0].size[i] + parts[1].size[i];
+        joined.section[i] = bytes(joined.size[i]);
+        memcpy(joined.section[i], parts[0].section[i], parts[0].size[i]);
+        memcpy(joined.section[i] + parts[0].size[i], parts[1].section[i], parts[1].size[i]);
+        free(parts[0].section[i]);
+        free(parts[1].section[i]);
     }
-    return e;
+    return joined;
 }
 
 static void release(encoded *e) {
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < SECTIONS; i++) {
         free(e->section[i]);
     }
 }
@@ -150,7 +160,7 @@ static void flush_to_zero(const lynx_hq_tile *tile, const encoded *plain, const 
     const uint32_t before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);
     encoded e = encode(tile, words, 0, scratch);
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < SECTIONS; i++) {
         CHECK(e.size[i] == plain->size[i] && memcmp(e.section[i], plain->section[i], (size_t)e.size[i]) == 0);
     }
     const uint64_t values = (uint64_t)tile->heads * tile->tokens * tile->head_dim;
@@ -191,11 +201,19 @@ static void hq(int isa, int round, void *scratch) {
     const uint32_t heads = 1 + draw(2), tokens = TOKENS[draw(6)], dim = DIMS[draw(7)];
     const uint64_t values = (uint64_t)heads * tokens * dim;
     uint8_t *widths = bytes((uint64_t)heads * dim);
-    lynx_hq_tile tile = {(int32_t)draw(2), (int32_t)draw(2), heads, tokens, dim, widths};
+    int8_t *exponents = bytes((uint64_t)heads * dim);
+    lynx_hq_tile tile = {(int32_t)draw(2), (int32_t)draw(2), heads, tokens, dim, widths, NULL, NULL, (int32_t)draw(2)};
     const bool mixed = tile.part == LYNX_KEY && draw(2);
     const uint8_t width = (uint8_t)draw(9);
     for (uint32_t i = 0; i < heads * dim; i++) {
         widths[i] = mixed ? (uint8_t)draw(9) : width;
+    }
+    if (tile.dtype == LYNX_BFLOAT16 && draw(2)) {
+        for (uint32_t i = 0; i < heads * dim; i++) {
+            exponents[i] = (int8_t)((int)draw(16) - 8);
+        }
+        tile.exponents = exponents;
+        tile.biases = draw(2) ? exponents : NULL; /* any numbers do */
     }
     uint16_t *words = bytes(2 * values), *out = bytes(2 * values), *other = bytes(2 * values);
     const int kind = round % 6;
@@ -207,7 +225,7 @@ static void hq(int isa, int round, void *scratch) {
     encoded plain = encode(&tile, words, cut, scratch);
     CHECK(lynx_isa_select(isa) == LYNX_OK);
     encoded e = encode(&tile, words, cut, scratch);
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < SECTIONS; i++) {
         CHECK(e.size[i] == plain.size[i] && memcmp(e.section[i], plain.section[i], (size_t)e.size[i]) == 0);
     }
     for (int count = 1; count <= 3; count++) {
@@ -216,14 +234,18 @@ static void hq(int isa, int round, void *scratch) {
         CHECK(lynx_isa_select(isa) == LYNX_OK);
         CHECK(decode(&tile, &e, count, out, scratch) == LYNX_OK);
         CHECK(memcmp(out, other, 2 * (size_t)values) == 0);
+        digest_bytes(out, 2 * values);
     }
     CHECK(memcmp(out, words, 2 * (size_t)values) == 0);
+    for (int i = 0; i < SECTIONS; i++) {
+        digest_bytes(e.section[i], e.size[i]);
+    }
     flush_to_zero(&tile, &plain, words, out, scratch);
     for (int mutation = 0; mutation < 12; mutation++) {
         encoded bad = plain;
-        for (int i = 0; i < 6; i++) {
+        for (int i = 0; i < SECTIONS; i++) {
             uint64_t size = plain.size[i];
-            if (draw(8) == 0 && (i == 2 || i == 5)) { /* the other sections' sizes follow from the tile */
+            if (draw(8) == 0 && is_variable(i)) { /* the other sections' sizes follow from the tile */
                 size = draw((uint32_t)size + 1);
             }
             bad.section[i] = copy(plain.section[i], size);
@@ -244,6 +266,7 @@ static void hq(int isa, int round, void *scratch) {
     release(&plain);
     release(&e);
     free(widths);
+    free(exponents);
     free(words);
     free(out);
     free(other);
@@ -289,18 +312,23 @@ int main(int argc, char **argv) {
     CHECK(lynx_abi_version() == LYNX_ABI_VERSION);
     CHECK(lynx_isa_select(99) == LYNX_ERR_ARGUMENT);
     quantiser();
+    const uint64_t seed = state;
+    uint64_t first = 0;
     int tested = 0;
     for (int isa = LYNX_ISA_SCALAR; isa <= LYNX_ISA_NEON; isa++) {
         if (lynx_isa_select(isa) != LYNX_OK) {
             continue;
         }
-        tested++;
+        state = seed;
+        digest = 0xcbf29ce484222325ull;
         for (int round = 0; round < rounds; round++) {
             hq(isa, round, scratch);
             bitplane(isa);
         }
+        first = tested++ == 0 ? digest : first;
+        CHECK(digest == first);
     }
     free(scratch);
-    printf("ok: %d rounds on %d instruction set(s)\n", rounds, tested);
+    printf("ok: %d rounds on %d instruction set(s); digest:\n%016llx\n", rounds, tested, (unsigned long long)first);
     return 0;
 }

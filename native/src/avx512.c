@@ -1,0 +1,788 @@
+/* AVX-512 kernels (F, BW, DQ, VL, VBMI, VBMI2: Ice Lake, Zen 4 and later). The same bytes as scalar.c; the comments
+ * there say what is computed, here only how. A row of 64 codes is one register, a row of words two.
+ *
+ * k * s is computed as code * s - offset * s with one fused multiply-add: both products and the result are exact. */
+#include "isa.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,f16c,lzcnt"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,f16c,lzcnt,prefer-vector-width=512")
+#endif
+
+#include <immintrin.h>
+
+#include "params.h"
+#include "words.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE __m512i load(const void *p) {
+    return _mm512_loadu_si512(p);
+}
+
+INLINE void store(void *p, __m512i v) {
+    _mm512_storeu_si512(p, v);
+}
+
+/* --- folding: the bytes of folded channels, by expanding and compressing whole planes -------------------------- */
+
+typedef struct {
+    __mmask64 two, three, any, folded; /* channels of 2 bits and of more that fold; of 1 bit or more; both that fold */
+} fold_masks;
+
+INLINE fold_masks fold_masks_of(const lynx_planes *planes) {
+    const __mmask64 two = _mm512_movepi8_mask(load(planes->fold_two));
+    const __mmask64 three = _mm512_movepi8_mask(load(planes->fold_three));
+    const __mmask64 one = _mm512_cmpeq_epi8_mask(load(planes->widths), _mm512_set1_epi8(1));
+    return (fold_masks){two, three, one | two | three, two | three};
+}
+
+INLINE __m512i expanded(__mmask64 mask, const uint8_t *in) {
+    return _mm512_maskz_expand_epi8(mask, load(in));
+}
+
+INLINE void compressed(__mmask64 mask, __m512i v, uint8_t *out) { /* writes no byte more */
+    const uint64_t count = (uint64_t)_mm_popcnt_u64(mask);
+    _mm512_mask_storeu_epi8(out, _bzhi_u64(~0ull, (uint32_t)count), _mm512_maskz_compress_epi8(mask, v));
+}
+
+INLINE void gather_top(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet, uint8_t top[3][ROW]) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i first = expanded(m.any, octet), second = expanded(m.folded, octet + at->second);
+    const __m512i third = expanded(m.three, octet + at->third);
+    store(top[0], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(first, m.two, _mm512_set1_epi8(-1))));
+    store(top[1], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(second, m.two, first)));
+    store(top[2], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(third, m.two, second)));
+}
+
+INLINE void scatter_top(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW], uint8_t *octet) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i sign = expanded(m.folded, top[0]), high = expanded(m.folded, top[1]), low = expanded(m.folded, top[2]);
+    const __m512i singles = expanded(m.any, octet);
+    compressed(m.any, _mm512_mask_mov_epi8(_mm512_mask_mov_epi8(singles, m.two, high), m.three, sign), octet);
+    compressed(m.folded, _mm512_mask_mov_epi8(low, m.three, high), octet + at->second);
+    compressed(m.three, low, octet + at->third);
+}
+
+INLINE void gather_folded(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet,
+                          uint8_t top[2][ROW]) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i first = expanded(m.any, octet), second = expanded(m.three, octet + at->folded_second);
+    store(top[0], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(first, m.two, _mm512_set1_epi8(-1))));
+    store(top[1], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(second, m.two, first)));
+}
+
+INLINE void scatter_folded(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW], const uint8_t *flat,
+                           uint8_t *octet) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i sign = expanded(m.folded, top[0]), moved = expanded(m.folded, top[1]);
+    const __m512i singles = expanded(m.any, flat);
+    compressed(m.any, _mm512_mask_mov_epi8(_mm512_mask_mov_epi8(singles, m.two, moved), m.three, sign), octet);
+    compressed(m.three, moved, octet + at->folded_second);
+}
+
+INLINE void copy_singles(const lynx_planes *planes, const uint8_t *octet, uint8_t *flat) {
+    const __mmask64 any = fold_masks_of(planes).any; /* what is not of a single bit is overwritten */
+    compressed(any, expanded(any, octet), flat);
+}
+
+/* (centre - 4) * 32 of 64 codes, modulo 256: by the codes before, or by a token's zero point and the channels' biases. */
+INLINE __m512i from_middle(const int16_t *zero, const __m512i *bias, __m512i before) {
+    const __m512i least = _mm512_set1_epi16(1), most = _mm512_set1_epi16(7);
+    __m512i from; /* centres less 2 */
+    if (zero == NULL) {
+        const __m512i top = _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(7));
+        from = _mm512_avg_epu8(top, _mm512_setzero_si512());
+    } else {
+        __m256i half[2];
+        for (int i = 0; i < 2; i++) {
+            const __m512i at = _mm512_add_epi16(bias[i], _mm512_set1_epi16((int16_t)(*zero + 16)));
+            const __m512i middle = _mm512_min_epi16(_mm512_max_epi16(_mm512_srai_epi16(at, 5), least), most);
+            half[i] = _mm512_cvtepi16_epi8(_mm512_sub_epi16(middle, _mm512_set1_epi16(2)));
+        }
+        from = _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1), _mm512_set1_epi8(7));
+    }
+    return _mm512_sub_epi8(_mm512_slli_epi16(from, 5), _mm512_set1_epi8(64));
+}
+
+/* Codes with their two top bits replaced by what `table` has for them: 4 entries by the code before, of either half. */
+INLINE __m512i replaced_two(__m512i code, __m512i before, __m128i table) {
+    const __m512i index = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(code, 6), _mm512_set1_epi8(3)),
+                                          _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(4)));
+    const __m512i top = _mm512_slli_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index), 6);
+    return _mm512_or_si512(_mm512_and_si512(code, _mm512_set1_epi8(63)), top);
+}
+
+static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i bias[2] = {load(planes->bias), load(planes->bias + 32)};
+    const __m128i ranks = _mm_setr_epi8(2, 0, 1, 3, 3, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
+    for (int t = 0; t < tokens; t++, codes += ROW, centred += ROW) {
+        const __m512i code = load(codes), moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
+        const __m512i three = _mm512_mask_sub_epi8(code, m.three, code, moved);
+        store(centred, _mm512_mask_mov_epi8(three, m.two, replaced_two(code, before, ranks)));
+        before = code;
+    }
+    memset(centred, 0, (size_t)(-tokens & 7) * ROW);
+}
+
+static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes) {
+    const fold_masks m = fold_masks_of(planes);
+    const __m512i bias[2] = {load(planes->bias), load(planes->bias + 32)};
+    const __m128i unranked = _mm_setr_epi8(1, 2, 0, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
+    for (int t = 0; t < tokens; t++, codes += ROW) {
+        const __m512i code = load(codes), moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
+        const __m512i three = _mm512_mask_add_epi8(code, m.three, code, moved);
+        before = _mm512_mask_mov_epi8(three, m.two, replaced_two(code, before, unranked));
+        store(codes, before);
+    }
+}
+
+#define FOLD_BYTES
+#define FOLD_CENTRES
+#define COMPRESS64 _pext_u64
+#define EXPAND64 _pdep_u64
+#define POPCOUNT64 __builtin_popcountll
+#include "fold.h"
+
+INLINE __m512i ordered16(__m512i w) {
+    return _mm512_ternarylogic_epi64(w, _mm512_srai_epi16(w, 15), _mm512_set1_epi16(0x7fff), 0x78); /* x ^ (y & z) */
+}
+
+/* The least of a and b, of which the halves in even and odd positions of `unit` bits are combined: a's results take
+ * the even positions, b's the odd ones. */
+#define FOLD(unpack_low, unpack_high, a, b) _mm512_min_epi16(unpack_low(a, b), unpack_high(a, b))
+
+INLINE __m512i low_halves(__m512i a, __m512i b) {
+    return _mm512_shuffle_i64x2(a, b, 0x44);
+}
+
+INLINE __m512i high_halves(__m512i a, __m512i b) {
+    return _mm512_shuffle_i64x2(a, b, 0xee);
+}
+
+INLINE __m512i even_quarters(__m512i a, __m512i b) {
+    return _mm512_shuffle_i64x2(a, b, 0x88);
+}
+
+INLINE __m512i odd_quarters(__m512i a, __m512i b) {
+    return _mm512_shuffle_i64x2(a, b, 0xdd);
+}
+
+static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
+    if (part == LYNX_KEY) {
+        __m512i least[2], largest[2];
+        for (int i = 0; i < 2; i++) {
+            least[i] = largest[i] = ordered16(load(rows + 32 * i));
+        }
+        for (int t = 1; t < tokens; t++) {
+            for (int i = 0; i < 2; i++) {
+                const __m512i o = ordered16(load(rows + t * stride + 32 * i));
+                least[i] = _mm512_min_epi16(least[i], o);
+                largest[i] = _mm512_max_epi16(largest[i], o);
+            }
+        }
+        for (int i = 0; i < 2; i++) {
+            store(low + 32 * i, least[i]);
+            store(high + 32 * i, largest[i]);
+        }
+        return;
+    }
+    for (int first = 0; first < tokens; first += 8) {
+        __m512i r[8]; /* least words in the lower half, complements of the largest in the upper */
+        for (int j = 0; j < 8; j++) {
+            const int t = first + j < tokens ? first + j : tokens - 1;
+            const __m512i a = ordered16(load(rows + t * stride)), b = ordered16(load(rows + t * stride + 32));
+            const __m512i largest = _mm512_max_epi16(a, b);
+            r[j] = FOLD(low_halves, high_halves, _mm512_min_epi16(a, b), _mm512_xor_si512(largest, _mm512_set1_epi32(-1)));
+        }
+        for (int j = 0; j < 4; j++) { /* quarters: least and largest of token 2j, of 2j + 1 */
+            r[j] = FOLD(even_quarters, odd_quarters, r[2 * j], r[2 * j + 1]);
+        }
+        for (int j = 0; j < 2; j++) { /* 64-bit units of tokens 4j and 4j + 2, or 4j + 1 and 4j + 3 */
+            r[j] = FOLD(_mm512_unpacklo_epi64, _mm512_unpackhi_epi64, r[2 * j], r[2 * j + 1]);
+        }
+        /* 32-bit units of tokens 0, 4, 2, 6, or 1, 5, 3, 7 */
+        r[0] = FOLD(_mm512_unpacklo_epi32, _mm512_unpackhi_epi32, _mm512_shuffle_epi32(r[0], _MM_PERM_DBCA),
+                    _mm512_shuffle_epi32(r[1], _MM_PERM_DBCA));
+        const __m512i both = _mm512_min_epi16(r[0], _mm512_srli_epi32(r[0], 16));
+        const __m512i order = _mm512_setr_epi32(0, 8, 2, 10, 1, 9, 3, 11, 4, 12, 6, 14, 5, 13, 7, 15);
+        const __m256i result = _mm512_cvtepi32_epi16(_mm512_permutexvar_epi32(order, both));
+        const __m128i largest = _mm_xor_si128(_mm256_extracti128_si256(result, 1), _mm_set1_epi32(-1));
+        _mm_storeu_si128((__m128i *)(low + first), _mm256_castsi256_si128(result));
+        _mm_storeu_si128((__m128i *)(high + first), largest);
+    }
+}
+
+static void choose(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params) {
+    if (dtype == LYNX_BFLOAT16) {
+        choose_as(LYNX_BFLOAT16, planes, low, high, params);
+    } else {
+        choose_as(LYNX_FLOAT16, planes, low, high, params);
+    }
+}
+
+/* Of 32-bit lanes of a, then b: the upper or lower halves. */
+INLINE __m512i upper_words(__m512i a, __m512i b) {
+    const __m512i odd = _mm512_add_epi16(_mm512_slli_epi16(_mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 1), _mm512_set1_epi16(1));
+    return _mm512_permutex2var_epi16(a, odd, b);
+}
+
+INLINE __m512i lower_bytes(__m512i a, __m512i b) {
+    const __m512i first = _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88, 86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutex2var_epi8(a, first, b);
+}
+
+/* A float of each even, or each odd 16-bit lane. */
+INLINE void even_odd(const float *in, __m512 *even, __m512 *odd) {
+    const __m512i first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 a = _mm512_loadu_ps(in), b = _mm512_loadu_ps(in + 16);
+    *even = _mm512_permutex2var_ps(a, first, b);
+    *odd = _mm512_permutex2var_ps(a, _mm512_or_si512(first, _mm512_set1_epi32(1)), b);
+}
+
+INLINE __m512i rounded(__m512 magnitude, __m512 inverse) {
+    return _mm512_cvttps_epi32(_mm512_fmadd_ps(magnitude, inverse, _mm512_set1_ps(0.5f)));
+}
+
+INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
+                        const lynx_params *params, uint8_t *codes) {
+    __m512 inverse[2][2];
+    __m512i offset[2];
+    for (int i = 0; i < 2; i++) {
+        even_odd(params->inverse + 32 * i, &inverse[i][0], &inverse[i][1]);
+        offset[i] = load(params->offset + 32 * i);
+    }
+    for (int t = 0; t < tokens; t++) {
+        if (part == LYNX_VALUE) {
+            inverse[0][0] = inverse[0][1] = inverse[1][0] = inverse[1][1] = _mm512_set1_ps(params->inverse[t]);
+            offset[0] = offset[1] = _mm512_set1_epi16(params->offset[t]);
+        }
+        __m512i code[2];
+        for (int i = 0; i < 2; i++) {
+            const __m512i words = load(rows + t * stride + 32 * i);
+            __m512i even, odd;
+            if (dtype == LYNX_BFLOAT16) {
+                const __m512i magnitude = _mm512_set1_epi32(0x7fff0000);
+                even = _mm512_and_si512(_mm512_slli_epi32(words, 16), magnitude);
+                odd = _mm512_and_si512(words, magnitude);
+            } else {
+                const __m512i magnitude = _mm512_set1_epi32(0x7fff), low = _mm512_and_si512(words, magnitude);
+                const __m512i high = _mm512_and_si512(_mm512_srli_epi32(words, 16), magnitude);
+                even = _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(low)));
+                odd = _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(high)));
+            }
+            even = rounded(_mm512_castsi512_ps(even), inverse[i][0]);
+            odd = rounded(_mm512_castsi512_ps(odd), inverse[i][1]);
+            const __m512i k = _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(odd, 16));
+            code[i] = _mm512_mask_sub_epi16(_mm512_add_epi16(offset[i], k), _mm512_movepi16_mask(words), offset[i], k);
+        }
+        store(codes + t * ROW, lower_bytes(code[0], code[1]));
+    }
+}
+
+static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
+                     const lynx_planes *planes, const lynx_params *params, uint8_t *codes) {
+    (void)planes; /* codes of finite words are in range without clamping */
+    if (dtype == LYNX_FLOAT16) {
+        quantise_as(part, LYNX_FLOAT16, rows, stride, tokens, params, codes);
+    } else if (part == LYNX_KEY) {
+        quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
+    } else {
+        quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
+    }
+}
+
+/* One stage of a bit-matrix transpose: the bits of `b` that `mask` selects and those of `a`, `shift` higher, change
+ * places in every byte. 0x28 is (x ^ y) & z. */
+#define SWAP(a, b, shift, mask)                                                                                        \
+    do {                                                                                                               \
+        const __m512i difference =                                                                                     \
+            _mm512_ternarylogic_epi64(_mm512_srli_epi16(a, shift), b, _mm512_set1_epi8(mask), 0x28);                   \
+        b = _mm512_xor_si512(b, difference);                                                                           \
+        a = _mm512_xor_si512(a, _mm512_slli_epi16(difference, shift));                                                 \
+    } while (0)
+
+/* 64 matrices of 8 x 8 bits, one per byte position, across 8 registers: bit j of register i to bit i of register j.
+ * With `upper` only registers 4..7 hold anything on entry. */
+INLINE void transpose(__m512i *r, bool upper) {
+    for (int i = upper ? 4 : 0; i < 8; i += 4) {
+        SWAP(r[i], r[i + 2], 2, 0x33);
+        SWAP(r[i + 1], r[i + 3], 2, 0x33);
+        SWAP(r[i], r[i + 1], 1, 0x55);
+        SWAP(r[i + 2], r[i + 3], 1, 0x55);
+    }
+    for (int i = 0; i < 4; i++) {
+        if (upper) {
+            const __m512i low = _mm512_and_si512(r[i + 4], _mm512_set1_epi8(0x0f));
+            r[i] = _mm512_slli_epi16(low, 4);
+            r[i + 4] = _mm512_xor_si512(r[i + 4], low);
+        } else {
+            SWAP(r[i], r[i + 4], 4, 0x0f);
+        }
+    }
+}
+
+/* The channels whose plane p is in the anchor section. */
+INLINE void anchor_masks(const lynx_planes *planes, __mmask64 *masks, __mmask64 *used) {
+    const __m512i widths = load(planes->widths);
+    *used = planes->channels == ROW ? ~0ull : (1ull << planes->channels) - 1;
+    for (int p = 0; p < 8; p++) {
+        masks[p] = _mm512_mask_cmpgt_epu8_mask(*used, widths, _mm512_set1_epi8((char)p));
+    }
+}
+
+static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
+    const int bits = planes->widths[0];
+    __mmask64 masks[8], used;
+    anchor_masks(planes, masks, &used);
+    for (int first = 0; first < tokens; first += 8, codes += 8 * ROW) {
+        __m512i r[8];
+        for (int t = 0; t < 8; t++) {
+            r[t] = load(codes + t * ROW);
+        }
+        transpose(r, false);
+        if (planes->uniform) {
+            for (int p = 0; p < 8; p++) {
+                if (p < bits && anchor != NULL) {
+                    store(anchor + ROW * p, r[7 - p]);
+                } else if (p >= bits && rest != NULL) {
+                    store(rest + ROW * (p - bits), r[7 - p]);
+                }
+            }
+            anchor += anchor == NULL ? 0 : planes->anchor_octet;
+            rest += rest == NULL ? 0 : planes->rest_octet;
+            continue;
+        }
+        for (int p = 0; p < 8; p++) {
+            store(anchor, _mm512_maskz_compress_epi8(masks[p], r[7 - p]));
+            store(rest, _mm512_maskz_compress_epi8(used & ~masks[p], r[7 - p]));
+            anchor += planes->anchor_count[p];
+            rest += planes->channels - planes->anchor_count[p];
+        }
+    }
+}
+
+INLINE void unpack_uniform(int bits, const uint8_t *anchor, const uint8_t *rest, int octets, bool upper,
+                           uint8_t *codes) {
+    for (int octet = 0; octet < octets; octet++, codes += 8 * ROW) {
+        __m512i r[8];
+        for (int p = 0; p < (upper ? 4 : 8); p++) {
+            if (p < bits) {
+                r[7 - p] = load(anchor + (octet * bits + p) * ROW);
+            } else {
+                r[7 - p] = rest == NULL ? _mm512_setzero_si512() : load(rest + (octet * (8 - bits) + p - bits) * ROW);
+            }
+        }
+        transpose(r, upper);
+        for (int t = 0; t < 8; t++) {
+            store(codes + t * ROW, r[t]);
+        }
+    }
+}
+
+static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes) {
+    const int octets = (tokens + 7) / 8;
+    if (planes->uniform) {
+        if (rest == NULL && planes->widths[0] <= 4) {
+            unpack_uniform(planes->widths[0], anchor, rest, octets, true, codes);
+        } else {
+            unpack_uniform(planes->widths[0], anchor, rest, octets, false, codes);
+        }
+        return;
+    }
+    __mmask64 masks[8], used;
+    anchor_masks(planes, masks, &used);
+    for (int octet = 0; octet < octets; octet++, codes += 8 * ROW) {
+        __m512i r[8];
+        for (int p = 0; p < 8; p++) {
+            r[7 - p] = _mm512_maskz_expand_epi8(masks[p], load(anchor));
+            anchor += planes->anchor_count[p];
+            if (rest != NULL) {
+                r[7 - p] = _mm512_mask_expand_epi8(r[7 - p], used & ~masks[p], load(rest));
+                rest += planes->channels - planes->anchor_count[p];
+            }
+        }
+        transpose(r, false);
+        for (int t = 0; t < 8; t++) {
+            store(codes + t * ROW, r[t]);
+        }
+    }
+}
+
+static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes *planes) {
+    const __mmask64 used = planes->channels == ROW ? ~0ull : (1ull << planes->channels) - 1;
+    __mmask64 bad = 0;
+    __m512i low = load(planes->low), high = load(planes->high);
+    for (int t = 0; t < tokens; t++) {
+        const __m512i code = load(codes + t * ROW);
+        if (part == LYNX_VALUE) {
+            low = _mm512_set1_epi8((char)planes->low[t]);
+            high = _mm512_set1_epi8((char)planes->high[t]);
+        }
+        bad |= _mm512_cmplt_epu8_mask(code, low) | _mm512_cmpgt_epu8_mask(code, high);
+    }
+    return (bad & used) == 0;
+}
+
+/* Scale, half of it, and offset, of 64 channels. */
+typedef struct {
+    __m512 scale[4], half[4], offset[4];
+} lanes;
+
+INLINE lanes of_channels(const lynx_params *params) {
+    lanes l;
+    for (int i = 0; i < 4; i++) {
+        const __m512i offset = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(params->offset + 16 * i)));
+        l.scale[i] = _mm512_loadu_ps(params->scale + 16 * i);
+        l.half[i] = _mm512_mul_ps(l.scale[i], _mm512_set1_ps(0.5f));
+        l.offset[i] = _mm512_cvtepi32_ps(offset);
+    }
+    return l;
+}
+
+INLINE lanes of_token(const lynx_params *params, int token) {
+    const float s = params->scale[token];
+    const __m512 scale = _mm512_set1_ps(s), half = _mm512_set1_ps(s * 0.5f);
+    const __m512 offset = _mm512_set1_ps((float)params->offset[token]);
+    return (lanes){{scale, scale, scale, scale}, {half, half, half, half}, {offset, offset, offset, offset}};
+}
+
+/* Subtract, then multiply: a fused code * scale - offset * scale would overflow for hostile parameters. */
+INLINE __m512 integer_times_scale(const uint8_t *codes, __m512 scale, __m512 offset) {
+    const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+    return _mm512_mul_ps(_mm512_sub_ps(code, offset), scale);
+}
+
+INLINE __m512i words_of(int dtype, __m512 a, __m512 b) {
+    if (dtype == LYNX_BFLOAT16) {
+        const __m512i half = _mm512_set1_epi32(0x8000);
+        return upper_words(_mm512_add_epi32(_mm512_castps_si512(a), half), _mm512_add_epi32(_mm512_castps_si512(b), half));
+    }
+    const __m512 top = _mm512_set1_ps(65504.0f), bottom = _mm512_set1_ps(-65504.0f);
+    const __m256i first = _mm512_cvtps_ph(_mm512_max_ps(_mm512_min_ps(a, top), bottom), 0);
+    const __m256i second = _mm512_cvtps_ph(_mm512_max_ps(_mm512_min_ps(b, top), bottom), 0);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                          uint16_t *rows, ptrdiff_t stride) {
+    const lanes channels = of_channels(params);
+    for (int t = 0; t < tokens; t++, codes += ROW, rows += stride) {
+        if (part == LYNX_VALUE && _mm512_test_epi8_mask(load(codes), _mm512_set1_epi8(7)) == 0) {
+            /* At most 5 bits: a table of all words of the token. */
+            const __m512 step = _mm512_setr_ps(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+            const __m512 scale = _mm512_set1_ps(params->scale[t]), offset = _mm512_set1_ps((float)params->offset[t]);
+            const __m512 k = _mm512_sub_ps(step, offset), upper = _mm512_add_ps(k, _mm512_set1_ps(128));
+            const __m512i table = words_of(dtype, _mm512_mul_ps(k, scale), _mm512_mul_ps(upper, scale));
+            for (int i = 0; i < 2; i++) {
+                const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + 32 * i)));
+                store(rows + 32 * i, _mm512_permutexvar_epi16(_mm512_srli_epi16(code, 3), table));
+            }
+            continue;
+        }
+        const lanes l = part == LYNX_KEY ? channels : of_token(params, t);
+        for (int i = 0; i < 4; i += 2) {
+            store(rows + 16 * i, words_of(dtype, integer_times_scale(codes + 16 * i, l.scale[i], l.offset[i]),
+                                          integer_times_scale(codes + 16 * i + 16, l.scale[i + 1], l.offset[i + 1])));
+        }
+    }
+}
+
+static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       uint16_t *rows, ptrdiff_t stride) {
+    if (dtype == LYNX_FLOAT16) {
+        dequantise_as(part, LYNX_FLOAT16, codes, tokens, params, rows, stride);
+    } else if (part == LYNX_KEY) {
+        dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, params, rows, stride);
+    } else {
+        dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, params, rows, stride);
+    }
+}
+
+/* --- level 2 of bfloat16; float16 takes the AVX2 kernels ------------------------------------------------------- */
+
+/* Integers and cells of a row of 64 channels. */
+typedef struct {
+    __m512i low[2];  /* least magnitude words */
+    __m512i sign[2]; /* sign bits of the integers */
+    __m512i count;   /* words in the cell; 1 in zero cells */
+    __mmask64 zeros;
+} row_cells;
+
+INLINE row_cells cells_of(const uint8_t *codes, const lanes *l) {
+    const __m512i up = _mm512_set1_epi32(0xffff);
+    __m512i count[2];
+    row_cells cells = {.zeros = 0};
+    for (int i = 0; i < 2; i++) {
+        __m512i low[2], high[2], middle[2];
+        for (int j = 0; j < 2; j++) {
+            const int at = 2 * i + j;
+            const __m512 x = integer_times_scale(codes + 16 * at, l->scale[at], l->offset[at]);
+            const __m512 half = l->half[at], size = _mm512_abs_ps(x);
+            middle[j] = _mm512_castps_si512(x);
+            low[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(size, half)), up);
+            high[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_add_ps(size, half)), up);
+        }
+        const __m512i word = upper_words(middle[0], middle[1]); /* of an integer other than 0 it is not 0 either */
+        const __mmask32 zeros = _mm512_testn_epi16_mask(word, _mm512_set1_epi16(0x7fff));
+        cells.low[i] = upper_words(low[0], low[1]);
+        cells.sign[i] = word;
+        count[i] = _mm512_mask_mov_epi16(_mm512_sub_epi16(upper_words(high[0], high[1]), cells.low[i]), zeros,
+                                         _mm512_set1_epi16(1));
+        cells.zeros |= (__mmask64)zeros << 32 * i;
+    }
+    cells.count = lower_bytes(count[0], count[1]);
+    return cells;
+}
+
+/* 2^v - 1 and v of each byte n, v = floor(log2 n), from n / 2. */
+static const uint8_t LOG2_MASKS[128] = {
+#define M4(x) x, x, x, x
+#define M16(x) M4(x), M4(x), M4(x), M4(x)
+    0, 1, 3, 3, M4(7), M4(15), M4(15), M16(31), M16(63), M16(63), M16(127), M16(127), M16(127), M16(127)};
+static const uint8_t LOG2_WIDTHS[128] = {0,      1,      2,      2,      M4(3),  M4(4),  M4(4),
+                                         M16(5), M16(6), M16(6), M16(7), M16(7), M16(7), M16(7)};
+
+/* Tokens and channels of zero cells, in order. */
+typedef struct {
+    int count;
+    uint8_t token[BLOCK_VALUES + ROW], channel[BLOCK_VALUES + ROW];
+} zero_list;
+
+INLINE void add_zeros(zero_list *list, __mmask64 zeros, int token) {
+    const __m512i channels = _mm512_set_epi8(63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    store(list->channel + list->count, _mm512_maskz_compress_epi8(zeros, channels));
+    store(list->token + list->count, _mm512_set1_epi8((char)token));
+    list->count += (int)_mm_popcnt_u64(zeros);
+}
+
+typedef struct {
+    uint8_t *at;
+    uint64_t pending;
+    uint32_t filled; /* bits of `pending`, fewer than 8 between calls */
+} bit_writer;
+
+INLINE void put(bit_writer *out, uint64_t value, uint32_t bits) { /* at most 56 bits */
+    out->pending |= value << out->filled;
+    out->filled += bits;
+    memcpy(out->at, &out->pending, sizeof out->pending);
+    out->at += out->filled >> 3;
+    out->pending >>= out->filled & ~7u;
+    out->filled &= 7;
+}
+
+INLINE uint32_t position(const bit_writer *out, const uint8_t *start) {
+    return (uint32_t)(8 * (out->at - start)) + out->filled;
+}
+
+INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, int channels,
+                    const lynx_params *params, lynx_streams *streams) {
+    const __m512i masks_low = load(LOG2_MASKS), masks_high = load(LOG2_MASKS + 64);
+    const __m512i one = _mm512_set1_epi8(1);
+    const __mmask64 keep = channels == ROW ? ~0ull : (1ull << channels) - 1;
+    const lanes of_all = of_channels(params);
+    bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
+    zero_list zeros;
+    zeros.count = 0;
+    for (int t = 0; t < tokens; t++) {
+        const lanes l = part == LYNX_KEY ? of_all : of_token(params, t);
+        const row_cells cells = cells_of(codes + t * ROW, &l);
+        __m512i rank16[2];
+        for (int i = 0; i < 2; i++) {
+            const __m512i magnitude = _mm512_and_si512(load(rows + t * stride + 32 * i), _mm512_set1_epi16(0x7fff));
+            rank16[i] = _mm512_sub_epi16(magnitude, cells.low[i]);
+        }
+        const __m512i rank8 = lower_bytes(rank16[0], rank16[1]), n = _mm512_mask_mov_epi8(one, keep, cells.count);
+        const __m512i mask = _mm512_permutex2var_epi8(masks_low, _mm512_srli_epi16(n, 1), masks_high);
+        const __m512i field = _mm512_and_si512(rank8, mask);
+        const __m512i extra = _mm512_sub_epi8(_mm512_sub_epi8(n, mask), one);
+        const uint64_t flagged = _mm512_cmplt_epu8_mask(field, extra); /* ranks of which B holds a bit */
+        const uint64_t above = _mm512_cmpneq_epu8_mask(field, rank8);
+        _Alignas(64) uint64_t values[8], bits[8];
+        store(values, field);
+        store(bits, mask);
+        for (int i = 0; i < 8; i += 2) { /* two lanes at once where they fit, which is nearly always */
+            const uint64_t first = _pext_u64(values[i], bits[i]), second = _pext_u64(values[i + 1], bits[i + 1]);
+            const uint32_t count = (uint32_t)_mm_popcnt_u64(bits[i]), more = (uint32_t)_mm_popcnt_u64(bits[i + 1]);
+            if (__builtin_expect(count + more <= 56, 1)) {
+                put(&a, first | second << count, count + more);
+            } else {
+                put(&a, first, count);
+                put(&a, second, more);
+            }
+        }
+        if (__builtin_expect(_mm_popcnt_u64(flagged) <= 56, 1)) {
+            put(&b, _pext_u64(above, flagged), (uint32_t)_mm_popcnt_u64(flagged));
+        } else {
+            const uint32_t first = (uint32_t)flagged, second = (uint32_t)(flagged >> 32);
+            put(&b, _pext_u32((uint32_t)above, first), (uint32_t)_mm_popcnt_u32(first));
+            put(&b, _pext_u32((uint32_t)(above >> 32), second), (uint32_t)_mm_popcnt_u32(second));
+        }
+        add_zeros(&zeros, cells.zeros & keep, t);
+    }
+    streams->a_bits = position(&a, streams->a);
+    streams->b_bits = position(&b, streams->b);
+    streams->w_count = (uint32_t)zeros.count;
+    streams->x_count = 0;
+    uint32_t pair = 0; /* fields of 12 bits, two to three bytes */
+    for (int i = 0; i < zeros.count; i++) {
+        const int t = zeros.token[i], c = zeros.channel[i];
+        const uint16_t word = rows[t * stride + c];
+        const uint32_t magnitude = word & 0x7fff;
+        uint32_t code = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1 - magnitude;
+        if (__builtin_expect(magnitude == 0, 0)) {
+            code = ZERO_WORD;
+        } else if (__builtin_expect(code >= ZERO_WORD, 0)) {
+            code = ZERO_ESCAPE;
+            streams->x[streams->x_count++] = word;
+        }
+        code |= (uint32_t)(word >> 15) << 11;
+        pair = i & 1 ? pair | code << 12 : code;
+        memcpy(streams->w + 3 * (i >> 1), &pair, sizeof pair);
+    }
+}
+
+INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                     lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+    const __m512i masks_low = load(LOG2_MASKS), masks_high = load(LOG2_MASKS + 64);
+    const __m512i widths_low = load(LOG2_WIDTHS), widths_high = load(LOG2_WIDTHS + 64);
+    const __m512i one = _mm512_set1_epi8(1), nothing = _mm512_setzero_si512();
+    const __m512i seven = _mm512_set1_epi64(7);
+    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 8, 8, 8));
+    const __m512i steps = _mm512_set1_epi64(0x0706050403020100ll);
+    const __mmask64 keep = channels == ROW ? ~0ull : (1ull << channels) - 1;
+    const lanes of_all = of_channels(params);
+    zero_list zeros;
+    zeros.count = 0;
+    uint32_t a_bits = 0, b_bits = 0;
+    __mmask64 empty = 0;
+    for (int t = 0; t < tokens; t++) {
+        const lanes l = part == LYNX_KEY ? of_all : of_token(params, t);
+        const row_cells cells = cells_of(codes + t * ROW, &l);
+        const __m512i n = _mm512_mask_mov_epi8(one, keep, cells.count);
+        const __m512i index = _mm512_srli_epi16(n, 1); /* of which a permutation takes 7 bits a byte */
+        const __m512i mask = _mm512_permutex2var_epi8(masks_low, index, masks_high);
+        const __m512i width = _mm512_permutex2var_epi8(widths_low, index, widths_high);
+        empty |= _mm512_testn_epi8_mask(n, n);
+        /* Where each field begins: sums of widths within 64-bit lanes, then over lanes. A row has at most 448 bits, so
+         * that one window of 64 bytes holds them. */
+        const __m512i sums = _mm512_mullo_epi64(width, _mm512_set1_epi64(0x0101010101010101ll));
+        const __m512i totals = _mm512_srli_epi64(sums, 56);
+        __m512i through = _mm512_add_epi64(totals, _mm512_alignr_epi64(totals, nothing, 7));
+        through = _mm512_add_epi64(through, _mm512_alignr_epi64(through, nothing, 6));
+        through = _mm512_add_epi64(through, _mm512_alignr_epi64(through, nothing, 4));
+        const __m512i start = _mm512_add_epi64(_mm512_sub_epi64(through, totals), _mm512_set1_epi64(a_bits & 7));
+        const __m512i byte = _mm512_add_epi8(_mm512_shuffle_epi8(_mm512_srli_epi64(start, 3), spread), steps);
+        const __m512i bit = _mm512_add_epi8(_mm512_shuffle_epi8(_mm512_and_si512(start, seven), spread),
+                                            _mm512_slli_epi64(sums, 8));
+        const __m512i window = _mm512_permutexvar_epi8(byte, load(streams->a + (a_bits >> 3)));
+        const __m512i field = _mm512_and_si512(_mm512_multishift_epi64_epi8(bit, window), mask);
+        a_bits += (uint32_t)_mm_extract_epi16(_mm512_extracti32x4_epi32(through, 3), 4);
+        const __m512i extra = _mm512_sub_epi8(_mm512_sub_epi8(n, mask), one);
+        const uint64_t flagged = _mm512_cmplt_epu8_mask(field, extra);
+        const uint8_t *in = streams->b + (b_bits >> 3);
+        const uint64_t stream = load64(in) >> (b_bits & 7) | (uint64_t)in[8] << 1 << (63 - (b_bits & 7));
+        b_bits += (uint32_t)_mm_popcnt_u64(flagged);
+        const __m512i ranks = _mm512_mask_add_epi8(field, _pdep_u64(stream, flagged), field, _mm512_add_epi8(mask, one));
+        for (int i = 0; i < 2; i++) {
+            const __m256i rank8 = i == 0 ? _mm512_castsi512_si256(ranks) : _mm512_extracti64x4_epi64(ranks, 1);
+            const __m512i word = _mm512_add_epi16(cells.low[i], _mm512_cvtepu8_epi16(rank8));
+            /* 0xea is (x & y) | z. */
+            store(rows + t * stride + 32 * i,
+                  _mm512_ternarylogic_epi64(cells.sign[i], _mm512_set1_epi16(INT16_MIN), word, 0xea));
+        }
+        add_zeros(&zeros, cells.zeros & keep, t);
+    }
+    streams->a_bits = a_bits;
+    streams->b_bits = b_bits;
+    streams->w_count = (uint32_t)zeros.count;
+    streams->x_count = 0;
+    if (empty != 0) {
+        return LYNX_ERR_RANK;
+    }
+    for (int i = 0; i < zeros.count; i++) {
+        const int t = zeros.token[i], c = zeros.channel[i];
+        const uint32_t field = get_bits(streams->w, 12 * (uint32_t)i, 12);
+        const uint32_t code = field & 2047, sign = field >> 11 << 15;
+        const uint32_t top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1;
+        uint16_t *word = rows + t * stride + c;
+        if (__builtin_expect(code < ZERO_WORD, 1)) {
+            if (code >= top) {
+                return LYNX_ERR_RANK;
+            }
+            *word = (uint16_t)((top - code) | sign);
+        } else {
+            *word = code == ZERO_WORD ? (uint16_t)sign : streams->x[streams->x_count++];
+        }
+    }
+    return LYNX_OK;
+}
+
+static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                 int channels, const lynx_params *params, lynx_streams *streams) {
+    if (dtype == LYNX_FLOAT16) {
+        lynx_avx2.rank(part, dtype, rows, stride, codes, tokens, channels, params, streams);
+    } else if (part == LYNX_KEY) {
+        rank_as(LYNX_KEY, rows, stride, codes, tokens, channels, params, streams);
+    } else {
+        rank_as(LYNX_VALUE, rows, stride, codes, tokens, channels, params, streams);
+    }
+}
+
+static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+    if (dtype == LYNX_FLOAT16) {
+        return lynx_avx2.unrank(part, dtype, codes, tokens, channels, params, streams, rows, stride);
+    }
+    if (part == LYNX_KEY) {
+        return unrank_as(LYNX_KEY, codes, tokens, channels, params, streams, rows, stride);
+    }
+    return unrank_as(LYNX_VALUE, codes, tokens, channels, params, streams, rows, stride);
+}
+
+static uint64_t rank_bound(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
+    return lynx_avx2.rank_bound(part, codes, tokens, channels, params);
+}
+
+static void pack_row(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes) {
+    lynx_avx2.pack_row(word_bytes, words, count, first, last, planes);
+}
+
+static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t count, void *words) {
+    lynx_avx2.unpack_row(word_bytes, planes, count, words);
+}
+
+const lynx_kernels lynx_avx512 = {
+    .range = range,
+    .choose = choose,
+    .quantise = quantise,
+    .pack = pack,
+    .unpack = unpack,
+    .check = check,
+    .centre = centre,
+    .uncentre = uncentre,
+    .fold = fold,
+    .unfold = unfold,
+    .rescale = rescale,
+    .dequantise = dequantise,
+    .rank = rank,
+    .unrank = unrank,
+    .rank_bound = rank_bound,
+    .pack_row = pack_row,
+    .unpack_row = unpack_row,
+};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
