@@ -111,6 +111,23 @@ def _verify(tile: _Tile) -> _Outcome:
     return _Outcome(tile.state, False, tile_digest(tile.spec, tile_view(tile.words, tile.layer, tile.tile)))
 
 
+def _check_apart(words: Mapping[tuple[int, Part], NDArray[Any]]) -> None:
+    """Tiles are verified as they are decoded: a later one must not write over them.
+
+    Finds arrays that begin at the same word, and broadcast ones; engines' pages may interleave as they like.
+    Raises :class:`~lynxproto.errors.SpecError`.
+    """
+    seen: dict[int, tuple[int, Part]] = {}
+    for (layer, part), array in words.items():
+        if not array.size:
+            continue
+        if any(stride == 0 and size > 1 for size, stride in zip(array.shape, array.strides, strict=True)):
+            raise SpecError(f"layer {layer}, {part}: the output array is broadcast; its rows share memory")
+        other = seen.setdefault(array.ctypes.data, (layer, part))
+        if other != (layer, part):
+            raise SpecError(f"layer {layer}, {part}: the output array shares memory with layer {other[0]}, {other[1]}")
+
+
 class Incoming:
     """One incoming transfer."""
 
@@ -145,6 +162,7 @@ class Incoming:
                 self._words[layer.index, part] = part_words(
                     manifest, layer, part, arrays[layer.index, part], writable=True
                 )
+        _check_apart(self._words)
         self._tiles: dict[Tile, _Tile] = {}
         self._plans: dict[int, list[_Tile]] = {}
         self._behind: dict[int, Counter[int]] = {}  # layer -> level -> tiles that have not reached it

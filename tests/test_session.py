@@ -379,6 +379,42 @@ def test_a_receiver_without_memory_refuses() -> None:
     run(main)
 
 
+def _twice(manifest: Manifest) -> Any:
+    words = np.empty((2, 50, 64), np.uint16)
+    return {(0, "key"): words, (0, "value"): words}
+
+
+def _broadcast(manifest: Manifest) -> Any:
+    words = np.lib.stride_tricks.as_strided(np.empty((2, 64), np.uint16), (2, 50, 64), (128, 0, 2))
+    return {(0, "key"): np.empty((2, 50, 64), np.uint16), (0, "value"): words}
+
+
+def _read_only(manifest: Manifest) -> Any:
+    words = np.empty((2, 2, 50, 64), np.uint16)
+    words.flags.writeable = False
+    return {(0, "key"): words[0], (0, "value"): words[1]}
+
+
+@pytest.mark.parametrize(
+    ("allocate", "says"),
+    [
+        (_twice, "layer 0, value: the output array shares memory with layer 0, key"),
+        (_broadcast, "layer 0, value: the output array is broadcast"),
+        (_read_only, "layer 0, key: the output array is read-only"),
+        (lambda manifest: {}, "no array for layer 0, key"),
+    ],
+)
+def test_destinations_that_cannot_hold_a_cache_are_refused(allocate: Any, says: str) -> None:
+    cache = make_cache(layers=1, tokens=50)
+
+    async def main() -> None:
+        async with listen(next(_names), allocate=allocate) as receiver, connect(receiver.url) as sender:
+            with pytest.raises(RejectedError, match=says):
+                await sender.open(cache.manifest).send(cache)
+
+    run(main)
+
+
 def slow(anchor_seconds: float, cache: Cache) -> TokenBucket:
     """A link on which the anchor of ``cache`` takes about so long and the rest much longer."""
     return TokenBucket(cache.manifest.nbytes * 8 / 3.5 / anchor_seconds, 4096)
