@@ -33,6 +33,12 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     "balanced": {"key_bits": 3, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
     "dense": {"key_bits": 2.5, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
 }
+#: Mean widths of presets with a calibration, which makes fewer bits do.
+_CALIBRATED: Final[dict[str, dict[str, Any]]] = {
+    "fast": {"key_bits": 2.5, "value_bits": 3},
+    "balanced": {"key_bits": 2.5, "value_bits": 3},
+    "dense": {"key_bits": 2, "value_bits": 2.5},
+}
 
 _HEADER: Final = struct.Struct("<BBHI")  # mode, level, reserved, bytes of the section of variable size
 _CODED: Final = 0
@@ -228,7 +234,8 @@ def _list(value: Any) -> Sequence[Any]:
 class HQ(Codec):
     """Hierarchical quantisation of bfloat16 and float16 keys and values.
 
-    ``preset`` (``fast``, ``balanced``, ``dense``) sets whatever is not given: :data:`PRESETS`.
+    ``preset`` (``fast``, ``balanced``, ``dense``) sets whatever is not given: :data:`PRESETS`; with a ``calibration``
+    its means are 2.5 bits for keys and 3 for values, in ``dense`` 2 and 2.5.
     ``key_bits`` and ``value_bits`` (2..8; ``anchor_bits`` sets both) are widths of the anchor.
     ``levels``: 3 = anchor, 8-bit, exact; 2 = anchor, exact; 1 = anchor only, lossy.
     ``widths``: ``"uniform"``; ``"ranges"``: each tile's keys have widths by their own ranges, of mean ``key_bits``;
@@ -256,6 +263,8 @@ class HQ(Codec):
         if preset is not None and preset not in PRESETS:
             raise ConfigError(f"hq: unknown preset {preset!r}; known: {', '.join(PRESETS)}")
         default = PRESETS[preset] if preset else {"key_bits": 4, "value_bits": 4, "widths": "uniform"}
+        if preset and calibration is not None:
+            default = {**default, **_CALIBRATED[preset]}
 
         def choose(name: str, *given: Any) -> Any:
             return next((value for value in given if value is not None), default.get(name, False))

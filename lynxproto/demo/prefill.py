@@ -15,8 +15,18 @@ from numpy.typing import NDArray
 
 import lynxproto
 from lynxproto.cachefile import Arrays, Cache, load_cache, save_cache
+from lynxproto.calibration import Calibration
 from lynxproto.config import Config
-from lynxproto.demo.model import MAX_TOKENS, MODEL, cache_folder, load_model, load_tokenizer, prepare_model, prose
+from lynxproto.demo.model import (
+    CALIBRATION,
+    MAX_TOKENS,
+    MODEL,
+    cache_folder,
+    load_model,
+    load_tokenizer,
+    prepare_model,
+    prose,
+)
 from lynxproto.demo.pipe import Pipe, serve
 from lynxproto.errors import CacheFileError, ConfigError
 from lynxproto.manifest import Manifest
@@ -37,6 +47,11 @@ class MeteredLink(TokenBucket):
         """See :meth:`TokenBucket.reserve`."""
         self.carried_bytes += nbytes
         return super().reserve(nbytes)
+
+
+def _policy(method: PolicyName) -> Policy:
+    """The policy of a method; lynx with the model's calibration, which ``lynxproto calibrate`` made."""
+    return Policy.lynx(calibration=Calibration.load(CALIBRATION)) if method == "lynx" else Policy.named(method)
 
 
 class Prefill:
@@ -102,7 +117,7 @@ class Prefill:
         bucket = None if link is None else MeteredLink(link)
         async with lynxproto.connect(url, _config(cache.manifest), link=bucket) as sender:
             complete = time.monotonic()
-            transfer = sender.open(cache.manifest, Policy.named(method))
+            transfer = sender.open(cache.manifest, _policy(method))
             transfer.result(cache.first_token, cache.logit_gap)
             for layer in cache.manifest.layers:
                 await transfer.write(layer.index, cache.arrays[layer.index, "key"], cache.arrays[layer.index, "value"])
@@ -118,7 +133,7 @@ class Prefill:
         bucket = None if link is None else MeteredLink(link)
         loop = asyncio.get_running_loop()
         async with lynxproto.connect(url, _config(manifest), link=bucket) as sender:
-            transfer = sender.open(manifest, Policy.named(method))
+            transfer = sender.open(manifest, _policy(method))
             writes: list[Future[None]] = []
             times: list[float] = []
 
