@@ -182,6 +182,7 @@ def test_refine_is_decode(part: str, kind: str, config: dict[str, Any]) -> None:
         assert (state.level, unread.level) == (level, level)
         assert np.array_equal(as_words(out), torch_decoded(codec, spec, levels[: level + 1]))
     assert state.nbytes == sum(map(len, levels))
+    assert codec.decode(spec, as_bytes(levels), None).nbytes == state.nbytes
     assert np.array_equal(as_words(out), words)
 
 
