@@ -78,7 +78,8 @@ class TorchHQ(HQ):
 
     ``encode`` takes a tensor ``[heads, tokens, head_dim]`` of a 16-bit dtype on any device and returns uint8 tensors
     on that device. ``decode`` and ``refine`` take uint8 tensors of the output's device, or anything with the buffer
-    protocol, and write into such a tensor. Strides are free. ``threads`` is ignored: torch has its own.
+    protocol, and write into such a tensor. Strides are free. ``threads`` is ignored: torch has its own. Temporary
+    memory is about 115 bytes a value in ``decode`` and 150 in ``encode``.
     """
 
     @classmethod
