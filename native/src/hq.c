@@ -432,7 +432,7 @@ static uint32_t spread_word(int dtype, int part, int16_t low, int16_t high) {
     const float least = word_value(dtype, from_ordered(low)), largest = word_value(dtype, from_ordered(high));
     const float far = -least > largest ? -least : largest;
     const uint32_t word = (float_bits(part == LYNX_KEY ? largest - least : far) + 0xffffu) >> 16;
-    return word < LEAST_SPREAD || word > 0x8000 ? LEAST_SPREAD : word;
+    return word < LEAST_SPREAD || word >= 0x8000 ? LEAST_SPREAD : word; /* 0x8000: nothing but -0 */
 }
 
 /* How far a channel's values lie from zero, by their signs, in units of 4 codes: round(15 (positive - negative) / n). */
