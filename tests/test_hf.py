@@ -263,7 +263,7 @@ def test_real_model_drafts_on_an_anchor_and_ends_exact():
 
     receiver = HFEngine(model, WordCache(model.config, 200))
     arrays = receiver.cache.allocate(manifest, model)
-    policy = Policy(sinks=0, recent=0)
+    policy = Policy(body={"id": "hq", "anchor_bits": 4}, sinks=0, recent=0)
     codec = get_codec(policy.body)
 
     def install(levels: int) -> None:
