@@ -108,8 +108,9 @@ class _Runs:
         report.link = settings.link or _default_link(report.cache_bytes, report.step_s)
         self._screen.facts(report)
         tokens = list(report.reference)
-        draw = (tokens * (settings.max_draft // len(tokens) + 1))[: settings.max_draft + 1]
-        batches = sorted({min(n, len(draw)) for n in (9, settings.decode + 1, len(draw))})
+        longest = min(settings.max_draft, settings.decode)  # a draft ends where the run would
+        draw = (tokens * (longest // len(tokens) + 1))[: longest + 1]
+        batches = sorted({min(9, len(draw)), len(draw)})
         self._noise = (await self._decode.call("calibrate", tokens=draw, batches=batches))["noise"]
         report.noise = self._noise[-1]
         report.text = (await self._prefill.call("text", tokens=tokens))["text"]
