@@ -139,7 +139,7 @@ def main(
         )  # fmt: skip
         methods: dict[str, quality.Method] = {"int4, 4 sinks": int4_with_sinks}
         for name in filter(None, policies.split(",")):
-            methods[name] = quality.CodecMethod(Policy.named(name))  # type: ignore[arg-type]
+            methods[name] = quality.CodecMethod(Policy.named(name))  # type: ignore[arg-type]  # it refuses unknown names
         calibrations = {path.stem: Calibration.load(path) for path in files}
         if ranges:
             arrays = cut[0].cache.arrays

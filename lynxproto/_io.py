@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from lynxproto.errors import StreamClosedError
@@ -167,7 +168,11 @@ class Workers:
             job = heapq.heappop(self._queue)
             self._running.add(job)
             future = self._executor.submit(job.work)
-            future.add_done_callback(lambda f, job=job: self._loop.call_soon_threadsafe(self._end, job, f))  # type: ignore[misc]
+            future.add_done_callback(partial(self._done, job))
+
+    def _done(self, job: _Job, future: Future[Any]) -> None:
+        """On a worker: the queue belongs to the loop, so the rest happens there."""
+        self._loop.call_soon_threadsafe(self._end, job, future)
 
     def _end(self, job: _Job, future: Future[Any]) -> None:
         self._running.discard(job)

@@ -7,6 +7,7 @@ payload of DATA is a codec's; that of all other types is one CBOR map (:mod:`lyn
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
@@ -279,20 +280,20 @@ def parse_extension(data: bytes | bytearray | memoryview) -> bytes:
 # --- bodies
 
 
-class Body:
+class Body(ABC):
     """Base of the bodies of control frames: ``TYPE``, ``_to_map``, ``_from_fields``."""
 
     __slots__ = ()
     TYPE: ClassVar[FrameType]
 
+    @abstractmethod
     def _to_map(self) -> dict[str, Any]:
         """The CBOR map, without grease."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
         """Decode, checking types and bounds."""
-        raise NotImplementedError
 
 
 def control_frame(body: Body, transfer: int = 0, grease: Random | None = None) -> bytes:

@@ -50,10 +50,10 @@ class Sliced(Codec):
         return [data[i :: self._levels] for i in (range(self._levels) if levels is None else levels)]
 
     def decode(self, spec: ChunkSpec, levels: Any, out: Any, *, threads: int = 1) -> DecodeState:
-        raise NotImplementedError
+        raise AssertionError("a connection never decodes")
 
     def refine(self, *args: Any, **kw: Any) -> DecodeState:
-        raise NotImplementedError
+        raise AssertionError("a connection never decodes")
 
     def max_encoded_size(self, spec: ChunkSpec, level: int) -> int:
         return -(-spec.nbytes // self._levels)

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -237,14 +238,16 @@ class Run:
         self._scribble()
         states = timed("anchor_decode", lambda i: ours.start(chunks[i].spec, payloads[i][0], chunks[i].out))
         self._same(case, "anchor decode")
+
+        def refine(states: list[Any], level: int, i: int) -> Any:
+            return ours.refine(chunks[i].spec, states[i], level, payloads[i][level], chunks[i].out)
+
         for level in range(1, ours.levels):
             case.state_bytes = max(case.state_bytes, sum(state.nbytes for state in states))
             self._scribble()
             states = timed(
                 f"refine_{level}",
-                lambda i, level=level, states=states: ours.refine(  # type: ignore[misc]
-                    chunks[i].spec, states[i], level, payloads[i][level], chunks[i].out
-                ),
+                partial(refine, states, level),
             )
             if level < ours.levels - 1:
                 self._same(case, f"refine to level {level}")

@@ -50,7 +50,7 @@ _KINDS: Final = {DynamicLayer: "full", DynamicSlidingWindowLayer: "sliding"}
 OnLayer = Callable[[int, NDArray[Any], NDArray[Any]], None]
 
 
-class _WordLayer(CacheLayerMixin):  # type: ignore[misc]
+class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not followed
     """One layer: words ``[1, kv_heads, capacity, head_dim]``, and their values in the type the model computes in."""
 
     is_croppable = True
@@ -137,7 +137,7 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]
         raise SpeculationError("a word cache holds one sequence; beam search needs another cache")
 
 
-class WordCache(Cache):  # type: ignore[misc]
+class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
     """A transformers cache for one sequence of at most ``capacity`` tokens, kept as words of ``dtype``.
 
     ``on_layer`` is called inside the forward, as soon as a layer's K and V exist and before its attention runs:
