@@ -16,7 +16,7 @@ from lynxproto.config import MAX_LEVELS
 from lynxproto.errors import ConfigError
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
-from lynxproto.transports import TokenBucket
+from lynxproto.transports import Link
 
 __all__ = ["Allocate", "Deadline", "OnFetch", "Options", "Wants", "allocate_arrays"]
 
@@ -68,7 +68,8 @@ class Options:
     deadlines: Sequence[Deadline] = ()
     intermediate: bool = False
     tls: ssl.SSLContext | None = None
-    link: TokenBucket | None = None
+    insecure: bool = False
+    link: Link | None = None
     stripes: int = 1
     threads: int | None = None
     connect_timeout: float = 10.0

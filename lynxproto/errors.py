@@ -38,6 +38,7 @@ __all__ = [
     "TransferCancelledError",
     "TransportError",
     "UnknownCodecError",
+    "UnknownTransportError",
     "VersionError",
 ]
 
@@ -129,6 +130,10 @@ class PayloadError(CodecError, RemoteError, ValueError):
     """A codec payload that is truncated, padded, corrupt or hostile. The output is not usable."""
 
     code = ErrorCode.PAYLOAD
+
+
+class UnknownTransportError(ConfigError, LookupError):
+    """No transport is registered for this URL scheme."""
 
 
 class TransportError(RemoteError, OSError):

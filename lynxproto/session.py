@@ -30,7 +30,7 @@ from lynxproto.connection import hello_session
 from lynxproto.errors import LynxError, StreamClosedError, TransportError
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
-from lynxproto.transports import ByteStream, Listener, TokenBucket, open_listener, open_stream
+from lynxproto.transports import ByteStream, Link, Listener, open_listener, open_stream
 
 __all__ = [
     "Deadline",
@@ -132,7 +132,7 @@ class _Client(_Endpoint):
         options = self.options
         try:
             async with asyncio.timeout(options.connect_timeout):
-                return await open_stream(self.url, tls=options.tls, link=options.link)
+                return await open_stream(self.url, tls=options.tls, link=options.link, insecure=options.insecure)
         except TimeoutError as error:
             raise TransportError(
                 f"cannot connect to {self.url}: no answer within {options.connect_timeout:g} s; "
@@ -160,7 +160,8 @@ class _Server(_Endpoint):
 
     async def open(self) -> None:
         """Listen."""
-        self._listener = await open_listener(self.url, tls=self.options.tls, link=self.options.link)
+        options = self.options
+        self._listener = await open_listener(self.url, tls=options.tls, link=options.link, insecure=options.insecure)
         self.url = self._listener.url
         self._accepting = asyncio.get_running_loop().create_task(self._accept())
 
@@ -480,7 +481,8 @@ def connect(
     deadlines: Sequence[Deadline] = (),
     intermediate: bool = False,
     tls: ssl.SSLContext | None = None,
-    link: TokenBucket | None = None,
+    insecure: bool = False,
+    link: Link | None = None,
     stripes: int = 1,
     threads: int | None = None,
     connect_timeout: float = 10.0,
@@ -491,9 +493,10 @@ def connect(
     Entering shakes hands. A session whose link breaks is resumed, with growing pauses, for at most
     ``config.session_timeout`` seconds; only what is missing is sent again.
 
-    ``tls`` (for ``tcps://``): see :func:`lynxproto.transports.client_context`. ``link`` slows this side's sending down
-    to a given speed. ``stripes``: parallel byte streams. ``threads``: codec threads (default: all CPUs). The others
-    are as in :func:`listen`.
+    ``tls`` (for ``tcps://``): see :func:`lynxproto.transports.client_context`. ``insecure``: this side knows that the
+    URL's scheme does not encrypt. ``link`` lies between this side and its streams: a
+    :class:`~lynxproto.transports.TokenBucket` slows its sending down to a given speed. ``stripes``: parallel byte
+    streams. ``threads``: codec threads (default: all CPUs). The others are as in :func:`listen`.
 
     Entering raises :class:`~lynxproto.errors.ConfigError` for a bad URL, :class:`~lynxproto.errors.TransportError` when
     the peer cannot be reached, :class:`~lynxproto.errors.AuthenticationError`, :class:`~lynxproto.errors.VersionError`
@@ -507,6 +510,7 @@ def connect(
         deadlines=deadlines,
         intermediate=intermediate,
         tls=tls,
+        insecure=insecure,
         link=link,
         stripes=stripes,
         threads=threads,
@@ -527,7 +531,8 @@ def listen(
     deadlines: Sequence[Deadline] = (),
     intermediate: bool = False,
     tls: ssl.SSLContext | None = None,
-    link: TokenBucket | None = None,
+    insecure: bool = False,
+    link: Link | None = None,
     threads: int | None = None,
     capture: CaptureWriter | None = None,
 ) -> Receiver:
@@ -549,6 +554,7 @@ def listen(
         deadlines=deadlines,
         intermediate=intermediate,
         tls=tls,
+        insecure=insecure,
         link=link,
         threads=threads,
         capture=capture,

@@ -19,16 +19,18 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynxproto.errors import AuthenticationError, ConfigError, StreamClosedError, TransportError
+from lynxproto.errors import AuthenticationError, ConfigError, StreamClosedError, TransportError, UnknownTransportError
 from lynxproto.transports import (
     ByteStream,
     Listener,
     TokenBucket,
     client_context,
-    memory_pair,
+    get_transport,
     open_listener,
     open_stream,
     parse_url,
+    register_transport,
+    schemes,
     server_context,
 )
 from lynxproto.transports.abc import take
@@ -91,16 +93,6 @@ async def exchange(listener: Listener, tls: ssl.SSLContext | None = None, link: 
     await client.aclose()
     assert await server.receive_into(memoryview(bytearray(10))) == 0
     await server.aclose()
-
-
-@pytest.mark.parametrize("url", ["tcp://127.0.0.1:0", "tcp://[::1]:0", "tcp://localhost:0", "memory://exchange"])
-def test_exchange(url: str) -> None:
-    async def main() -> None:
-        async with await open_listener(url) as listener:
-            assert not listener.url.endswith(":0")
-            await exchange(listener)
-
-    run(main())
 
 
 def test_ipv6_wildcard_takes_ipv4_peers() -> None:
@@ -270,55 +262,6 @@ def test_ports_in_use_and_nobody_listening() -> None:
     run(main())
 
 
-def test_closing_ends_what_waits_on_it() -> None:
-    async def main() -> None:
-        a, b = memory_pair()
-        receiving = asyncio.ensure_future(a.receive_into(memoryview(bytearray(1))))
-        sending = asyncio.ensure_future(a.send([memoryview(bytes(10_000_000))]))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        await a.aclose()
-        for waiting in (receiving, sending):
-            with pytest.raises(StreamClosedError):
-                await waiting
-        with pytest.raises(StreamClosedError):
-            await a.receive_into(memoryview(bytearray(1)))
-        await b.aclose()
-        for url in ("tcp://127.0.0.1:0", "memory://closing"):
-            listener = await open_listener(url)
-            accepting = asyncio.ensure_future(listener.accept())
-            await asyncio.sleep(0)
-            await listener.aclose()
-            with pytest.raises(StreamClosedError):
-                await accepting
-            with pytest.raises(StreamClosedError):
-                await listener.accept()
-
-    run(main())
-
-
-@pytest.mark.parametrize("url", ["tcp://127.0.0.1:0", "memory://half-close"])
-def test_half_close(url: str) -> None:
-    """After send_eof the peer reads an end, and what it then sends still arrives."""
-
-    async def main() -> None:
-        async with await open_listener(url) as listener:
-            client, server = await asyncio.gather(open_stream(listener.url, link=TokenBucket(1e9)), listener.accept())
-            await client.send([memoryview(b"goodbye")])
-            await client.send_eof()
-            await client.send_eof()
-            assert await receive_exactly(server, 7) == b"goodbye"
-            assert await server.receive_into(memoryview(bytearray(1))) == 0
-            await server.send([memoryview(b"farewell")])
-            assert await receive_exactly(client, 8) == b"farewell"
-            await client.aclose()
-            with pytest.raises(StreamClosedError):
-                await client.send_eof()
-            await server.aclose()
-
-    run(main())
-
-
 def test_a_reset_is_a_broken_link() -> None:
     async def main() -> None:
         async with await open_listener("tcp://127.0.0.1:0") as listener:
@@ -428,9 +371,49 @@ def test_shaped_stream_holds_nothing_back_or_ahead() -> None:
     run(main())
 
 
-def test_shaped_exchange_over_tcp() -> None:
+PLUGIN = """
+from lynxproto.transports import Transport
+from lynxproto.transports.memory import connect_memory, listen_memory
+
+class Carrier(Transport):
+    address = "NAME"
+    async def connect(self, address, setup):
+        return setup.stream_through_link(await connect_memory("carrier-" + address.path))
+    async def listen(self, address, setup):
+        return setup.listener_through_link(await listen_memory("carrier-" + address.path))
+
+class NoTransport:
+    pass
+"""
+
+
+def test_third_parties_register_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By entry point of an installed package, or by a decorator."""
+    (tmp_path / "lynx_carrier.py").write_text(PLUGIN)
+    info = tmp_path / "lynx_carrier-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lynx-carrier\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        "[lynxproto.transports]\ncarrier = lynx_carrier:Carrier\nwrong = lynx_carrier:NoTransport\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "carrier" in schemes()
+
     async def main() -> None:
-        async with await open_listener("tcp://127.0.0.1:0") as listener:
-            await exchange(listener, link=TokenBucket(4e8))
+        async with await open_listener("carrier://here") as listener:
+            client, server = await asyncio.gather(open_stream("carrier://here"), listener.accept())
+            await client.send([memoryview(b"hello")])
+            assert await receive_exactly(server, 5) == b"hello"
+            await client.aclose()
+            await server.aclose()
 
     run(main())
+    with pytest.raises(ConfigError, match=r"lynx_carrier:NoTransport.*no Transport"):
+        parse_url("wrong://x")
+    with pytest.raises(UnknownTransportError, match=r"unknown scheme 'pigeon'; there are carrier://.*tcps://.*unix://"):
+        parse_url("pigeon://x:1")
+    carrier = type(get_transport("carrier"))
+    assert register_transport("carrier")(carrier) is carrier
+    for taken in ("carrier", "tcp"):
+        with pytest.raises(ConfigError, match=f"{taken!r} is taken by"):
+            register_transport(taken)(type("Other", (carrier,), {}))

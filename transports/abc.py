@@ -1,19 +1,31 @@
-"""What a transport is: a byte stream that a connection can run over, and a listener that yields such streams.
+"""What a transport is: byte streams that a connection can run over, listeners that accept them, and who makes both.
 
 In the manner of anyio's stream ABCs, with three failures kept apart: *you* closed it
 (:class:`~lynxproto.errors.StreamClosedError`), the peer ended it (:meth:`ByteStream.receive_into` returns 0), and the
-link broke (:class:`~lynxproto.errors.TransportError`).
+link broke (:class:`~lynxproto.errors.TransportError`). ``docs/transports.md`` tells how to write a transport.
 """
 
 from __future__ import annotations
 
+import ssl
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 
-__all__ = ["ByteStream", "Listener", "take"]
+__all__ = [
+    "Address",
+    "ByteStream",
+    "Link",
+    "Listener",
+    "Setup",
+    "Transport",
+    "WrappedListener",
+    "WrappedStream",
+    "take",
+]
 
 
 class _Resource(ABC):
@@ -79,6 +91,117 @@ class Listener(_Resource):
     @abstractmethod
     async def accept(self) -> ByteStream:
         """Wait for a peer. Raises :class:`~lynxproto.errors.StreamClosedError` once the listener is closed."""
+
+
+class Address(NamedTuple):
+    """A parsed URL; ``path`` is a unix socket's path or a memory transport's name."""
+
+    scheme: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+
+class Link(Protocol):
+    """What lies between a session and its streams, below TLS: a shaper, injected faults, a recorder."""
+
+    def over(self, stream: ByteStream) -> ByteStream:
+        """``stream``, which the result owns, seen through this link."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """How streams are to be made, whatever the scheme."""
+
+    tls: ssl.SSLContext | None = None
+    """For schemes that encrypt with TLS."""
+    link: Link | None = None
+    """Wraps every stream as soon as it exists, below TLS."""
+    insecure: bool = False
+    """The user asked for a scheme that does not encrypt."""
+
+    def stream_through_link(self, stream: ByteStream) -> ByteStream:
+        """``stream`` as the link lets it be seen."""
+        return stream if self.link is None else self.link.over(stream)
+
+    def listener_through_link(self, listener: Listener) -> Listener:
+        """``listener`` with its streams so."""
+        return listener if self.link is None else WrappedListener(listener, self.link)
+
+
+class Transport(ABC):
+    """Makes the streams and listeners of one URL scheme. Has no state; made without arguments.
+
+    Third parties register one under the entry point group ``lynxproto.transports``: name = scheme, value = class.
+    """
+
+    #: What follows ``scheme://`` in its URLs.
+    address: ClassVar[Literal["HOST:PORT", "/PATH", "NAME"]]
+    #: Whether nobody on the way can read or change the bytes: they are encrypted, or stay on the machine.
+    secure: ClassVar[bool] = False
+
+    @abstractmethod
+    async def connect(self, address: Address, setup: Setup) -> ByteStream:
+        """Connect. The caller bounds the time.
+
+        Raises :class:`~lynxproto.errors.TransportError` if the link cannot be made: why, and what to do.
+        """
+
+    @abstractmethod
+    async def listen(self, address: Address, setup: Setup) -> Listener:
+        """Listen; port 0 takes a free one.
+
+        Raises :class:`~lynxproto.errors.TransportError` if the address cannot be had: why, and what to do.
+        """
+
+
+class WrappedStream(ByteStream):
+    """``stream``, which it owns: a base for streams that change one thing about another."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+
+    @property
+    def name(self) -> str:
+        """The peer's address, for messages."""
+        return self._stream.name
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        """See :meth:`ByteStream.receive_into`."""
+        return await self._stream.receive_into(buffer)
+
+    async def send(self, buffers: Sequence[memoryview]) -> None:
+        """See :meth:`ByteStream.send`."""
+        await self._stream.send(buffers)
+
+    async def send_eof(self) -> None:
+        """See :meth:`ByteStream.send_eof`."""
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        """See :meth:`ByteStream.aclose`."""
+        await self._stream.aclose()
+
+
+class WrappedListener(Listener):
+    """``listener``, which it owns, with its streams seen through ``link``."""
+
+    def __init__(self, listener: Listener, link: Link) -> None:
+        self._listener = listener
+        self._link = link
+
+    @property
+    def url(self) -> str:
+        """Where it listens, with the real port."""
+        return self._listener.url
+
+    async def accept(self) -> ByteStream:
+        """See :meth:`Listener.accept`."""
+        return self._link.over(await self._listener.accept())
+
+    async def aclose(self) -> None:
+        """See :meth:`Listener.aclose`."""
+        await self._listener.aclose()
 
 
 def take(buffers: deque[memoryview], nbytes: int) -> list[memoryview]:

@@ -12,10 +12,10 @@ from threading import Lock
 
 from lynxproto.errors import StreamClosedError, TransportError
 from lynxproto.transports._socket import SocketStream
-from lynxproto.transports.abc import ByteStream, Listener
+from lynxproto.transports.abc import Address, ByteStream, Listener, Setup, Transport
 from lynxproto.transports.tcp import UNSENT_BYTES
 
-__all__ = ["connect_memory", "listen_memory", "memory_pair"]
+__all__ = ["MemoryTransport", "connect_memory", "listen_memory", "memory_pair"]
 
 _lock = Lock()
 _listeners: dict[str, _MemoryListener] = {}
@@ -82,3 +82,18 @@ async def listen_memory(name: str) -> Listener:
             raise TransportError(f"cannot listen on memory://{name}: the name is taken")
         listener = _listeners[name] = _MemoryListener(name)
     return listener
+
+
+class MemoryTransport(Transport):
+    """``memory://name``."""
+
+    address = "NAME"
+    secure = True
+
+    async def connect(self, address: Address, setup: Setup) -> ByteStream:
+        """See :meth:`Transport.connect`."""
+        return setup.stream_through_link(await connect_memory(address.path))
+
+    async def listen(self, address: Address, setup: Setup) -> Listener:
+        """See :meth:`Transport.listen`."""
+        return setup.listener_through_link(await listen_memory(address.path))

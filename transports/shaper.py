@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from lynxproto.errors import ConfigError
-from lynxproto.transports.abc import ByteStream, Listener, take
+from lynxproto.transports.abc import ByteStream, WrappedStream, take
 
-__all__ = ["ShapedListener", "ShapedStream", "TokenBucket"]
+__all__ = ["ShapedStream", "TokenBucket"]
 
 _TICK_S = 1e-3  # pieces of about this long, so that streams sharing a link alternate
 
@@ -52,22 +52,17 @@ class TokenBucket:
         self._tokens -= nbytes
         return max(0.0, -self._tokens / self.bytes_per_second)
 
+    def over(self, stream: ByteStream) -> ByteStream:
+        """See :meth:`~lynxproto.transports.abc.Link.over`."""
+        return ShapedStream(stream, self)
 
-class ShapedStream(ByteStream):
+
+class ShapedStream(WrappedStream):
     """``stream``, which it owns, with its sending held to ``link``."""
 
     def __init__(self, stream: ByteStream, link: TokenBucket) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._link = link
-
-    @property
-    def name(self) -> str:
-        """The peer's address, for messages."""
-        return self._stream.name
-
-    async def receive_into(self, buffer: memoryview) -> int:
-        """See :meth:`ByteStream.receive_into`."""
-        return await self._stream.receive_into(buffer)
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
         """See :meth:`ByteStream.send`."""
@@ -77,32 +72,3 @@ class ShapedStream(ByteStream):
             if delay > 0:
                 await asyncio.sleep(delay)
             await self._stream.send(piece)
-
-    async def send_eof(self) -> None:
-        """See :meth:`ByteStream.send_eof`."""
-        await self._stream.send_eof()
-
-    async def aclose(self) -> None:
-        """See :meth:`ByteStream.aclose`."""
-        await self._stream.aclose()
-
-
-class ShapedListener(Listener):
-    """``listener``, which it owns, with all its streams sharing ``link`` for what they send."""
-
-    def __init__(self, listener: Listener, link: TokenBucket) -> None:
-        self._listener = listener
-        self._link = link
-
-    @property
-    def url(self) -> str:
-        """Where it listens, with the real port."""
-        return self._listener.url
-
-    async def accept(self) -> ByteStream:
-        """See :meth:`Listener.accept`."""
-        return ShapedStream(await self._listener.accept(), self._link)
-
-    async def aclose(self) -> None:
-        """See :meth:`Listener.aclose`."""
-        await self._listener.aclose()

@@ -11,9 +11,9 @@ from typing import Final
 
 from lynxproto.errors import TransportError
 from lynxproto.transports._socket import SocketListener, SocketStream
-from lynxproto.transports.abc import ByteStream, Listener
+from lynxproto.transports.abc import Address, ByteStream, Listener, Setup, Transport
 
-__all__ = ["UNSENT_BYTES", "connect_tcp", "connect_unix", "listen_tcp", "listen_unix"]
+__all__ = ["UNSENT_BYTES", "TCPTransport", "UnixTransport", "connect_tcp", "connect_unix", "listen_tcp", "listen_unix"]
 
 #: Bytes that the kernel may hold unsent. A strict queue in user space is worth nothing if megabytes of the lowest
 #: class already sit in the socket; with this bound an urgent frame waits for about this much, whatever the send buffer.
@@ -158,3 +158,32 @@ async def listen_unix(path: str) -> Listener:
         sock.close()
         raise _explain(f"cannot listen on {url}", error) from error
     return SocketListener(sock, url, setup, lambda: Path(path).unlink(missing_ok=True))
+
+
+class TCPTransport(Transport):
+    """``tcp://host:port``: plaintext."""
+
+    address = "HOST:PORT"
+
+    async def connect(self, address: Address, setup: Setup) -> ByteStream:
+        """See :meth:`Transport.connect`."""
+        return setup.stream_through_link(await connect_tcp(address.host, address.port))
+
+    async def listen(self, address: Address, setup: Setup) -> Listener:
+        """See :meth:`Transport.listen`."""
+        return setup.listener_through_link(await listen_tcp(address.host, address.port))
+
+
+class UnixTransport(Transport):
+    """``unix:///path``."""
+
+    address = "/PATH"
+    secure = True
+
+    async def connect(self, address: Address, setup: Setup) -> ByteStream:
+        """See :meth:`Transport.connect`."""
+        return setup.stream_through_link(await connect_unix(address.path))
+
+    async def listen(self, address: Address, setup: Setup) -> Listener:
+        """See :meth:`Transport.listen`."""
+        return setup.listener_through_link(await listen_unix(address.path))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import cast
 
 from lynxproto.errors import AuthenticationError, ConfigError, TransportError
-from lynxproto.transports.abc import ByteStream, Listener
+from lynxproto.transports.abc import Address, ByteStream, Listener, Setup, Transport
+from lynxproto.transports.tcp import connect_tcp, listen_tcp
 
-__all__ = ["TLSListener", "TLSStream", "client_context", "server_context"]
+__all__ = ["TLSListener", "TLSStream", "TLSTransport", "client_context", "server_context"]
 
 #: Bytes encrypted at once: large enough to be cheap, small enough that an urgent frame does not wait long.
 _RECORDS = 64 << 10
@@ -192,3 +193,29 @@ class TLSListener(Listener):
     async def aclose(self) -> None:
         """See :meth:`Listener.aclose`."""
         await self._listener.aclose()
+
+
+class TLSTransport(Transport):
+    """``tcps://host:port``: TLS 1.3 over TCP. Listening needs a context, made by :func:`server_context`."""
+
+    address = "HOST:PORT"
+    secure = True
+
+    async def connect(self, address: Address, setup: Setup) -> ByteStream:
+        """See :meth:`Transport.connect`."""
+        link = setup.stream_through_link(await connect_tcp(address.host, address.port))
+        stream = TLSStream(link, setup.tls or client_context(), server_hostname=address.host)
+        try:
+            await stream.handshake()
+        except BaseException:
+            await stream.aclose()
+            raise
+        return stream
+
+    async def listen(self, address: Address, setup: Setup) -> Listener:
+        """See :meth:`Transport.listen`."""
+        if setup.tls is None:
+            raise ConfigError(
+                "listening with TLS (tcps://) needs a certificate; pass tls=server_context(certificate=...)"
+            )
+        return TLSListener(setup.listener_through_link(await listen_tcp(address.host, address.port)), setup.tls)
