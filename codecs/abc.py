@@ -53,6 +53,11 @@ class Codec(ABC):
     def exact(self) -> bool:
         """Whether the last level restores every word."""
 
+    @property
+    def verbatim(self) -> bool:
+        """Whether level 0 is the tile's words as they are, in [head, token, dim] order: nothing to encode or decode."""
+        return False
+
     @abstractmethod
     def supports(self, spec: ChunkSpec) -> bool:
         """Whether this codec can encode such a tile (dtype, part)."""

@@ -39,6 +39,11 @@ class Raw(Codec):
         """True."""
         return True
 
+    @property
+    def verbatim(self) -> bool:
+        """True without ``zstd``."""
+        return self._zstd is None
+
     def supports(self, spec: ChunkSpec) -> bool:
         """Everything."""
         return True

@@ -19,9 +19,9 @@ from lynxproto.events import Event
 from lynxproto.frames import Body, control_frame
 from lynxproto.manifest import Manifest
 
-__all__ = ["Backoff", "Context", "Peer", "build_codec", "max_sizes"]
+__all__ = ["Backoff", "Context", "Land", "Peer", "build_codec", "max_sizes"]
 
-
+Land = Callable[[int, Tile], memoryview | None]
 _MAX_WAITING: Final = 10_000
 
 
@@ -57,6 +57,10 @@ class Context:
     """At least one stripe is ready. While none is, nothing is queued: state is sent afresh when one is."""
     peer: Peer | None = None
     stripe_alive: Callable[[int], bool] = field(default=lambda stripe: False)
+    take_over: Callable[[Any], None] = field(default=lambda chunk: None)
+    """Copy what is left to send of the frame of this chunk: its payload must not be read any more."""
+    land: Land | None = None
+    """Where the shell wants a tile's words."""
 
     def emit(self, body: Body, transfer: int = 0) -> None:
         """Queue a control frame, if some stripe can carry it."""

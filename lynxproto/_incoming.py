@@ -65,7 +65,8 @@ class _Tile:
     shown: int = -1
     pending: list[events.ChunkReceived] = field(default_factory=list)
     running: int | None = None  # the level that a worker is decoding to
-    digest: bytes | None = None
+    landed: bytes | None = None  # the digest of the words that arrived in place
+    digest: bytes | None = None  # what END says it must be
     verified: bool = False
 
     def show(self, decode: Callable[[NDArray[Any]], DecodeState]) -> DecodeState:
@@ -301,7 +302,10 @@ class Incoming:
             self._restart(tile, event.attempt)
         elif event.attempt < tile.attempt:
             return  # the rest of an attempt that failed
-        tile.pending.append(event)
+        if event.landed is not None:
+            self._landed(tile, event)
+        else:
+            tile.pending.append(event)
         self._advance(tile)
         now = time.monotonic()
         counters = self._peer.connection.transfer_counters(self.id)
@@ -310,6 +314,14 @@ class Incoming:
             if self.on_progress is not None:
                 progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
                 self._peer.call_user(self.on_progress, progress)
+
+    def land(self, tile: Tile) -> memoryview | None:
+        """Where the words of ``tile`` belong, if they are contiguous there."""
+        state = self._tiles.get(tile)
+        if state is None or not tile.tokens.is_range:
+            return None
+        words = tile_view(state.words, state.layer, tile)
+        return words.reshape(-1).view(np.uint8).data if words.flags.c_contiguous else None
 
     def on_layer_ended(self, event: events.LayerEnded, planned: tuple[Tile, ...]) -> None:
         """Digests of a layer's tiles."""
@@ -354,6 +366,7 @@ class Incoming:
             await self._peer.workers.settle(self)
         else:
             await self._peer.workers.drop(self)
+            await self._peer.stop_landing(self.id)
             self._tiles.clear()
         self.released = True
         self.stats.released = time.monotonic()
@@ -403,7 +416,10 @@ class Incoming:
             digest = level == tile.exact and bool(tile.digest)
             state = tile.state
             self._run(tile, level, chunks, lambda: _decode(tile, state, payloads, show, digest))
-        elif tile.shown == tile.exact and tile.digest and not tile.verified:
+        elif tile.landed and tile.digest:
+            landed, tile.landed = tile.landed, None
+            self._check_digest(tile, landed)
+        elif tile.shown == tile.exact and tile.digest and not tile.verified and tile.landed is None:
             self._run(tile, level, [], lambda: _verify(tile))
 
     def _run(
@@ -443,15 +459,28 @@ class Incoming:
         tile.state = outcome.state if level < self._last(tile) else None
         for chunk in chunks:
             connection.applied(self.id, tile.tile, chunk.level, now)
-        if outcome.digest is not None:
-            if outcome.digest != tile.digest:
-                self._fail_tile(tile, ErrorCode.DIGEST, "the words do not match the digest in END")
-                return
-            tile.verified = True
-            connection.tile_verified(self.id, tile.tile, now)
+        if outcome.digest is not None and not self._check_digest(tile, outcome.digest):
+            return
         self._advance(tile)
         self.changed.notify()
         self._peer.pump()
+
+    def _landed(self, tile: _Tile, event: events.ChunkReceived) -> None:
+        """The chunk's words are in place already."""
+        tile.landed = event.landed
+        tile.decoded = event.level
+        self._show(tile, event.level)
+        self._peer.connection.applied(self.id, tile.tile, event.level, time.monotonic())
+        self.changed.notify()
+
+    def _check_digest(self, tile: _Tile, digest: bytes) -> bool:
+        """Whether the words are what END says."""
+        if digest != tile.digest:
+            self._fail_tile(tile, ErrorCode.DIGEST, "the words do not match the digest in END")
+            return False
+        tile.verified = True
+        self._peer.connection.tile_verified(self.id, tile.tile, time.monotonic())
+        return True
 
     def _fail_tile(self, tile: _Tile, code: ErrorCode, text: str) -> None:
         self._restart(tile, tile.attempt + 1)
@@ -460,7 +489,7 @@ class Incoming:
 
     def _restart(self, tile: _Tile, attempt: int) -> None:
         tile.attempt = attempt
-        tile.state = None
+        tile.state = tile.landed = None
         tile.decoded = -1
         tile.pending = []
         tile.verified = False

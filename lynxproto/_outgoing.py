@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from lynxproto.cachefile import Cache
 from lynxproto.chunk import ChunkSpec, Part, Tile, as_words
 from lynxproto.codecs import Codec, get_codec
 from lynxproto.connection import ChunkRequest
-from lynxproto.digest import tile_digest
+from lynxproto.digest import Digest, crc32c, tile_digest
 from lynxproto.errors import (
     ErrorCode,
     LocalError,
@@ -25,7 +25,7 @@ from lynxproto.errors import (
     StreamClosedError,
     TransferCancelledError,
 )
-from lynxproto.manifest import LayerSpec, Manifest
+from lynxproto.manifest import LayerSpec, Manifest, Want, wanted_levels
 from lynxproto.policy import Policy
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Outgoing", "borrow", "part_words", "tile_view"]
 
+#: Bytes that stay in a core's cache.
+_PIECE = 256 << 10
 #: Urgency of codec work: anchors first, then digests, then residuals by level.
 _DIGEST_URGENCY = 1
 
@@ -69,12 +71,26 @@ def tile_view(words: NDArray[Any], layer: LayerSpec, tile: Tile) -> NDArray[Any]
     return heads[:, np.asarray(tile.tokens.positions) - layer.token_start]
 
 
-def _encode(codec: Codec, spec: ChunkSpec, words: NDArray[Any], layer: LayerSpec, request: ChunkRequest) -> Any:
-    (payload,) = codec.encode(spec, tile_view(words, layer, request.tile), levels=[request.level])
-    # A payload may wait for the link after the transfer was cancelled; it must not lie in the caller's memory.
-    if np.may_share_memory(np.frombuffer(payload, np.uint8), words):
-        payload = bytes(payload)
-    return payload
+class _Encoded(NamedTuple):
+    """A payload, its CRC32C, and the tile's digest where the payload is the tile's words."""
+
+    payload: memoryview
+    crc: int
+    digest: bytes | None
+
+
+def _encode(codec: Codec, spec: ChunkSpec, words: NDArray[Any], layer: LayerSpec, request: ChunkRequest) -> _Encoded:
+    """On a worker. The payload of a verbatim codec lies in the caller's memory if its words are contiguous there."""
+    (encoded,) = codec.encode(spec, tile_view(words, layer, request.tile), levels=[request.level])
+    payload = memoryview(encoded).cast("B")
+    if not codec.verbatim:
+        return _Encoded(payload, crc32c(payload), None)
+    digest, crc = Digest(), 0
+    for start in range(0, payload.nbytes, _PIECE):  # both checksums of a piece while the cache has it
+        piece = payload[start : start + _PIECE]
+        crc = crc32c(piece, crc)
+        digest.update(piece)
+    return _Encoded(payload, crc, digest.digest())
 
 
 def _digest(manifest: Manifest, layer: LayerSpec, tile: Tile, words: NDArray[Any]) -> bytes:
@@ -99,7 +115,9 @@ class Outgoing:
         self._codecs = [get_codec(config) for config in manifest.codecs]
         self._words: dict[tuple[int, Part], NDArray[Any]] = {}
         self._written: set[int] = set()
-        self._digesting = 0
+        #: (layer, its tiles, their digests as far as they are known) until the layer is ended
+        self._digests: dict[int, tuple[tuple[Tile, ...], dict[Tile, bytes]]] = {}
+        self._wants: Sequence[Want] | None = None
         self._counted: list[int] = []
         self._finishing = False
 
@@ -121,13 +139,8 @@ class Outgoing:
         if self.manifest.lossy:
             self._peer.connection.end_layer(self.id, layer.index, [b""] * len(tiles), time.monotonic())
         else:
-            self._digesting += 1
-            self._peer.work(
-                self,
-                (_DIGEST_URGENCY, layer.index),
-                lambda: [_digest(self.manifest, layer, tile, words[tile.part]) for tile in tiles],
-                lambda future: self._digested(layer.index, future),
-            )
+            self._digests[layer.index] = (tiles, {})
+            self._digest(layer, [tile for tile in tiles if not self._digested_when_sent(tile)])
         self._peer.pump()
 
     def result(self, first_token: int, logit_gap: float | None) -> None:
@@ -211,9 +224,13 @@ class Outgoing:
             self._counted = list(counters.sent_frames)
             self.stats.update(counters.sent_frames, counters.sent_bytes, time.monotonic())
 
-    def on_accepted(self) -> None:
+    def on_accepted(self, wants: Sequence[Want]) -> None:
         """The peer accepted."""
         self.accepted = True
+        self._wants = wants
+        for index, (tiles, known) in self._digests.items():
+            unsent = [tile for tile in tiles if tile not in known and not self._digested_when_sent(tile)]
+            self._digest(self.manifest.layer(index), unsent)
         self.changed.notify()
 
     def fail(self, error: LynxError) -> None:
@@ -225,6 +242,7 @@ class Outgoing:
         """The connection wants nothing any more: let go of the caller's arrays."""
         self.count()
         await self._peer.workers.drop(self)
+        await self._peer.reclaim(self.id)
         self._words.clear()
         self.complete = complete
         self.released = True
@@ -233,31 +251,59 @@ class Outgoing:
 
     # --- outcomes of codec work
 
-    def _encoded(self, request: ChunkRequest, future: Future[Any]) -> None:
+    def _encoded(self, request: ChunkRequest, future: Future[_Encoded]) -> None:
         self.encoding -= 1
         error = future.exception()
         if error is not None:
             self._break(error)
             return
+        payload, crc, digest = future.result()
+        if digest is not None:
+            self._know(request.tile.layer, {request.tile: digest})
         try:
-            self._peer.connection.chunk_encoded(self.id, request.tile, request.level, future.result(), time.monotonic())
+            now = time.monotonic()
+            self._peer.connection.chunk_encoded(self.id, request.tile, request.level, payload, now, crc)
         except LocalError as refused:  # a codec that breaks its own promises
             self._break(refused)
             return
         self._peer.pump()
 
-    def _digested(self, layer: int, future: Future[list[bytes]]) -> None:
+    def _digested_when_sent(self, tile: Tile) -> bool:
+        """Whether encoding the tile makes its digest: its payload is its words, and the peer (as far as known) wants it."""
+        return self._codecs[tile.codec].verbatim and (self._wants is None or wanted_levels(self._wants, tile, 1) > 0)
+
+    def _digest(self, layer: LayerSpec, tiles: Sequence[Tile]) -> None:
+        """Digest these tiles on a worker."""
+        if tiles:
+            words = {part: self._words[layer.index, part] for part in layer.parts}
+            self._peer.work(
+                self,
+                (_DIGEST_URGENCY, layer.index),
+                lambda: {tile: _digest(self.manifest, layer, tile, words[tile.part]) for tile in tiles},
+                lambda future: self._digested(layer.index, future),
+            )
+
+    def _digested(self, layer: int, future: Future[dict[Tile, bytes]]) -> None:
         error = future.exception()
         if error is not None:
             self._break(error)
             return
-        self._digesting -= 1
-        self._peer.connection.end_layer(self.id, layer, future.result(), time.monotonic())
-        self._try_finish()
+        self._know(layer, future.result())
         self._peer.pump()
 
+    def _know(self, layer: int, digests: dict[Tile, bytes]) -> None:
+        """Digests of some tiles are known; with the last of them the layer ends."""
+        if layer not in self._digests:  # a resend
+            return
+        tiles, known = self._digests[layer]
+        known.update(digests)
+        if len(known) == len(tiles):
+            del self._digests[layer]
+            self._peer.connection.end_layer(self.id, layer, [known[tile] for tile in tiles], time.monotonic())
+            self._try_finish()
+
     def _try_finish(self) -> None:
-        if self._finishing and self._digesting == 0:
+        if self._finishing and not self._digests:
             self._peer.connection.finish(self.id, time.monotonic())
             self._peer.pump()
 

@@ -27,6 +27,7 @@ from lynxproto.errors import (
     RemoteError,
     StreamClosedError,
     TransferCancelledError,
+    TransportError,
 )
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
@@ -45,6 +46,8 @@ _SEND_S: Final = 2e-3
 _SEND_BYTES: Final = (16 << 10, 1 << 20)
 #: Protocol timers are looked at so late at most.
 _TIMER_SLACK_S: Final = 5e-3
+#: Seconds that a stream may take to let go of the memory of a transfer that is over.
+_RECLAIM_S: Final = 1.0
 #: Seconds that a stream which is to be closed may take to send its last words.
 _LINGER_S: Final = 2.0
 
@@ -54,9 +57,17 @@ class _Stripe:
     number: int
     stream: ByteStream
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    sending: asyncio.Future[None] | None = None  # while the stream sends what it was given last
+    interrupted: asyncio.Future[None] | None = None  # until receiving has let go of its buffer
     closing: bool = False
     linger: asyncio.TimerHandle | None = None
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def resume(self) -> None:
+        """Receiving has let go of its buffer, or is over."""
+        if self.interrupted is not None:
+            self.interrupted.set_result(None)
+            self.interrupted = None
 
 
 class Peer:
@@ -74,7 +85,7 @@ class Peer:
     ) -> None:
         self.config = config
         self.workers = workers
-        self.connection = Connection(config, client=dial is not None)
+        self.connection = Connection(config, client=dial is not None, land=self._land)
         self.name = "the peer"
         self.error: LynxError | None = None
         self.established = False
@@ -134,7 +145,16 @@ class Peer:
         error: RemoteError = ConnectionClosedError(f"{stripe.stream.name} hung up")
         try:
             while True:
-                count = await stripe.stream.receive_into(self.connection.get_buffer(stripe.number))
+                try:
+                    count = await stripe.stream.receive_into(self.connection.get_buffer(stripe.number))
+                except asyncio.CancelledError:
+                    if stripe.interrupted is None:
+                        raise
+                    task = asyncio.current_task()
+                    assert task is not None
+                    task.uncancel()
+                    stripe.resume()
+                    continue
                 if count == 0:
                     break
                 self.bytes_received += count
@@ -157,7 +177,12 @@ class Peer:
                 started = time.monotonic()
                 data = self.connection.data_to_send(started, stripe.number, limit)
                 if data:
-                    await stripe.stream.send(data)
+                    stripe.sending = self._loop.create_future()
+                    try:
+                        await stripe.stream.send(data)
+                    finally:
+                        stripe.sending.set_result(None)
+                        stripe.sending = None
                     nbytes = sum(part.nbytes for part in data)
                     rate = nbytes / max(time.monotonic() - started, 1e-9)
                     limit = int(max(low, min(rate * _SEND_S, 2 * limit, high)))
@@ -189,12 +214,39 @@ class Peer:
         if stripe.linger is not None:
             stripe.linger.cancel()
         await stripe.stream.aclose()
+        stripe.resume()
         for task in stripe.tasks:
             if task is not asyncio.current_task():
                 task.cancel()
         if self._stripes.pop(stripe.number, None) is not None:
             self._redial()
             self.changed.notify()
+
+    def _land(self, transfer: int, tile: Tile) -> memoryview | None:
+        incoming = self.incoming.get(transfer)
+        return None if incoming is None else incoming.land(tile)
+
+    async def stop_landing(self, transfer: int) -> None:
+        """Return when no stream writes to the destination of ``transfer``, which is over, any more."""
+        for stripe in list(self._stripes.values()):
+            receiving = stripe.tasks[0]
+            if self.connection.landing(stripe.number) == transfer and not receiving.done():
+                stripe.interrupted = stripe.interrupted or self._loop.create_future()
+                receiving.cancel()
+                await stripe.interrupted
+
+    async def reclaim(self, transfer: int) -> None:
+        """Return when no stream reads the payloads of ``transfer``, which is over, any more.
+
+        A stream that does not get rid of what it was given is given up: the session resumes on another.
+        """
+        for stripe in list(self._stripes.values()):
+            if stripe.sending is not None and transfer in self.connection.lent(stripe.number):
+                await asyncio.wait([stripe.sending], timeout=_RECLAIM_S)
+                if stripe.sending is not None and transfer in self.connection.lent(stripe.number):
+                    text = f"{stripe.stream.name} takes no bytes, and a cancelled transfer wants its memory back"
+                    self._lost(stripe, TransportError(text))
+                    await self._hang_up(stripe)
 
     def _close_stripe(self, stripe: _Stripe) -> None:
         """Send what is left to say, for a bounded time, then hang up."""
@@ -317,7 +369,7 @@ class Peer:
                 self._offered.add(event.transfer)
                 self._track(self._consider(event))
             case events.TransferAccepted():
-                self.outgoing[event.transfer].on_accepted()
+                self.outgoing[event.transfer].on_accepted(event.wants)
             case events.TransferRejected():
                 text = f"{self.name} refused transfer {event.transfer:032x}: {event.text}"
                 self.outgoing[event.transfer].fail(RejectedError(text, event.code))

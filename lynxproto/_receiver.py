@@ -13,11 +13,12 @@ from typing import Any
 
 from lynxproto import frames
 from lynxproto._context import ALL_LEVELS, Backoff, Context, build_codec, max_sizes
+from lynxproto._stripe import Target
 from lynxproto.chunk import PARTS, Tile
 from lynxproto.codecs.abc import Codec
 from lynxproto.config import MAX_LEVELS
 from lynxproto.counters import Counters
-from lynxproto.digest import crc32c
+from lynxproto.digest import Digest
 from lynxproto.errors import (
     DeadlineError,
     DigestError,
@@ -77,7 +78,7 @@ class _Tile:
         self.done = False
         self.sizes = [0] * MAX_LEVELS
         self.corrupt: dict[int, int] = {}
-        self.held: dict[int, memoryview] = {}
+        self.held: dict[int, Arrival] = {}
 
 
 class _Layer:
@@ -137,18 +138,32 @@ class Incoming:
         return self.state in (IncomingState.OFFERED, IncomingState.RECEIVING, IncomingState.COMPLETE)
 
 
-class Arrival:
-    """A chunk whose header was accepted: where its payload goes."""
+class Arrival(Target):
+    """A chunk whose header was accepted: where its payload goes, and ``digest`` (xxh3-128) if that is its destination."""
 
-    __slots__ = ("attempt", "buffer", "header", "layer", "tile", "transfer")
+    __slots__ = ("attempt", "digest", "header", "layer", "tile", "transfer")
 
-    def __init__(self, transfer: Incoming, layer: _Layer, tile: _Tile, header: frames.Header) -> None:
+    def __init__(
+        self, transfer: Incoming, layer: _Layer, tile: _Tile, header: frames.Header, landing: memoryview | None
+    ) -> None:
+        super().__init__(memoryview(bytearray(header.payload_length)) if landing is None else landing)
         self.transfer = transfer
         self.layer = layer
         self.tile = tile
         self.header = header
         self.attempt = tile.attempt
-        self.buffer = bytearray(header.payload_length)
+        self.digest = None if landing is None else Digest()
+
+    @property
+    def wanted(self) -> bool:
+        t, tile = self.transfer, self.tile
+        return t.state is IncomingState.RECEIVING and self.attempt == tile.attempt and self.header.level < tile.want
+
+    def took(self, nbytes: int) -> memoryview:
+        piece = super().took(nbytes)
+        if self.digest is not None:
+            self.digest.update(piece)
+        return piece
 
 
 class Receiver:
@@ -475,7 +490,18 @@ class Receiver:
                 counters.dropped_bytes += header.payload_length
             return None
         has.receiving |= bit
-        return Arrival(t, layer, has, header)
+        return Arrival(t, layer, has, header, self._landing(t, has, header))
+
+    def _landing(self, t: Incoming, has: _Tile, header: frames.Header) -> memoryview | None:
+        """The shell's own memory for the payload of a tile that needs no decoding; None if it offers none."""
+        if self.ctx.land is None or has.tile is None or not t.codecs[header.codec].verbatim:
+            return None
+        if header.payload_length != has.max_sizes[0]:  # the codec will say what is wrong with it
+            return None
+        view = self.ctx.land(t.id, has.tile)
+        if view is not None and view.nbytes != header.payload_length:
+            raise LocalError(f"{has.tile} has {header.payload_length} bytes, land() gave {view.nbytes}")
+        return view
 
     def _early(self, t: Incoming, layer: _Layer, header: frames.Header, bitmap: bytes) -> _Tile | None:
         if layer.plan is not None:
@@ -492,11 +518,11 @@ class Receiver:
         """The payload is complete: check it, then deliver it or ask for it again."""
         t, has, header = arrival.transfer, arrival.tile, arrival.header
         level, bit = header.level, 1 << header.level
-        if t.state is not IncomingState.RECEIVING or arrival.attempt != has.attempt or level >= has.want:
+        if not arrival.wanted:
             self._drop(header)
             return
         has.receiving &= ~bit
-        if crc32c(arrival.buffer) != header.payload_crc:
+        if arrival.crc != header.payload_crc:
             for counters in (self.ctx.counters, t.counters):
                 counters.corrupt += 1
             count = has.corrupt[level] = has.corrupt.get(level, 0) + 1
@@ -508,7 +534,7 @@ class Receiver:
             return
         has.received |= bit
         arrival.layer.note(has)
-        has.held[level] = memoryview(arrival.buffer)
+        has.held[level] = arrival
         for counters in (self.ctx.counters, t.counters):
             counters.received_frames[level] += 1
             counters.received_bytes[level] += frames.HEADER_SIZE + header.extension_length + header.payload_length
@@ -664,11 +690,16 @@ class Receiver:
         while has.tile is not None and has.delivered < has.want and has.delivered in has.held:
             level = has.delivered
             has.delivered += 1
-            payload = has.held.pop(level)
-            last = level == has.levels - 1
+            arrival = has.held.pop(level)
             self.ctx.events.append(
                 ChunkReceived(
-                    transfer=t.id, tile=has.tile, level=level, payload=payload, attempt=has.attempt, last=last
+                    transfer=t.id,
+                    tile=has.tile,
+                    level=level,
+                    payload=arrival.view,
+                    attempt=has.attempt,
+                    last=level == has.levels - 1,
+                    landed=None if arrival.digest is None else arrival.digest.digest(),
                 )
             )
 

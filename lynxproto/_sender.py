@@ -55,7 +55,7 @@ class Chunk:
     """One level of one tile. ``charged`` is its size once it has cost credit (in this attempt), else 0."""
 
     __slots__ = (
-        "attempt", "begun", "charged", "flow", "held", "level", "nacks", "payload", "place", "sequence", "state",
+        "attempt", "begun", "charged", "crc", "flow", "held", "level", "nacks", "payload", "place", "sequence", "state",
         "stripe", "tile",
     )  # fmt: skip
 
@@ -66,6 +66,7 @@ class Chunk:
         self.place = place
         self.state = ChunkState.IDLE
         self.payload: memoryview | None = None
+        self.crc: int | None = None  # of the payload
         self.charged = 0
         self.begun = False  # some of a frame went out in this attempt: the peer may have charged it too
         self.held = 0  # bytes of the encode-ahead budget
@@ -302,7 +303,9 @@ class Sender:
                 window.reserved += chunk.max_size
         return chunk
 
-    def chunk_encoded(self, transfer: int, tile: Tile, level: int, payload: bytes | memoryview, now: float) -> None:
+    def chunk_encoded(
+        self, transfer: int, tile: Tile, level: int, payload: bytes | memoryview, now: float, crc: int | None
+    ) -> None:
         t = self._get(transfer)
         if t is None:
             return
@@ -323,7 +326,7 @@ class Sender:
                 window.charged += view.nbytes
             chunk.charged = view.nbytes
         self._hold(chunk, view.nbytes)
-        chunk.payload = view
+        chunk.payload, chunk.crc = view, crc
         t.progress_at = now
         self._move(chunk, "encoded")
 
@@ -512,7 +515,13 @@ class Sender:
         assert chunk.payload is not None
         tile = chunk.tile
         return frames.data_frame(
-            tile.transfer.id, tile.key, chunk.level, chunk.payload, attempt=chunk.attempt, codec_id=tile.codec_id
+            tile.transfer.id,
+            tile.key,
+            chunk.level,
+            chunk.payload,
+            attempt=chunk.attempt,
+            codec_id=tile.codec_id,
+            crc=chunk.crc,
         )
 
     def written(self, chunk: Chunk, stripe: int, nbytes: int, now: float) -> None:
@@ -782,6 +791,8 @@ class Sender:
                             window.reserved -= chunk.max_size
                     if chunk.state is not ChunkState.SENDING:
                         self._drop_payload(chunk)
+                    else:
+                        self.ctx.take_over(chunk)
         self._waiting.forget(t.flow)
         self._encoded.forget(t.flow)
         del self.transfers[t.id]

@@ -6,6 +6,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Protocol
 
 from lynxproto import frames
+from lynxproto.digest import crc32c
 from lynxproto.frames import HEADER_SIZE, FrameType, Header
 from lynxproto.state import StripeState
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from lynxproto._receiver import Arrival
     from lynxproto._sender import Chunk
 
-__all__ = ["FrameHandler", "FrameReader", "Stripe"]
+__all__ = ["FrameHandler", "FrameReader", "Stripe", "Target"]
 
 _SCRATCH = 64 * 1024
 #: Payloads with less than this still to come are read together with what follows them, and copied once.
@@ -23,17 +24,40 @@ _MAX_PROBES = 16
 _SINK = bytearray(_SCRATCH)
 
 
+class Target:
+    """Where the bytes of a payload (or an extension) go. Checksums are made as they come, while they are in the cache."""
+
+    __slots__ = ("crc", "filled", "view")
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+        self.filled = 0
+        self.crc = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the rest may still be written; asked before each read."""
+        return True
+
+    def took(self, nbytes: int) -> memoryview:
+        """``nbytes`` more are in place; returns them."""
+        piece = self.view[self.filled : self.filled + nbytes]
+        self.filled += nbytes
+        self.crc = crc32c(piece, self.crc)
+        return piece
+
+
 class FrameHandler(Protocol):
     """What a reader calls. Any call may raise a ProtocolError, or end the stripe (:meth:`FrameReader.stop`)."""
 
     def check_header(self, header: Header) -> None:
         """A header arrived; refuse it before anything else of the frame is read."""
 
-    def begin_payload(self, header: Header, bitmap: bytes) -> bytearray | None:
+    def begin_payload(self, header: Header, bitmap: bytes) -> Target | None:
         """Where the payload goes; None to skip it."""
 
-    def end_payload(self, header: Header, payload: bytearray) -> None:
-        """The payload is complete."""
+    def end_payload(self, header: Header, target: Target) -> None:
+        """The payload is complete, or its rest is not wanted any more and will be skipped."""
 
 
 class FrameReader:
@@ -44,8 +68,7 @@ class FrameReader:
         self._scratch = bytearray(_SCRATCH)
         self._start = self._end = 0  # of the unread bytes in the scratch buffer
         self._header: Header | None = None
-        self._target: bytearray | None = None  # of the extension or the payload
-        self._filled = 0
+        self._target: Target | None = None  # of the extension or the payload
         self._in_extension = False
         self._skip = 0
         self._direct = False
@@ -61,11 +84,13 @@ class FrameReader:
     def get_buffer(self) -> memoryview:
         """Where to read the next bytes to."""
         self._direct = False
-        if self._target is not None and self._start == self._end and not self._stopped:
-            rest = memoryview(self._target)[self._filled :]
-            if rest.nbytes >= _DIRECT:
+        target = self._target
+        if target is not None and not target.wanted:
+            self._abandon(target)
+        elif target is not None and self._start == self._end and not self._stopped:
+            if len(target.view) - target.filled >= _DIRECT:
                 self._direct = True
-                return rest
+                return target.view[target.filled :]
         if self._stopped:
             self._start = self._end = 0
         elif self._start:
@@ -78,7 +103,8 @@ class FrameReader:
         if self._stopped:
             return
         if self._direct:
-            self._filled += nbytes
+            assert self._target is not None
+            self._target.took(nbytes)
             self._target_filled()
         else:
             self._end += nbytes
@@ -94,11 +120,17 @@ class FrameReader:
             self._skip -= n
             return n > 0
         if self._target is not None:
-            n = min(available, len(self._target) - self._filled)
-            self._target[self._filled : self._filled + n] = self._scratch[self._start : self._start + n]
-            self._start += n
-            self._filled += n
-            self._target_filled()
+            target = self._target
+            n = min(available, len(target.view) - target.filled)
+            if n and target.wanted:
+                target.view[target.filled : target.filled + n] = memoryview(self._scratch)[
+                    self._start : self._start + n
+                ]
+                target.took(n)
+                self._start += n
+                self._target_filled()
+            elif n:
+                self._abandon(target)
             return n > 0
         if available < HEADER_SIZE:
             return False
@@ -108,13 +140,10 @@ class FrameReader:
         self._header = header
         if header.extension_length:
             self._in_extension = True
-            self._aim(bytearray(header.extension_length))
+            self._target = Target(memoryview(bytearray(header.extension_length)))
         else:
             self._begin(b"")
         return True
-
-    def _aim(self, target: bytearray) -> None:
-        self._target, self._filled = target, 0
 
     def _begin(self, bitmap: bytes) -> None:
         assert self._header is not None
@@ -123,19 +152,27 @@ class FrameReader:
             self._skip = self._header.payload_length
             self._header = None
         elif not self._stopped:
-            self._aim(target)
+            self._target = target
             self._target_filled()
+
+    def _abandon(self, target: Target) -> None:
+        """Write no more to a target that became unwanted; read over the rest."""
+        header = self._header
+        assert header is not None
+        self._target = self._header = None
+        self._skip = len(target.view) - target.filled
+        self._handler.end_payload(header, target)
 
     def _target_filled(self) -> None:
         target, header = self._target, self._header
-        if target is None or self._filled < len(target):
+        if target is None or target.filled < len(target.view):
             return
         assert header is not None
         self._target = None
         self._direct = False
         if self._in_extension:
             self._in_extension = False
-            self._begin(frames.parse_extension(target))
+            self._begin(frames.parse_extension(target.view))
         else:
             self._header = None
             self._handler.end_payload(header, target)
@@ -163,6 +200,8 @@ class Stripe:
         self.out: deque[memoryview] = deque()  # rest of the frame being written
         self.writing: Chunk | None = None
         self.writing_bytes = 0
+        self.lender: int | None = None  # the transfer whose payload `out` reads
+        self.lent: set[int] = set()  # transfers of the payloads that were given out last
         self.arrival: Arrival | None = None
         #: id of a probing PING -> number of the last chunk written before it
         self.probes: OrderedDict[int, int] = OrderedDict()

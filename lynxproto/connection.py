@@ -13,17 +13,17 @@ After any call, the shell takes the events (:meth:`Connection.next_event`), asks
 from __future__ import annotations
 
 import hmac
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random, SystemRandom
 from typing import Any, Final
 
 from lynxproto import _cbor, frames
-from lynxproto._context import Backoff, Context, Peer
+from lynxproto._context import Backoff, Context, Land, Peer
 from lynxproto._receiver import Receiver
-from lynxproto._sender import Sender
-from lynxproto._stripe import HANDSHAKE_TYPES, FrameReader, Stripe
+from lynxproto._sender import Chunk, Sender
+from lynxproto._stripe import HANDSHAKE_TYPES, FrameReader, Stripe, Target
 from lynxproto.chunk import Tile
 from lynxproto.config import Config
 from lynxproto.counters import Counters
@@ -117,22 +117,30 @@ class _Handler:
     def check_header(self, header: Header) -> None:
         self._connection._check_header(self._stripe, header)
 
-    def begin_payload(self, header: Header, bitmap: bytes) -> bytearray | None:
+    def begin_payload(self, header: Header, bitmap: bytes) -> Target | None:
         return self._connection._begin_payload(self._stripe, header, bitmap)
 
-    def end_payload(self, header: Header, payload: bytearray) -> None:
-        self._connection._end_payload(self._stripe, header, payload)
+    def end_payload(self, header: Header, target: Target) -> None:
+        self._connection._end_payload(self._stripe, header, target)
 
 
 class Connection:
     """A session. ``client`` is the side that opened the byte streams; either side may send and receive caches.
 
     ``random`` is for tests; by default ids, nonces and tokens come from the operating system.
+
+    ``land(transfer, tile)`` is asked where the words of a tile belong, when a chunk arrives that is those words as they
+    are (a codec that is ``verbatim``): ``tile.spec().nbytes`` contiguous, writable bytes, which are then written while
+    the chunk arrives, before its checksum is known; or None, and the chunk is delivered like any other. Nothing is
+    written there after :class:`~lynxproto.events.TransferReleased`, provided that the shell asks for
+    :meth:`get_buffer` again before it reads.
     """
 
-    def __init__(self, config: Config, *, client: bool, random: Random | None = None) -> None:
+    def __init__(self, config: Config, *, client: bool, random: Random | None = None, land: Land | None = None) -> None:
         self._ctx = ctx = Context(config, random or SystemRandom())
         ctx.stripe_alive = self._is_alive
+        ctx.take_over = self._take_over
+        ctx.land = land
         self._client = client
         self._state = SessionState.CONNECTING
         self._session: bytes | None = None
@@ -240,6 +248,9 @@ class Connection:
         self._ctx.now = now
         found = self._stripe(stripe)
         chunks: list[memoryview] = []
+        found.lent.clear()
+        if found.lender is not None:
+            found.lent.add(found.lender)
         while limit > 0 and (found.out or self._next_frame(found)):
             part = found.out.popleft()
             if part.nbytes > limit:
@@ -250,6 +261,15 @@ class Connection:
             if not found.out:
                 self._frame_written(found)
         return chunks
+
+    def lent(self, stripe: int = 0) -> frozenset[int]:
+        """The transfers whose payloads are among what :meth:`data_to_send` gave out last for ``stripe``."""
+        return frozenset(self._stripe(stripe).lent)
+
+    def landing(self, stripe: int = 0) -> int | None:
+        """The transfer whose destination :meth:`get_buffer`'s last result for ``stripe`` may lie in."""
+        arrival = self._stripe(stripe).arrival
+        return None if arrival is None or arrival.digest is None else arrival.transfer.id
 
     def next_event(self) -> Event | None:
         """The oldest event not yet taken."""
@@ -348,15 +368,24 @@ class Connection:
         chunk = self._sender.next_chunk(now)
         return None if chunk is None else ChunkRequest(chunk.tile.transfer.id, chunk.tile.tile, chunk.level)
 
-    def chunk_encoded(self, transfer: int, tile: Tile, level: int, payload: bytes | memoryview, now: float) -> None:
-        """The answer to a :class:`ChunkRequest`. ``payload`` is borrowed until the frame is written.
+    def chunk_encoded(
+        self,
+        transfer: int,
+        tile: Tile,
+        level: int,
+        payload: bytes | memoryview,
+        now: float,
+        crc: int | None = None,
+    ) -> None:
+        """The answer to a :class:`ChunkRequest`. ``payload`` is borrowed until the frame is written, or the transfer is
+        released (what :meth:`data_to_send` gave out before that apart). ``crc`` is its CRC32C, if that is known.
 
         A no-op for a transfer that is over, or a chunk that is no longer wanted.
         Raises :class:`~lynxproto.errors.LocalError` if it was not asked for, is empty, or is larger than the codec's
         ``max_encoded_size``.
         """
         self._ctx.now = now
-        self._sender.chunk_encoded(transfer, tile, level, payload, now)
+        self._sender.chunk_encoded(transfer, tile, level, payload, now, crc)
 
     def end_layer(self, transfer: int, layer: int, digests: Sequence[bytes], now: float) -> None:
         """Digests (16 bytes each, :func:`lynxproto.digest.tile_digest`) of the planned tiles, in plan order (END).
@@ -488,6 +517,12 @@ class Connection:
     def _ready_stripes(self) -> list[Stripe]:
         return [stripe for stripe in self._stripes.values() if stripe.ready]
 
+    def _take_over(self, chunk: Chunk) -> None:
+        for stripe in self._stripes.values():
+            if stripe.writing is chunk:
+                stripe.out = deque(memoryview(bytes(part)) for part in stripe.out)
+                stripe.lender = None
+
     def _is_alive(self, index: int) -> bool:
         stripe = self._stripes.get(index)
         return stripe is not None and stripe.ready
@@ -514,26 +549,27 @@ class Connection:
         if self._budget < 0:
             raise ProtocolError(f"more than {rate:g} control frames a second", ErrorCode.LIMIT)
 
-    def _begin_payload(self, stripe: Stripe, header: Header, bitmap: bytes) -> bytearray | None:
+    def _begin_payload(self, stripe: Stripe, header: Header, bitmap: bytes) -> Target | None:
         if header.type == FrameType.DATA:
             stripe.arrival = self._receiver.admit(header, bitmap, self._ctx.now)
-            return None if stripe.arrival is None else stripe.arrival.buffer
+            return stripe.arrival
         counters = self._ctx.counters
         counters.control_frames_received += 1
         counters.control_bytes_received += HEADER_SIZE + header.payload_length
         if header.known:
-            return bytearray(header.payload_length)
+            return Target(memoryview(bytearray(header.payload_length)))
         self._ctx.events.append(
             UnknownFrame(type=header.type, flags=header.flags, transfer=header.transfer, nbytes=header.payload_length)
         )
         return None
 
-    def _end_payload(self, stripe: Stripe, header: Header, payload: bytearray) -> None:
+    def _end_payload(self, stripe: Stripe, header: Header, target: Target) -> None:
+        payload = target.view
         if header.type == FrameType.DATA:
             arrival, stripe.arrival = stripe.arrival, None
             assert arrival is not None
             self._receiver.arrived(arrival, self._ctx.now)
-        elif crc32c(payload) != header.payload_crc:
+        elif target.crc != header.payload_crc:
             if not stripe.ready:
                 raise CorruptFrameError(f"{FrameType(header.type).name}: payload CRC32C is wrong")
             self._ctx.counters.corrupt += 1  # as good as lost: its sender will say it again
@@ -792,6 +828,8 @@ class Connection:
                 self._start_control(stripe, frames.grease_frame(self._ctx.random), 0)
             parts = self._sender.frame(chunk)
             stripe.writing = chunk
+            stripe.lender = chunk.tile.transfer.id
+            stripe.lent.add(stripe.lender)
             stripe.writing_bytes = sum(part.nbytes for part in parts)
             stripe.out.extend(parts)
         return True
@@ -812,7 +850,7 @@ class Connection:
             counters.control_bytes_sent += len(frame)
 
     def _frame_written(self, stripe: Stripe) -> None:
-        chunk, stripe.writing = stripe.writing, None
+        chunk, stripe.writing, stripe.lender = stripe.writing, None, None
         if chunk is not None:
             self._sender.written(chunk, stripe.index, stripe.writing_bytes, self._ctx.now)
 

@@ -12,9 +12,12 @@ import xxhash
 
 from lynxproto.chunk import ChunkSpec, as_words
 
-__all__ = ["DIGEST_SIZE", "crc32c", "tile_digest"]
+__all__ = ["DIGEST_SIZE", "Digest", "crc32c", "tile_digest"]
 
 DIGEST_SIZE: Final = 16
+
+#: A tile's digest, made piece by piece: ``update(bytes)``, ``digest()`` (canonical, big-endian).
+Digest = xxhash.xxh3_128
 
 
 def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
@@ -30,7 +33,7 @@ def tile_digest(spec: ChunkSpec, array: Any) -> bytes:
 
     Raises :class:`~lynxproto.errors.SpecError` for an array that does not match ``spec``.
     """
-    digest = xxhash.xxh3_128()
+    digest = Digest()
     for head in as_words(spec, array):
         digest.update(memoryview(head if head.flags.c_contiguous else head.copy()).cast("B"))
     return digest.digest()

@@ -132,6 +132,8 @@ class ChunkReceived:
     attempt: int
     last: bool
     """Whether this is the tile's last level."""
+    landed: bytes | None = None
+    """The tile's digest, if ``payload`` is the memory that the shell gave for its words: nothing is left to decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,14 +256,21 @@ def grease_frame(random: Random) -> bytes:
 
 
 def data_frame(
-    transfer: int, key: TileKey, level: int, payload: memoryview, *, attempt: int, codec_id: int
+    transfer: int,
+    key: TileKey,
+    level: int,
+    payload: memoryview,
+    *,
+    attempt: int,
+    codec_id: int,
+    crc: int | None = None,
 ) -> list[memoryview]:
-    """Header (with extension) and payload of a DATA frame; the payload is not copied."""
+    """Header (with extension) and payload of a DATA frame; the payload is not copied. ``crc``: its CRC32C, if known."""
     extension = b""
     if key.bitmap:
         extension = key.bitmap + crc32c(key.bitmap).to_bytes(4, "little")
     header = Header(
-        FrameType.DATA, transfer, payload.nbytes, crc32c(payload), 0, key.layer, key.part, level, attempt,
+        FrameType.DATA, transfer, payload.nbytes, crc32c(payload) if crc is None else crc, 0, key.layer, key.part, level, attempt,
         key.head_start, key.heads, key.token_start, key.token_stop, codec_id, key.codec, len(extension),
     )  # fmt: skip
     return [memoryview(header.pack() + extension), payload]

@@ -85,7 +85,13 @@ class Policy:
         return not all(get_codec(config).exact for config in self.codecs)
 
     def tiles(self, dtype: str, layer: LayerSpec) -> tuple[Tile, ...]:
-        """Cut ``layer`` (words of ``dtype``) into tiles that cover each of its tokens and parts once."""
+        """Cut ``layer`` (words of ``dtype``) into tiles that cover each of its tokens and parts once.
+
+        Where all of a layer is sent as its words, tiles are cut so that each is contiguous in ``[heads, tokens, dim]``:
+        such tiles need no copy on either side.
+        """
+        if self.sinks == self.recent == 0 and get_codec(self.body).verbatim:
+            return self._contiguous_tiles(dtype, layer)
         fine, exact = 1, 1 + (self.recent > 0)
         start, stop = layer.token_start, layer.token_stop
         sinks_end = min(max(start, self.sinks), stop)
@@ -104,4 +110,20 @@ class Policy:
                 add(part, first, min(first + step, recent_start), 0)
             if recent_start < stop:
                 add(part, recent_start, stop, fine)
+        return tuple(tiles)
+
+    def _contiguous_tiles(self, dtype: str, layer: LayerSpec) -> tuple[Tile, ...]:
+        """Several whole heads a tile, or, where a head is larger than a tile, a range of tokens of one head."""
+        tiles: list[Tile] = []
+        for part in layer.parts:
+            token_bytes = layer.head_dim(part) * DTYPES[dtype].itemsize
+            heads = max(1, self.tile_bytes // (token_bytes * layer.tokens))
+            step = layer.tokens
+            if heads == 1 and step * token_bytes > self.tile_bytes:
+                step = max(1, self.tile_bytes // (token_bytes * GROUP_TOKENS)) * GROUP_TOKENS
+            for head in range(0, layer.kv_heads, heads):
+                count = min(heads, layer.kv_heads - head)
+                for first in range(layer.token_start, layer.token_stop, step):
+                    tokens = TokenSet.range(first, min(first + step, layer.token_stop))
+                    tiles.append(Tile(layer.index, part, layer.head_start + head, count, tokens, 0))
         return tuple(tiles)

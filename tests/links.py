@@ -150,7 +150,10 @@ class Shell:
     """A connection and the simplest honest user of it."""
 
     def __init__(self, config: Config, *, client: bool, seed: int = 0) -> None:
-        self.connection = Connection(config, client=client, random=Random(seed))
+        self.land: Any = lambda transfer, tile: None  # where the words of a tile belong
+        self.connection = Connection(
+            config, client=client, random=Random(seed), land=lambda transfer, tile: self.land(transfer, tile)
+        )
         self.log: list[Any] = []
         self.sent: dict[int, tuple[Manifest, dict[Any, Any]]] = {}
         self.released: dict[int, bool] = {}

@@ -859,6 +859,7 @@ class Unsound(Raw):
 
     codec_id = "unsound"
     wire_id = 0x8001
+    verbatim = False
     wrong = 0
     refused = 0
 

@@ -60,6 +60,9 @@ class ByteStream(_Resource):
     async def receive_into(self, buffer: memoryview) -> int:
         """Receive at least one byte into ``buffer`` (writable, not empty) and return how many; 0 when the peer ended.
 
+        ``buffer`` may lie in the caller's final destination. Cancelling the call loses nothing of the stream, and
+        nothing is written to ``buffer`` after that.
+
         Raises :class:`~lynxproto.errors.TransportError` if the link broke and
         :class:`~lynxproto.errors.StreamClosedError` if this side closed the stream.
         """

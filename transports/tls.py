@@ -113,7 +113,8 @@ class TLSStream(ByteStream):
             try:
                 return cast(int, self._tls.read(buffer.nbytes, cast(bytearray, buffer)))  # typeshed knows less
             except ssl.SSLWantReadError:
-                await self._flush()
+                if self._outgoing.pending:
+                    await asyncio.shield(self._flush())  # the caller may cancel; half a record must not be lost
                 if not await self._fill():
                     return 0
             except ssl.SSLZeroReturnError:
