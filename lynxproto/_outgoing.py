@@ -262,14 +262,14 @@ class Outgoing:
             self._know(request.tile.layer, {request.tile: digest})
         try:
             now = time.monotonic()
-            self._peer.connection.chunk_encoded(self.id, request.tile, request.level, payload, now, crc)
+            self._peer.connection.chunk_encoded(self.id, request.tile, request.level, payload, now, crc=crc)
         except LocalError as refused:  # a codec that breaks its own promises
             self._break(refused)
             return
         self._peer.pump()
 
     def _digested_when_sent(self, tile: Tile) -> bool:
-        """Whether encoding the tile makes its digest: its payload is its words, and the peer (as far as known) wants it."""
+        """Whether encoding the tile makes its digest: its payload is its words, and the peer seems to want it."""
         return self._codecs[tile.codec].verbatim and (self._wants is None or wanted_levels(self._wants, tile, 1) > 0)
 
     def _digest(self, layer: LayerSpec, tiles: Sequence[Tile]) -> None:

@@ -139,7 +139,7 @@ class Incoming:
 
 
 class Arrival(Target):
-    """A chunk whose header was accepted: where its payload goes, and ``digest`` (xxh3-128) if that is its destination."""
+    """A chunk whose header was accepted: where its payload goes; with a ``digest`` if that is the final place."""
 
     __slots__ = ("attempt", "digest", "header", "layer", "tile", "transfer")
 

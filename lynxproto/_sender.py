@@ -304,7 +304,7 @@ class Sender:
         return chunk
 
     def chunk_encoded(
-        self, transfer: int, tile: Tile, level: int, payload: bytes | memoryview, now: float, crc: int | None
+        self, transfer: int, tile: Tile, level: int, payload: bytes | memoryview, now: float, *, crc: int | None
     ) -> None:
         t = self._get(transfer)
         if t is None:

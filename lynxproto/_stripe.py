@@ -25,7 +25,7 @@ _SINK = bytearray(_SCRATCH)
 
 
 class Target:
-    """Where the bytes of a payload (or an extension) go. Checksums are made as they come, while they are in the cache."""
+    """Where the bytes of a payload (or an extension) go. Checksums are made as they come, while the cache has them."""
 
     __slots__ = ("crc", "filled", "view")
 
@@ -87,10 +87,9 @@ class FrameReader:
         target = self._target
         if target is not None and not target.wanted:
             self._abandon(target)
-        elif target is not None and self._start == self._end and not self._stopped:
-            if len(target.view) - target.filled >= _DIRECT:
-                self._direct = True
-                return target.view[target.filled :]
+        elif target is not None and self._start == self._end and len(target.view) - target.filled >= _DIRECT:
+            self._direct = True
+            return target.view[target.filled :]
         if self._stopped:
             self._start = self._end = 0
         elif self._start:

@@ -375,6 +375,7 @@ class Connection:
         level: int,
         payload: bytes | memoryview,
         now: float,
+        *,
         crc: int | None = None,
     ) -> None:
         """The answer to a :class:`ChunkRequest`. ``payload`` is borrowed until the frame is written, or the transfer is
@@ -385,7 +386,7 @@ class Connection:
         ``max_encoded_size``.
         """
         self._ctx.now = now
-        self._sender.chunk_encoded(transfer, tile, level, payload, now, crc)
+        self._sender.chunk_encoded(transfer, tile, level, payload, now, crc=crc)
 
     def end_layer(self, transfer: int, layer: int, digests: Sequence[bytes], now: float) -> None:
         """Digests (16 bytes each, :func:`lynxproto.digest.tile_digest`) of the planned tiles, in plan order (END).

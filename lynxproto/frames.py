@@ -269,8 +269,10 @@ def data_frame(
     extension = b""
     if key.bitmap:
         extension = key.bitmap + crc32c(key.bitmap).to_bytes(4, "little")
+    if crc is None:
+        crc = crc32c(payload)
     header = Header(
-        FrameType.DATA, transfer, payload.nbytes, crc32c(payload) if crc is None else crc, 0, key.layer, key.part, level, attempt,
+        FrameType.DATA, transfer, payload.nbytes, crc, 0, key.layer, key.part, level, attempt,
         key.head_start, key.heads, key.token_start, key.token_stop, codec_id, key.codec, len(extension),
     )  # fmt: skip
     return [memoryview(header.pack() + extension), payload]

@@ -151,9 +151,7 @@ class Shell:
 
     def __init__(self, config: Config, *, client: bool, seed: int = 0) -> None:
         self.land: Any = lambda transfer, tile: None  # where the words of a tile belong
-        self.connection = Connection(
-            config, client=client, random=Random(seed), land=lambda transfer, tile: self.land(transfer, tile)
-        )
+        self.connection = Connection(config, client=client, random=Random(seed), land=self._land)
         self.log: list[Any] = []
         self.sent: dict[int, tuple[Manifest, dict[Any, Any]]] = {}
         self.released: dict[int, bool] = {}
@@ -166,6 +164,10 @@ class Shell:
         self.lazy = False  # do not encode
         self.encoded = 0
         self.requests: list[ev.FetchRequested] = []
+
+    def _land(self, transfer: int, tile: Tile) -> memoryview | None:
+        place: memoryview | None = self.land(transfer, tile)
+        return place
 
     def send(self, words: dict[Any, Any], now: float, *, finish: bool = True, **kw: Any) -> int:
         """Open a transfer of a whole cache and say everything at once."""
