@@ -17,7 +17,7 @@ from lynxproto.errors import ConfigError, MissingDependencyError
 
 __all__ = ["ISAS", "address", "error_text", "ffi", "instruction_set", "lib", "parallel", "select_instruction_set"]
 
-_ABI_VERSION: Final = 3
+_ABI_VERSION: Final = 4
 _BUILD_HINT: Final = "build it with `pip install -e .` (needs a C compiler) in the project's root"
 
 try:

@@ -59,12 +59,18 @@ class _Tile:
     c: Any
     sizes: Any
     side: bytes  # the tile's own tables, as level 0 carries them
+    folds_rest: bool
     keep: tuple[NDArray[Any] | None, ...]
 
     @property
     def fold_bytes(self) -> int:
-        """Bytes of the fold table."""
+        """Bytes of the anchor's fold table."""
         return int(lib.LYNX_HQ_FOLD_HEADER * self.sizes.blocks) if self.c.fold else 0
+
+    @property
+    def rest_fold_bytes(self) -> int:
+        """Bytes of the rest's fold table."""
+        return int(lib.LYNX_HQ_FOLD_HEADER * self.sizes.blocks) if self.folds_rest else 0
 
 
 @dataclass(slots=True)
@@ -73,6 +79,7 @@ class _Piece:
 
     anchor: NDArray[np.uint8]
     params: NDArray[np.uint8]
+    rest: NDArray[np.uint8]
     ranks: NDArray[np.uint8]
     rank_bound: int
 
@@ -89,7 +96,8 @@ class _Encoder:
         self.planes_start = _HEADER.size + len(tile.side) + tile.fold_bytes
         planes = sizes.anchor if self.has_anchor else 0
         self.first = np.empty(self.planes_start + planes + self.header_bytes + sizes.max_params, np.uint8)
-        self.rest = np.empty(_HEADER.size + sizes.rest if self.has_rest else 0, np.uint8)
+        self.rest_start = _HEADER.size + tile.rest_fold_bytes
+        self.rest = np.empty(self.rest_start + sizes.rest if self.has_rest else 0, np.uint8)
         self.table = np.empty(lib.LYNX_HQ_RANK_HEADER * sizes.blocks if rank else 0, np.uint8)
         self.headers = np.empty(self.header_bytes, np.uint8)
         self.pieces: list[_Piece] = []
@@ -97,7 +105,7 @@ class _Encoder:
     def run(self, words: NDArray[Any], threads: int) -> None:
         """Encode all blocks."""
         head_stride, token_stride = _strides(words)
-        fold = bool(self.tile.c.fold)
+        fold, folds_rest = bool(self.tile.c.fold), self.tile.folds_rest and self.has_rest
 
         def work(first: int, last: int) -> _Piece:
             before, own = ffi.new("lynx_hq_sizes *"), ffi.new("lynx_hq_sizes *")
@@ -106,6 +114,7 @@ class _Encoder:
             params = np.empty(own.max_params, np.uint8)
             ranks = np.empty(own.max_rank if self.has_rank else 0, np.uint8)
             anchor = np.empty(own.anchor if fold and self.has_anchor else 0, np.uint8)
+            rest = np.empty(own.rest if folds_rest else 0, np.uint8)
             c = ffi.new("lynx_hq_encoded *")
             c.param_headers = address(self.headers) + lib.LYNX_HQ_PARAM_HEADER * first
             c.params = address(params)
@@ -116,8 +125,11 @@ class _Encoder:
                 c.fold_table = address(self.first) + table + lib.LYNX_HQ_FOLD_HEADER * first
             elif self.has_anchor:
                 c.anchor = address(self.first) + self.planes_start + before.anchor
-            if self.has_rest:
-                c.rest = address(self.rest) + _HEADER.size + before.rest
+            if folds_rest:
+                c.rest = address(rest)
+                c.rest_table = address(self.rest) + _HEADER.size + lib.LYNX_HQ_FOLD_HEADER * first
+            elif self.has_rest:
+                c.rest = address(self.rest) + self.rest_start + before.rest
             if self.has_rank:
                 c.rank_table = address(self.table) + lib.LYNX_HQ_RANK_HEADER * first
                 c.rank = address(ranks)
@@ -126,7 +138,11 @@ class _Encoder:
             if code != lib.LYNX_OK:
                 raise CodecError(f"hq: {error_text(code)}")
             return _Piece(
-                anchor[: c.anchor_size if fold else 0], params[: c.params_size], ranks[: c.rank_size], c.rank_bound
+                anchor[: c.anchor_size if fold else 0],
+                params[: c.params_size],
+                rest[: c.rest_size if folds_rest else 0],
+                ranks[: c.rank_size],
+                c.rank_bound,
             )
 
         self.pieces = parallel(work, self.sizes.blocks, threads)
@@ -137,7 +153,7 @@ class _Encoder:
         size = self.levels * _HEADER.size + self.planes_start - _HEADER.size + self.sizes.anchor + self.header_bytes
         size += sum(piece.params.nbytes for piece in self.pieces)
         if self.levels > 1:
-            size += self.sizes.rest + sum(piece.rank_bound for piece in self.pieces)
+            size += self.tile.rest_fold_bytes + self.sizes.rest + sum(piece.rank_bound for piece in self.pieces)
         return int(size)
 
     def payload(self, level: int) -> Buffer:
@@ -151,6 +167,12 @@ class _Encoder:
                 self.first[at : at + part.nbytes] = part
                 at += part.nbytes
             return self.first[:at].data
+        if level == 1 and self.tile.folds_rest:
+            at = self.rest_start
+            for piece in self.pieces:
+                self.rest[at : at + piece.rest.nbytes] = piece.rest
+                at += piece.rest.nbytes
+            self.rest = self.rest[:at]
         if level < self.levels - 1:
             _HEADER.pack_into(self.rest.data, 0, _CODED, level, 0, 0)
             return self.rest.data
@@ -331,9 +353,10 @@ class HQ(Codec):
         if not 0 < level < self._levels - 1:
             return _HEADER.size + spec.nbytes
         widths = self._static_widths(spec)
-        octets = -(-spec.tokens // 8)
+        octets, blocks = -(-spec.tokens // 8), spec.heads * -(-spec.tokens // 64) * -(-spec.head_dim // 64)
         free = 8 * spec.heads * spec.head_dim - (0 if widths is None else int(widths.sum()))
-        return _HEADER.size + min(spec.nbytes, octets * free)
+        table = lib.LYNX_HQ_FOLD_HEADER * blocks if self._fold else 0
+        return int(_HEADER.size + min(spec.nbytes, table + octets * free))
 
     def encode(
         self, spec: ChunkSpec, array: Any, *, levels: Sequence[int] | None = None, threads: int = 1
@@ -496,18 +519,26 @@ class HQ(Codec):
         at = [0, min(1, len(payloads) - 1), len(payloads) - 1, 0]
         _check_size(0, payloads[0], starts[0] + variable[0])
         c.anchor = address(payloads[0], "const uint8_t *") + planes
-        c.fold_table = c.anchor - tile.fold_bytes
+        if tile.c.fold:
+            c.fold_table = c.anchor - tile.fold_bytes
         c.anchor_size = anchor_size
         c.param_headers = c.anchor + anchor_size
         c.params = c.param_headers + header_bytes
         c.params_size = variable[0]
         if len(payloads) > 1:
-            fixed = sizes.rest + (table_bytes if self._levels == 2 else 0)
-            _check_size(1, payloads[1], _HEADER.size + fixed + variable[1])
-            c.rest = address(payloads[1], "const uint8_t *") + _HEADER.size
+            rest_start = starts[1] = _HEADER.size + tile.rest_fold_bytes
+            beyond = (table_bytes if self._levels == 2 else 0) + variable[1]
+            rest_size = sizes.rest
+            if tile.folds_rest:
+                rest_size = max(0, payloads[1].nbytes - rest_start - beyond)
+            _check_size(1, payloads[1], rest_start + rest_size + beyond)
+            c.rest = address(payloads[1], "const uint8_t *") + rest_start
+            c.rest_size = rest_size
+            if tile.folds_rest:
+                c.rest_table = c.rest - tile.rest_fold_bytes
         if self.exact and len(payloads) == self._levels:
             level = self._levels - 1
-            starts[2] = _HEADER.size + (sizes.rest if level == 1 else 0) + table_bytes
+            starts[2] = (starts[1] + c.rest_size if level == 1 else _HEADER.size) + table_bytes
             _check_size(level, payloads[level], starts[2] + variable[level])
             c.rank = address(payloads[level], "const uint8_t *") + starts[2]
             c.rank_table = c.rank - table_bytes
@@ -563,7 +594,7 @@ def _tile(  # noqa: PLR0917 - lru_cache hashes positional arguments faster
     code = lib.lynx_hq_measure(c, sizes)
     if code != lib.LYNX_OK:
         raise SpecError(f"hq cannot code a tile of shape {shape}: {error_text(code)}")
-    return _Tile(c, sizes, side, tuple(keep))
+    return _Tile(c, sizes, side, bool(lib.lynx_hq_folds_rest(c)), tuple(keep))
 
 
 def _bits(name: str, bits: Any) -> float:

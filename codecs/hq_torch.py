@@ -40,15 +40,20 @@ _CODED: Final = 0
 _STORED: Final = 1
 _BLOCK: Final = 64
 _PARAM_HEADER: Final = 6  # bytes a block
-_RANK_HEADER: Final = 8
+_RANK_HEADER: Final = 4
 _FOLD_HEADER: Final = 2
 _FULL: Final = 255  # in both fields of a parameter header: s and z follow in full
 _RAW: Final = 0xFFFF  # in the rank table: the block's words follow
 _ZERO: Final = 2046  # in stream W: the word is +0 or -0
 _ESCAPE: Final = 2047  # the word is in stream X
-_FLAT: Final = 0xFFFF  # in the fold table: the block is not folded
-#: The two top bits of keys of 2 bits, the likeliest first, if the code before is under 128, and if not: section 6.1.
+_FLAT: Final = 0xFFFF  # in a fold table: the block is not folded
+_SIZE: Final = 0x1FFF  # in a fold table: bytes of streams
+_PAIRED: Final = 13  # in a fold table: the bit that says whether D2 is paired; the next one says it of D3
+#: The two top bits of 2-bit channels, the likeliest first: of keys by the code before, of values by zero. Section 6.1.
 _LIKELY: Final = ((1, 2, 0, 3), (2, 1, 3, 0))
+_NEAREST: Final = ((0, 1, 2, 3), (1, 0, 2, 3), (1, 2, 0, 3), (2, 1, 3, 0), (2, 3, 1, 0), (3, 2, 1, 0))
+_ANCHOR: Final = 0  # sections of planes
+_REST: Final = 1
 _MAX_ZERO_POINT: Final = 1024
 _LEAST_SPREAD: Final = 0x2000
 _GAINS: Final = (-315, -392, -475, -614, -756, -891, -1022)  # of a channel's bits: section 4.2
@@ -113,13 +118,15 @@ class TorchHQ(HQ):
         fields = _write_params(grid, params)
         last = _write_ranks(tile, block, source, codes, special) if self.exact else []
         flat = [*side, anchor, *fields, *(rest + last if self.exact else [])]
-        fold_bytes = _FOLD_HEADER * grid.blocks if self._fold else 0
+        folds = [section for section in (_ANCHOR, _REST) if self._folds(grid, widths, section)]
+        fold_bytes = _FOLD_HEADER * grid.blocks * len(folds if self.exact else folds[:1])
         if self.levels * _HEADER.size + _nbytes(flat) + fold_bytes >= spec.nbytes:
             stored = words.reshape(-1).view(torch.uint8)
             sections = [[stored] if level == 0 else [] for level in range(self.levels)]
             headers = [_HEADER.pack(_STORED, level, 0, 0) for level in range(self.levels)]
         else:
-            folded = _write_folded(tile, codes) if self._fold and 0 in wanted else [anchor]
+            folded = _write_folded(tile, codes, _ANCHOR) if _ANCHOR in folds and 0 in wanted else [anchor]
+            rest = _write_folded(tile, codes, _REST) if _REST in folds and 1 in wanted and self.exact else rest
             first = [*side, *folded, *fields]
             sections = [first, rest, last] if self.levels == 3 else [first, rest + last][: self.levels]
             variable = {self.levels - 1: _nbytes(last[1:]), 0: _nbytes(fields[1:])}
@@ -152,7 +159,10 @@ class TorchHQ(HQ):
         tables, side_bytes = self._read_tables(grid, payloads[0])
         parts = self._cut_levels(grid, tables.widths, side_bytes, payloads, variable)
         faults = _Faults(grid.blocks)
-        folds = None if parts.folds is None else _fold_sizes(grid, tables.widths, parts.folds, parts.anchor, faults)
+        anchor = _plane_sizes(grid, tables.widths, _ANCHOR, parts.folds, parts.anchor, faults)
+        rest = None
+        if parts.rest is not None:
+            rest = _plane_sizes(grid, tables.widths, _REST, parts.rest_folds, parts.rest, faults)
         param_sizes = _param_sizes(grid, parts.headers, parts.params, faults)
         streams = None
         if parts.table is not None and parts.ranks is not None:
@@ -162,12 +172,9 @@ class TorchHQ(HQ):
             return
         tile = _Tile(grid, tables, _read_params(grid, param_sizes, parts.params, faults))
         coded = torch.ones_like(grid.groups[:, 0]) if streams is None else ~streams.raw
-        if folds is None:
-            codes = _unpack(grid, tables.widths, tables.widths.anchor, parts.anchor.data, parts.rest)
-        else:
-            codes = _unpack_folded(tile, folds, parts, coded, faults)
-        if parts.rest is not None:
-            _check_codes(tile, codes, coded, parts.rest, faults)
+        codes = _unpack_folded(tile, [s for s in (anchor, rest) if s is not None], coded, faults)
+        if rest is not None:
+            _check_codes(tile, codes, coded, rest, faults)
         if streams is None or parts.ranks is None:
             values = _dequantised(tile, codes, full=parts.rest is not None)
         else:
@@ -186,6 +193,7 @@ class TorchHQ(HQ):
         """Payloads as sections, whose sizes are checked as far as headers and tables of widths tell."""
         head_bytes, table_bytes = _PARAM_HEADER * grid.blocks, _RANK_HEADER * grid.blocks
         fold_bytes = _FOLD_HEADER * grid.blocks if self._fold else 0
+        late_bytes = _FOLD_HEADER * grid.blocks if self._folds(grid, widths, _REST) else 0
         anchor_bytes, plane_bytes = torch.stack([widths.anchor.sum(), grid.planes.sum()]).tolist()
         rest_bytes = plane_bytes - anchor_bytes
         if self._fold:  # the fold table says how large it is
@@ -210,10 +218,21 @@ class TorchHQ(HQ):
         ranks = {"rank table": table_bytes, "ranks": variable[min(last, len(payloads) - 1)]}
         if last == 2 and variable[1]:
             raise PayloadError("hq level 1: reserved bytes are not zero (byte offset 4)")
-        sections = _cut(payloads[1], 1, {"codes": rest_bytes, **(ranks if last == 1 else {})})
+        beyond = ranks if last == 1 else {}
+        if late_bytes:
+            rest_bytes = max(0, payloads[1].numel() - _HEADER.size - late_bytes - sum(beyond.values()))
+        sections = _cut(payloads[1], 1, {"rest fold table": late_bytes, "codes": rest_bytes, **beyond})
+        late, *sections = sections
         if last == 2 and len(payloads) == 3:
             sections += _cut(payloads[2], 2, ranks)
+        parts = parts._replace(rest_folds=late if late_bytes else None)
         return parts._replace(**dict(zip(("rest", "table", "ranks"), sections, strict=False)))
+
+    def _folds(self, grid: _Grid, widths: _Widths, section: int) -> bool:
+        """Whether a section has a fold table. May wait for the device."""
+        if not self._fold or section == _ANCHOR:
+            return self._fold
+        return bool(_folding(grid, widths, _REST).any())
 
     def _choose_tables(self, grid: _Grid, block: Tensor) -> tuple[_Tables, list[Tensor]]:
         """Tables of a tile to encode, and its side table."""
@@ -301,6 +320,7 @@ class _Parts(NamedTuple):
     anchor: _Section
     headers: _Section
     params: _Section
+    rest_folds: _Section | None = None
     rest: _Section | None = None
     table: _Section | None = None
     ranks: _Section | None = None
@@ -429,6 +449,7 @@ class _Grid:
     valid: Tensor
     groups: Tensor
     planes: Tensor
+    has_channel: Tensor
 
     @classmethod
     def of(cls, spec: ChunkSpec, device: torch.device) -> _Grid:
@@ -452,6 +473,7 @@ class _Grid:
             valid=has_token[:, :, None] & has_channel[:, None, :],
             groups=has_channel if spec.part == "key" else has_token,
             planes=(has_token[:, ::8, None, None] & has_channel[:, None, None, :]).expand(-1, -1, 8, -1),
+            has_channel=has_channel,
         )
 
     @property
@@ -511,7 +533,7 @@ class _Widths:
         """From widths ``[heads, head_dim]``."""
         channels = grid.of_channels(bits)
         key = grid.spec.part == "key"
-        table = [(254, 0, 127), (254, 0, 64), (211, 22, 10) if key else (192, 32, 0)]
+        table = [(254, 0, 127), (254, 0, 64), (211, 22, 10) if key else (230, 12, 19)]
         table += [((2**b - 1) * 2 ** (8 - b), 2 ** (7 - b), 0) for b in (3, 4, 5, 6)]
         table += [(253, 1, 0), (254, 0, 0)]
         of_groups = channels if key else channels[:, :1].expand(-1, grid.rows)
@@ -726,13 +748,12 @@ def _quantised(tile: _Tile, block: Tensor) -> Tensor:
     return codes.masked_fill(~grid.valid, 0).to(torch.uint8)
 
 
-def _check_codes(tile: _Tile, codes: Tensor, coded: Tensor, section: _Section, faults: _Faults) -> None:
+def _check_codes(tile: _Tile, codes: Tensor, coded: Tensor, rest: _Folds, faults: _Faults) -> None:
     """Codes of the blocks that are ``coded`` are in range."""
     grid, widths = tile.grid, tile.widths
     steps = codes.to(torch.int32) - grid.spread(widths.offset)
     bad = ((steps < 0) | (steps > grid.spread(widths.steps) + 1)) & grid.valid
-    starts = _starts((grid.planes & ~widths.anchor).flatten(1).sum(1))
-    faults.add(section, "a code outside its range", bad.flatten(1).any(1) & coded, starts)
+    faults.add(rest.section, "a code outside its range", bad.flatten(1).any(1) & coded, rest.starts)
 
 
 def _dequantised(tile: _Tile, codes: Tensor, *, full: bool) -> Tensor:
@@ -765,36 +786,26 @@ def _pack(codes: Tensor) -> Tensor:
     return transpose_bits(octets).flip(3).transpose(2, 3)
 
 
-def _unpack(grid: _Grid, widths: _Widths, present: Tensor, anchor: Tensor, rest: _Section | None) -> Tensor:
-    """Codes from the anchor's plane bytes that are ``present`` and the rest, with zeros for what is not there."""
-    planes = torch.zeros(grid.planes.shape, dtype=torch.uint8, device=anchor.device)
-    planes.masked_scatter_(present, anchor)
-    if rest is not None:
-        planes.masked_scatter_(~widths.anchor & grid.planes, rest.data)
-    octets = transpose_bits(planes.transpose(2, 3).flip(3))
-    return octets.transpose(2, 3).reshape(grid.blocks, grid.rows, grid.columns)
-
-
 # --- section 6.1: folding
 
 
-def _next_tops() -> list[int]:
-    """What top bits come after each of the 8, 3 bits each: for every v of 3-bit keys, then every d of 2-bit ones."""
-    after = [[(v + ((top + 1) >> 1) - 2) & 7 for top in range(8)] for v in range(8)]
-    after += [[_LIKELY[top >> 2][d] << 1 for top in range(8)] for d in range(4)]
-    return [sum(then << 3 * top for top, then in enumerate(row)) for row in after]
+def _folding(grid: _Grid, widths: _Widths, section: int) -> Tensor:
+    """Which channels fold in a section, ``[blocks, columns]``."""
+    if section == _ANCHOR:
+        return widths.channels >= 2
+    return (widths.channels < 2) & grid.has_channel & (grid.spec.part == "key")
 
 
-def _folding(grid: _Grid, widths: _Widths) -> Tensor:
-    """Which channels fold, ``[blocks, columns]``."""
-    return widths.channels >= (2 if grid.spec.part == "key" else 3)
+def _planes_of(grid: _Grid, widths: _Widths, section: int) -> Tensor:
+    """Which plane bytes are in a section."""
+    return widths.anchor if section == _ANCHOR else ~widths.anchor & grid.planes
 
 
-def _centres(tile: _Tile) -> Tensor:
-    """Of values, to go with ``[blocks, rows, columns]``."""
+def _zero(tile: _Tile) -> Tensor:
+    """Where zero lies among the codes of values, to go with ``[blocks, rows, columns]``."""
     grid, tables, params = tile.grid, tile.tables, tile.params
     zero = grid.spread(params.z + tables.widths.offset)
-    return ((zero + (0 if tables.biases is None else 4 * tables.biases) + 16) >> 5).clamp(1, 7)
+    return zero + (0 if tables.biases is None else 4 * tables.biases)
 
 
 def _fold_order(grid: _Grid, values: Tensor) -> Tensor:
@@ -811,21 +822,26 @@ def _row_order(grid: _Grid, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Folds:
-    """The anchor section of a tile with folding, ``[blocks]`` each: sizes in bytes, and where blocks start."""
+    """A section of planes, ``[blocks]`` each: entries of its fold table, sizes in bytes, and where blocks start."""
 
+    number: int
+    section: _Section | None
     folded: Tensor
+    entry: Tensor
     planes: Tensor
     streams: Tensor
     starts: Tensor
     mask: Tensor  # plane bytes that are there
 
     @classmethod
-    def of(cls, grid: _Grid, widths: _Widths, folded: Tensor, streams: Tensor) -> _Folds:
-        plane = torch.arange(8, device=folded.device)[None, None, :, None]
-        last = (widths.channels.clamp(max=3) - 1).masked_fill(~(_folding(grid, widths) & folded[:, None]), -1)
-        mask = widths.anchor & (plane != last[:, None, None, :])
-        planes, streams = mask.flatten(1).sum(1), streams.masked_fill(~folded, 0)
-        return cls(folded, planes, streams, _starts(planes + streams), mask)
+    def of(cls, grid: _Grid, widths: _Widths, number: int, entry: Tensor, section: _Section | None = None) -> _Folds:
+        folded = entry != _FLAT
+        plane = torch.arange(8, device=entry.device)[None, None, :, None]
+        last = widths.channels.clamp(max=3) - 1 if number == _ANCHOR else torch.full_like(widths.channels, 2)
+        last = last.masked_fill(~(_folding(grid, widths, number) & folded[:, None]), -1)
+        mask = _planes_of(grid, widths, number) & (plane != last[:, None, None, :])
+        planes, streams = mask.flatten(1).sum(1), (entry & _SIZE).masked_fill(~folded, 0)
+        return cls(number, section, folded, entry, planes, streams, _starts(planes + streams), mask)
 
     def plane_places(self) -> Tensor:
         """Where each plane byte is in the section."""
@@ -838,85 +854,197 @@ class _Folds:
         return torch.arange(before.numel(), device=before.device) + before
 
 
-def _write_folded(tile: _Tile, codes: Tensor) -> list[Tensor]:
-    """Fold table, anchor section."""
+class _Pairs(NamedTuple):
+    """A stream of each block in pairs: x and y of its halves as ``[blocks, n]`` booleans, and which are there."""
+
+    there: Tensor
+    x: Tensor
+    y: Tensor
+    half: Tensor
+
+    def places(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """(place, is there, bit) of the three parts, and ``[blocks]`` bits of all."""
+        either = self.x | self.y
+        x_at, x_count = _before(either.to(torch.int32))
+        y_at, y_count = _before(self.x.to(torch.int32))
+        index = torch.arange(either.shape[1], device=either.device).expand_as(either)
+        x_base, y_base = self.half[:, None], (self.half + x_count)[:, None]
+        parts = [(index, self.there, either), (x_base + x_at, either, self.x), (y_base + y_at, self.x, self.y)]
+        return parts, self.half + x_count + y_count
+
+
+def _sequences(chosen: Tensor, at: Tensor, bits: Tensor) -> Tensor:
+    """The bits that are chosen at the start of each block's row, in order, with zeros behind."""
+    rows = torch.zeros(bits.shape[0], bits.shape[1] + 2, dtype=torch.bool, device=bits.device)
+    mine = chosen.nonzero(as_tuple=True)
+    rows[mine[0], at[mine].long()] = bits[mine]
+    return rows
+
+
+def _paired(rows: Tensor, count: Tensor) -> _Pairs:
+    """Streams of ``count`` bits, in pairs."""
+    half = (count + 1) // 2
+    index = torch.arange(rows.shape[1] // 2, device=rows.device).expand(rows.shape[0], -1)
+    there = index < half[:, None]
+    x = rows[:, : index.shape[1]] & there
+    y = rows.gather(1, (half[:, None] + index).clamp(max=rows.shape[1] - 1)) & there
+    return _Pairs(there, x, y, half)
+
+
+def _unpaired(reader: _Reader, base: Tensor, count: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The reverse: streams as rows, and the bits that the pairs take. ``base``: the first bit, ``[blocks, 1]``."""
+    half = (count + 1) // 2
+    index = torch.arange(columns // 2, device=count.device).expand(count.numel(), -1)
+    there = index < half[:, None]
+    either = (reader.get(base + index, 1) > 0) & there
+    x_at, x_count = _before(either.to(torch.int32))
+    x = (reader.get(base + half[:, None] + x_at, 1) > 0) & either
+    y_at, y_count = _before(x.to(torch.int32))
+    y = either & (~x | (reader.get(base + (half + x_count)[:, None] + y_at, 1) > 0))
+    rows = torch.zeros(count.numel(), columns + 2, dtype=torch.bool, device=count.device)
+    rows[:, : columns // 2] = x
+    mine = (there & (half[:, None] + index < count[:, None])).nonzero(as_tuple=True)
+    rows[mine[0], (half[:, None] + index)[mine].long()] = y[mine]
+    return rows, half + x_count + y_count
+
+
+def _distances(tile: _Tile, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """d and v (of 3 bits around the centre) of all values, to go with ``[blocks, rows, columns]``."""
     grid, widths, code = tile.grid, tile.widths, codes.to(torch.int32)
-    before = torch.cat([torch.full_like(code[:, :1], 96), code[:, :-1]], 1)  # 96: the first token's centre is 4
-    centre = _centres(tile) if grid.spec.part == "value" else 2 + (((before >> 5) + 1) >> 1)
+    if grid.spec.part == "value":
+        zero = _zero(tile)
+        centre, case = ((zero + 16) >> 5).clamp(1, 7), (zero >> 5).clamp(1, 6) - 1
+        likely = _NEAREST
+    else:
+        before = torch.cat([torch.full_like(code[:, :1], 96), code[:, :-1]], 1)  # 96: the first token's centre is 4
+        centre = (2 + (((before >> 5) + 1) >> 1)).masked_fill(widths.channels[:, None, :] == 1, 4)
+        case, likely = before >> 7, _LIKELY
     v = ((code >> 5) - centre + 4) & 7
-    places = torch.tensor([[row.index(top) for top in range(4)] for row in _LIKELY], device=codes.device)
+    places = torch.tensor([[row.index(top) for top in range(4)] for row in likely], device=codes.device)
     two = widths.channels[:, None, :] == 2
-    distance = torch.where(two, places[before >> 7, code >> 6], torch.where(v >= 4, v - 4, 3 - v))
-    folds = _folding(grid, widths)[:, None, :] & grid.valid
-    moved, far, farther = (_fold_order(grid, (distance > d) & folds) for d in (0, 1, 2))
-    far_at, far_bits = _before(moved.to(torch.int32))
-    farther_at, farther_bits = _before(far.to(torch.int32))
-    far_size, farther_size = (far_bits + 7) // 8, (farther_bits + 7) // 8
+    return torch.where(two, places[case, code >> 6], torch.where(v >= 4, v - 4, 3 - v)), v
+
+
+def _write_folded(tile: _Tile, codes: Tensor, number: int) -> list[Tensor]:
+    """Fold table, section."""
+    grid, widths, code = tile.grid, tile.widths, codes.to(torch.int32)
+    distance, v = _distances(tile, codes)
+    folds = _folding(grid, widths, number)[:, None, :] & grid.valid
+    entry = torch.zeros(grid.blocks, dtype=torch.int64, device=codes.device)
+    parts, sizes = [], []  # by stream: (place, is there, bit)
+    chosen = _fold_order(grid, (distance > 0) & folds)
+    for i in (0, 1):
+        bits = _fold_order(grid, (distance > i + 1) & folds)
+        at, count = _before(chosen.to(torch.int32))
+        in_pairs, pairs_count = _paired(_sequences(chosen, at, bits), count).places()
+        paired = pairs_count < count
+        parts.append([(at, chosen & ~paired[:, None], bits)])
+        parts[i] += [(place, there & paired[:, None], bit) for place, there, bit in in_pairs]
+        sizes.append((torch.where(paired, pairs_count, count) + 7) // 8)
+        entry += paired.to(torch.int64) << _PAIRED + i
+        chosen = bits
     octets = (grid.tokens + 7) // 8
-    saved = octets * _folding(grid, widths).sum(1) - far_size - farther_size
-    layout = _Folds.of(grid, widths, saved > 0, far_size + farther_size)
+    saved = octets * _folding(grid, widths, number).sum(1) - sizes[0] - sizes[1]
+    entry = (entry + sizes[0] + sizes[1]).masked_fill(saved <= 0, _FLAT)
+    layout = _Folds.of(grid, widths, number, entry)
 
     starts = _starts(layout.streams)
     writer = _Writer(int(starts[-1]), codes.device)
-    for base, at, chosen, bit in ((0, far_at, moved, far), (far_size, farther_at, far, farther)):
-        mine = (chosen & layout.folded[:, None]).nonzero(as_tuple=True)
-        writer.put(((8 * (starts[:-1] + base))[:, None] + at)[mine], bit[mine])
+    for i, base in enumerate((torch.zeros_like(sizes[0]), sizes[0])):
+        for at, there, bit in parts[i]:
+            mine = (there & layout.folded[:, None]).nonzero(as_tuple=True)
+            writer.put(((8 * (starts[:-1] + base))[:, None] + at)[mine], bit[mine])
     near = (distance > 0).to(torch.int32)
-    centred = torch.where(two, near << 7, v >> 2 << 7 | near << 6 | code & 31).to(torch.uint8)
+    channels = widths.channels[:, None, :]
+    sign = torch.where(channels == 1, code >> 7, v >> 2)  # of 1 bit: the anchor's
+    centred = torch.where(channels == 2, near << 7 | code & 63, sign << 7 | near << 6 | code & 31).to(torch.uint8)
     centred = torch.where(folds & layout.folded[:, None, None], centred, codes)
     section = torch.empty(int(layout.starts[-1]), dtype=torch.uint8, device=codes.device)
     section[layout.plane_places()] = _pack(centred)[layout.mask]
     section[layout.stream_places()] = writer.bytes()
-    entries = layout.streams.masked_fill(~layout.folded, _FLAT)
-    return [torch.stack([entries & 255, entries >> 8], 1).to(torch.uint8).reshape(-1), section]
+    return [torch.stack([entry & 255, entry >> 8], 1).to(torch.uint8).reshape(-1), section]
 
 
-def _fold_sizes(grid: _Grid, widths: _Widths, table: _Section, anchor: _Section, faults: _Faults) -> _Folds:
+def _plane_sizes(  # noqa: PLR0917 - of one kind each
+    grid: _Grid, widths: _Widths, number: int, table: _Section | None, section: _Section, faults: _Faults
+) -> _Folds:
+    if table is None:
+        return _Folds.of(grid, widths, number, torch.full_like(grid.tokens, _FLAT), section)
     pairs = table.data.reshape(-1, 2).to(torch.int64)
-    entry = pairs[:, 0] | pairs[:, 1] << 8
-    folded = entry != _FLAT
-    layout = _Folds.of(grid, widths, folded, entry)
-    bad = folded & (layout.planes + layout.streams >= widths.anchor.flatten(1).sum(1))
-    faults.add(anchor, "a block that folding does not make smaller", bad, layout.starts)
-    faults.add_total(anchor, layout.starts)
+    layout = _Folds.of(grid, widths, number, pairs[:, 0] | pairs[:, 1] << 8, section)
+    grows = layout.planes + layout.streams >= _planes_of(grid, widths, number).flatten(1).sum(1)
+    bad = layout.folded & (grows | (layout.entry >> 15 > 0))
+    faults.add(section, "a block that folding does not make smaller", bad, layout.starts)
+    faults.add_total(section, layout.starts)
     return layout
 
 
-def _unpack_folded(tile: _Tile, layout: _Folds, parts: _Parts, coded: Tensor, faults: _Faults) -> Tensor:
-    """Codes."""
+def _unpack_folded(tile: _Tile, layouts: list[_Folds], coded: Tensor, faults: _Faults) -> Tensor:
+    """Codes from the sections that are there, with zeros for the planes of others."""
     grid, widths = tile.grid, tile.widths
-    section = parts.anchor.data
-    codes = _unpack(grid, widths, layout.mask, section[layout.plane_places()], parts.rest)
+    planes = torch.zeros(grid.planes.shape, dtype=torch.uint8, device=coded.device)
+    for layout in layouts:
+        assert layout.section is not None
+        planes.masked_scatter_(layout.mask, layout.section.data[layout.plane_places()])
+    octets = transpose_bits(planes.transpose(2, 3).flip(3))
+    codes = octets.transpose(2, 3).reshape(grid.blocks, grid.rows, grid.columns)
     code = codes.to(torch.int32)
-    two = widths.channels[:, None, :] == 2
-    folds = _folding(grid, widths)[:, None, :] & grid.valid & layout.folded[:, None, None]
-    moved = _fold_order(grid, folds & (torch.where(two, code >> 7, code >> 6 & 1) > 0))
-    reader = _Reader(section)
-    base = (8 * (layout.starts[:-1] + layout.planes))[:, None]
-    at, far_bits = _before(moved.to(torch.int32))
-    far_size = (far_bits + 7) // 8
-    far = torch.zeros_like(moved)
-    mine = moved.nonzero(as_tuple=True)
-    far[mine] = reader.get((base + at)[mine], 1) > 0
-    at, farther_bits = _before(far.to(torch.int32))
-    farther = torch.zeros_like(far)
-    mine = far.nonzero(as_tuple=True)
-    farther[mine] = reader.get((base + 8 * far_size[:, None] + at)[mine], 1) > 0
-    bad = (far_size + (farther_bits + 7) // 8 != layout.streams) & layout.folded & coded
-    faults.add(parts.anchor, "folded planes whose sizes do not match", bad, layout.starts)
+    all_folds = torch.zeros_like(grid.valid)
+    distance = torch.zeros_like(code)
+    for layout in layouts:
+        assert layout.section is not None
+        folds = _folding(grid, widths, layout.number)[:, None, :] & grid.valid & layout.folded[:, None, None]
+        all_folds |= folds
+        if not bool(folds.any()):
+            continue
+        near = torch.where(widths.channels[:, None, :] == 2, code >> 7, code >> 6 & 1)
+        reader = _Reader(layout.section.data)
+        base = (8 * (layout.starts[:-1] + layout.planes))[:, None]
+        chosen = _fold_order(grid, folds & (near > 0))
+        found, total = chosen.to(torch.int32), torch.zeros_like(layout.streams)
+        for i in (0, 1):
+            at, count = _before(chosen.to(torch.int32))
+            paired = (layout.entry >> _PAIRED + i & 1) > 0
+            rows, bits = _unpaired(reader, base, count, chosen.shape[1])
+            plain = reader.get(base + at, 1) > 0
+            bit = torch.where(paired[:, None], rows.gather(1, at.long()), plain) & chosen
+            size = (torch.where(paired, bits, count) + 7) // 8
+            base, total, chosen = base + 8 * size[:, None], total + size, bit
+            found += bit
+        bad = (total != layout.streams) & layout.folded & coded
+        faults.add(layout.section, "folded planes whose sizes do not match", bad, layout.starts)
+        distance += _row_order(grid, found)
+    return _uncentred(tile, code, distance, all_folds).to(torch.uint8)
 
-    distance = _row_order(grid, moved.to(torch.int32) + far + farther)
+
+def _next_tops() -> list[int]:
+    """What top bits come after each of the 8, 3 bits each: for every v, every d of 2 bits, every v of 1 bit."""
+    after = [[(v + ((top + 1) >> 1) - 2) & 7 for top in range(8)] for v in range(8)]
+    after += [[_LIKELY[top >> 2][d] << 1 for top in range(8)] for d in range(4)]
+    after += [[v] * 8 for v in range(8)]
+    return [sum(then << 3 * top for top, then in enumerate(row)) for row in after]
+
+
+def _uncentred(tile: _Tile, code: Tensor, distance: Tensor, folds: Tensor) -> Tensor:
+    """Codes with the top bits of folded values in place."""
+    grid, device = tile.grid, code.device
+    channels = tile.widths.channels[:, None, :]
+    two = channels == 2
     v = torch.where(code >= 128, 4 + distance, 3 - distance)
     if grid.spec.part == "value":
-        top = (v + _centres(tile) - 4) & 7
+        zero = _zero(tile)
+        tops = torch.tensor(_NEAREST, dtype=torch.int32, device=device)
+        nearest = tops[((zero >> 5).clamp(1, 6) - 1).expand_as(code), distance] << 1
+        top = torch.where(two, nearest, (v + ((zero + 16) >> 5).clamp(1, 7) - 4) & 7)
     else:  # a token's top bits depend on those before: one look into a table each
-        after = torch.tensor(_next_tops(), dtype=torch.int32, device=codes.device)[torch.where(two, 8 + distance, v)]
-        tops = [torch.full_like(after[:, 0], 3)]
+        row = torch.where(two, 8 + distance, torch.where(channels == 1, 12 + v, v))
+        after = torch.tensor(_next_tops(), dtype=torch.int32, device=device)[row]
+        steps = [torch.full_like(after[:, 0], 3)]
         for step in after.unbind(1):
-            tops.append(step >> 3 * tops[-1] & 7)
-        top = torch.stack(tops[1:], 1)
+            steps.append(step >> 3 * steps[-1] & 7)
+        top = torch.stack(steps[1:], 1)
     low = code & torch.where(two, 63, 31)
-    return torch.where(folds, low | top << 5, code).to(torch.uint8)
+    return torch.where(folds, low | top << 5, code)
 
 
 # --- section 7: parameters
@@ -1026,17 +1154,14 @@ class _Streams(NamedTuple):
     """Where blocks' streams are, ``[blocks]`` each in bytes; ``starts`` has the end as well."""
 
     a: Tensor
-    b: Tensor
-    w: Tensor
-    x: Tensor
+    more: Tensor
     raw: Tensor
     starts: Tensor
 
     @classmethod
-    def of(cls, grid: _Grid, sizes: Sequence[Tensor], raw: Tensor) -> _Streams:
-        """From the sizes of A, B, W and X."""
-        a, b, w, x = sizes
-        return cls(a, b, w, x, raw, _starts(torch.where(raw, 2 * grid.tokens * grid.channels, a + b + w + x)))
+    def of(cls, grid: _Grid, a: Tensor, more: Tensor, raw: Tensor) -> _Streams:
+        """From the sizes of A, and of B, W and X together."""
+        return cls(a, more, raw, _starts(torch.where(raw, 2 * grid.tokens * grid.channels, a + more)))
 
     def bit(self, before: Tensor) -> Tensor:
         """The first bit of each block's stream that has these streams before it, to go with flattened values."""
@@ -1078,7 +1203,7 @@ def _write_ranks(tile: _Tile, block: Tensor, source: Tensor, codes: Tensor, spec
     sizes = [(a_bits + 7) // 8, (b_bits + 7) // 8, (12 * w_count + 7) // 8, 2 * x_count]
     raw = special | (sum(sizes) >= 2 * grid.tokens * grid.channels)
     a, b, w, x = (size.masked_fill(raw, 0) for size in sizes)
-    streams = _Streams.of(grid, (a, b, w, x), raw)
+    streams = _Streams.of(grid, a, b + w + x, raw)
     coded = ~raw[:, None]
     writer = _Writer(int(streams.starts[-1]), block.device)
 
@@ -1102,17 +1227,17 @@ def _write_ranks(tile: _Tile, block: Tensor, source: Tensor, codes: Tensor, spec
     mine, at = _raw_places(grid, streams.starts, raw)
     writer.put(at, source[mine])
 
-    entries = torch.stack([a.masked_fill(raw, _RAW), b, w, x], 1).to(torch.int32)
+    entries = torch.stack([a.masked_fill(raw, _RAW), b + w + x], 1).to(torch.int32)
     table = torch.stack([entries & 255, entries >> 8], 2).to(torch.uint8).reshape(-1)
     return [table, writer.bytes()]
 
 
 def _rank_sizes(grid: _Grid, table: _Section, ranks: _Section, faults: _Faults) -> _Streams:
-    pairs = table.data.reshape(-1, 4, 2).to(torch.int64)
-    a, b, w, x = (pairs[..., 0] | pairs[..., 1] << 8).unbind(1)
+    pairs = table.data.reshape(-1, 2, 2).to(torch.int64)
+    a, more = (pairs[..., 0] | pairs[..., 1] << 8).unbind(1)
     raw = a == _RAW
-    bad = torch.where(raw, b + w + x > 0, a + b + w + x >= 2 * grid.tokens * grid.channels)
-    streams = _Streams.of(grid, (a, b, w, x), raw)
+    bad = torch.where(raw, more > 0, a + more >= 2 * grid.tokens * grid.channels)
+    streams = _Streams.of(grid, a, more, raw)
     faults.add(ranks, "sizes that cannot be", bad, streams.starts)
     faults.add_total(ranks, streams.starts)
     return streams
@@ -1137,12 +1262,13 @@ def _read_ranks(tile: _Tile, codes: Tensor, streams: _Streams, section: _Section
     upper = reader.get((streams.bit(streams.a) + at)[mine], 1).to(torch.int32)
     rank[mine] += upper * top[mine]
     word = low + rank + ((cells.k < 0).to(torch.int32) << 15).flatten(1)
+    a, b = streams.a, (b_bits + 7) // 8
 
     escaped, w_count = zero, torch.zeros_like(a_bits)
     if grid.format.fraction == 7:
         at, w_count = _before(zero.to(torch.int32))
         mine = zero.nonzero(as_tuple=True)
-        field = reader.get((streams.bit(streams.a + streams.b) + 12 * at)[mine], 12).to(torch.int32)
+        field = reader.get((streams.bit(a + b) + 12 * at)[mine], 12).to(torch.int32)
         code, top = field & 2047, low[mine] - 1
         bad[mine[0][(code < _ZERO) & (code >= top)]] = True
         word[mine] = torch.where(code == _ZERO, 0, top - code) | field >> 11 << 15
@@ -1150,12 +1276,10 @@ def _read_ranks(tile: _Tile, codes: Tensor, streams: _Streams, section: _Section
         escaped[mine] = code == _ESCAPE
     at, x_count = _before(escaped.to(torch.int32))
     mine = escaped.nonzero(as_tuple=True)
-    base = streams.a + streams.b + streams.w
-    word[mine] = reader.get((streams.bit(base) + 16 * at)[mine], 16).to(torch.int32)
+    w = (12 * w_count + 7) // 8
+    word[mine] = reader.get((streams.bit(a + b + w) + 16 * at)[mine], 16).to(torch.int32)
 
-    sizes = torch.stack([(a_bits + 7) // 8, (b_bits + 7) // 8, (12 * w_count + 7) // 8, 2 * x_count], 1)
-    given = torch.stack([streams.a, streams.b, streams.w, streams.x], 1)
-    bad |= (sizes != given).any(1)
+    bad |= ((a_bits + 7) // 8 != a) | (b + w + 2 * x_count != streams.more)
     what = "a rank outside its cell, or streams that the codes do not call for"
     faults.add(section, what, bad & ~streams.raw, streams.starts)
     return torch.where(grid.spread(params.constant), grid.spread(params.word), word.reshape(grid.valid.shape))

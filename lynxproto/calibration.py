@@ -44,9 +44,9 @@ _UNITS: Final = 16
 _MAX_IMPORTANCE: Final = 4095
 
 #: Mean squared error of b-bit anchors, b = 0.., relative to the squared range of a group; measured on real caches with
-#: the reconstruction tables of spec/codec-hq.md (keys: 2-bit levels are inset; values: they are end points).
+#: the reconstruction tables of spec/codec-hq.md.
 KEY_ERROR: Final = (1 / 18.2, 1 / 45.8, 1 / 133, 1 / 600, 1 / 2731, 1 / 11221, 1 / 40000, 1 / 106600)
-VALUE_ERROR: Final = (1 / 18.2, 1 / 44.6, 1 / 110.6, 1 / 601, 1 / 2734, 1 / 11264, 1 / 40000)
+VALUE_ERROR: Final = (1 / 18.2, 1 / 44.6, 1 / 155, 1 / 601, 1 / 2734, 1 / 11264, 1 / 40000)
 _KEY_RANGE: Final = (0, 7)
 _VALUE_RANGE: Final = (2, 5)
 
@@ -291,44 +291,44 @@ def from_ranges(keys: Sequence[Any], values: Sequence[Any], *, model: str = "", 
 # these by the rounding of scale and zero point only.
 
 
-def _reconstruct(groups: Any, widths: Any, dim: int, *, inset: bool) -> Any:
+def _reconstruct(groups: Any, widths: Any, dim: int, *, keys: bool) -> Any:
     import torch
 
     low = groups.amin(dim, keepdim=True)
     span = groups.amax(dim, keepdim=True) - low
-    used, offset, base = (torch.tensor(t, dtype=groups.dtype, device=groups.device) for t in _tables(inset))
+    used, offset, base = (torch.tensor(t, dtype=groups.dtype, device=groups.device) for t in _tables(keys))
     step = torch.where(span > 0, span / used[widths], torch.ones_like(span))
     cell = torch.exp2((8 - widths).to(groups.dtype))
     codes = torch.floor((torch.round((groups - low) / step) + offset[widths]) / cell) * cell + base[widths]
     return low + codes * step
 
 
-def _tables(inset: bool) -> tuple[list[float], list[float], list[float]]:
+def _tables(keys: bool) -> tuple[list[float], list[float], list[float]]:
     """R_b, o_b and the first reconstruction integer, b = 0..8; spec/codec-hq.md, "Anchors"."""
     used = [
         254.0,
         254.0,
-        211.0 if inset else 192.0,
+        211.0 if keys else 230.0,
         *((2.0**b - 1) * 2.0 ** (8 - b) for b in range(3, 7)),
         253.0,
         254.0,
     ]
-    offset = [0.0, 0.0, 22.0 if inset else 32.0, *(2.0 ** (7 - b) for b in range(3, 7)), 1.0, 0.0]
-    base = [127.0, 64.0, 10.0 if inset else 0.0] + [0.0] * 6
+    offset = [0.0, 0.0, 22.0 if keys else 12.0, *(2.0 ** (7 - b) for b in range(3, 7)), 1.0, 0.0]
+    base = [127.0, 64.0, 10.0 if keys else 19.0] + [0.0] * 6
     return used, offset, base
 
 
 def anchor_keys(keys: Any, widths: Any, group: int = _GROUP) -> Any:
     """What anchors make of ``keys`` ``[kv_heads, tokens, head_dim]``; ``widths``: int64, ``[kv_heads, head_dim]``."""
     groups = _key_groups(keys, group)
-    out = _reconstruct(groups, widths[:, None, None, :], 2, inset=True)
+    out = _reconstruct(groups, widths[:, None, None, :], 2, keys=True)
     return out.flatten(1, 2)[:, : keys.shape[1]]
 
 
 def anchor_values(values: Any, widths: Any, group: int = _GROUP) -> Any:
     """What anchors make of ``values`` ``[kv_heads, tokens, head_dim]``; ``widths``: int64, ``[kv_heads]``."""
     groups = _value_groups(values, group)
-    return _reconstruct(groups, widths[:, None, None, None], 3, inset=False).flatten(2)
+    return _reconstruct(groups, widths[:, None, None, None], 3, keys=False).flatten(2)
 
 
 # Measuring

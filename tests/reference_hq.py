@@ -23,7 +23,7 @@ KEY_WIDTHS = {  # bits: (R, o, anchor integer of the lowest level)
     7: (253, 1, 0),
     8: (254, 0, 0),
 }
-VALUE_WIDTHS = {**KEY_WIDTHS, 2: (192, 32, 0)}
+VALUE_WIDTHS = {**KEY_WIDTHS, 2: (230, 12, 19)}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,30 @@ def scale_of(dtype: str, low: float, high: float, steps: int) -> tuple[float, in
     return float(np.uint32(word << 16).view(np.float32)), word
 
 
+def paired(bits: list[int]) -> Bits:
+    """A stream in pairs, of a bit in its first half and the one as far in the second."""
+    half = (len(bits) + 1) // 2
+    pairs = [(bits[i], bits[half + i] if half + i < len(bits) else 0) for i in range(half)]
+    out = Bits()
+    for stream in ([x | y for x, y in pairs], [x for x, y in pairs if x | y], [y for x, y in pairs if x]):
+        for bit in stream:
+            out.put(bit, 1)
+    return out
+
+
+def unpaired(stream: Bits, count: int) -> list[int]:
+    """The reverse."""
+    either = stream.take((count + 1) // 2)
+    first = [bit and x for bit, x in zip(either, spread(stream, either), strict=True)]
+    second = [y if x else bit for bit, x, y in zip(either, first, spread(stream, first), strict=True)]
+    return (first + second)[:count]
+
+
+def spread(stream: Bits, mask: list[int]) -> list[int]:
+    """A bit of the stream for each that is set in the mask, zeros elsewhere."""
+    return [stream.get(1) if bit else 0 for bit in mask]
+
+
 class Bits:
     """A stream of bits, the first in the least significant bit of the first byte."""
 
@@ -101,6 +125,9 @@ class Bits:
         assert len(taken) == count, "stream ends early"
         self.at += count
         return sum(bit << i for i, bit in enumerate(taken))
+
+    def take(self, count: int) -> list[int]:
+        return [self.get(1) for _ in range(count)]
 
     def data(self) -> bytes:
         return np.packbits(np.array(self.bits, np.uint8), bitorder="little").tobytes()
@@ -178,6 +205,7 @@ class Sections:
     table: bytes = b""
     ranks: bytes = b""
     folds: bytes = b""
+    rest_folds: bytes = b""
 
 
 class Tile:
@@ -197,6 +225,7 @@ class Tile:
         self.part, self.dtype, self.shape, self.widths = part, dtype, shape, widths
         self.table = KEY_WIDTHS if part == "key" else VALUE_WIDTHS
         self.fold, self.exponents = fold, exponents
+        self.folds_rest = fold and part == "key" and bool((widths < 2).any())
         self.biases = np.zeros(widths.shape, np.int8) if biases is None else biases
 
     def blocks(self) -> list[tuple[int, slice, slice]]:
@@ -215,101 +244,121 @@ class Tile:
     # --- encoder
 
     def encode(self, words: NDArray[np.uint16]) -> Sections:
-        out = [b""] * 7
+        out = [b""] * 8
         for h, t, c in self.blocks():
             block, widths = words[h, t, c], self.widths[h, c]
             scaled = block if self.exponents is None else rescaled(block, self.exponents[h, c])
             groups, special = self.choose(scaled, widths)
             codes = self.codes(scaled, groups)
             anchor, rest = self.planes(codes, widths)
-            entry, anchor = self.folded(codes, widths, groups, self.biases[h, c], anchor)
+            entry, anchor = self.folded(0, codes, widths, groups, self.biases[h, c], anchor)
+            late_entry, rest = self.folded(1, codes, widths, groups, self.biases[h, c], rest)
             header, params = self.params(groups)
             rank_entry, ranks = self.ranks(scaled, block, codes, groups, special)
-            for i, piece in enumerate((anchor, header, params, rest, rank_entry, ranks, entry)):
+            for i, piece in enumerate((anchor, header, params, rest, rank_entry, ranks, entry, late_entry)):
                 out[i] += piece
         return Sections(*out)
 
     # --- folding
 
-    def centre(self, codes: NDArray[np.int64], groups: list[Group], biases: NDArray[np.int8], t: int, c: int) -> int:
+    def centre(  # noqa: PLR0917
+        self, codes: NDArray[np.int64], groups: list[Group], biases: NDArray[np.int8], t: int, c: int, width: int
+    ) -> int:
         """Of the three top bits of a value; of the codes only the token before is read."""
         if self.part == "value":
-            return min(max((groups[t].z + groups[t].width[1] + 4 * int(biases[c]) + 16) // 32, 1), 7)
-        return 2 + ((int(codes[t - 1, c]) >> 5) + 1) // 2 if t else 4
+            return min(max((self.zero(groups, biases, t, c) + 16) // 32, 1), 7)
+        return 2 + ((int(codes[t - 1, c]) >> 5) + 1) // 2 if t and width != 1 else 4
 
     @staticmethod
-    def likely(codes: NDArray[np.int64], t: int, c: int) -> tuple[int, ...]:
-        """The two top bits of a key of 2 bits, the likeliest first."""
+    def zero(groups: list[Group], biases: NDArray[np.int8], t: int, c: int) -> int:
+        """Where zero lies among the codes of a value."""
+        return groups[t].z + groups[t].width[1] + 4 * int(biases[c])
+
+    def likely(
+        self, codes: NDArray[np.int64], groups: list[Group], biases: NDArray[np.int8], t: int, c: int
+    ) -> tuple[int, ...]:
+        """The two top bits of 2-bit channels, the likeliest first."""
+        if self.part == "value":
+            cell = min(max(self.zero(groups, biases, t, c) // 32, 1), 6)
+            return [(0, 1, 2, 3), (1, 0, 2, 3), (1, 2, 0, 3), (2, 1, 3, 0), (2, 3, 1, 0), (3, 2, 1, 0)][cell - 1]
         return (2, 1, 3, 0) if t and codes[t - 1, c] >= 128 else (1, 2, 0, 3)
 
-    def folds(self, width: int) -> bool:
-        return width >= (2 if self.part == "key" else 3)
+    def folds(self, section: int, width: int) -> bool:
+        return width >= 2 if section == 0 else width < 2 and self.part == "key"
 
-    def fold_rows(self, widths: NDArray[np.uint8]) -> list[tuple[int, int]]:
-        """(plane, channel) of the bytes of an octet of a folded block; plane -1 is S, -2 is D1."""
+    def fold_rows(self, section: int, widths: NDArray[np.uint8]) -> list[tuple[int, int]]:
+        """(plane, channel) of the bytes of an octet of a folded section; plane -1 is S, -2 is D1."""
         rows = []
         for p in range(8):
             for c, width in enumerate(int(b) for b in widths):
-                if not self.folds(width):
-                    rows += [(p, c)] * (p < width)
-                elif width == 2:
-                    rows += [(-2, c)] * (p == 0)
-                elif p < width and p != 2:
-                    rows += [((-1, -2)[p] if p < 2 else p, c)]
+                if (p < width) != (section == 0):
+                    continue
+                names = {0: (-1, -2, None), 1: (0, -2, None), 2: (-2, None)}.get(width, (-1, -2, None))
+                plane = names[p] if self.folds(section, width) and p < len(names) else p
+                rows += [(plane, c)] * (plane is not None)
         return rows
 
-    def folded(
+    def distance(self, code: int, width: int, centre: int, likely: tuple[int, ...]) -> tuple[int, bool]:
+        if width == 2:
+            return likely.index(code >> 6), False
+        v = ((code >> 5) - centre + 4) % 8
+        return (v - 4, True) if v >= 4 else (3 - v, False)
+
+    def folded(  # noqa: PLR0917
         self,
+        section: int,
         codes: NDArray[np.int64],
         widths: NDArray[np.uint8],
         groups: list[Group],
         biases: NDArray[np.int8],
         flat: bytes,
     ) -> tuple[bytes, bytes]:
-        """The entry in the fold table, and the anchor section of the block."""
-        if not self.fold:
+        """The entry in the fold table, and the section of the block."""
+        if not self.fold or (section == 1 and not self.folds_rest):
             return b"", flat
-        channels = [c for c, width in enumerate(widths) if self.folds(int(width))]
+        channels = [c for c, width in enumerate(widths) if self.folds(section, int(width))]
         sign, distances = np.zeros_like(codes), np.zeros_like(codes)
-        far, farther = Bits(), Bits()
+        streams = [Bits(), Bits()]
         for first in range(0, len(codes), 8):
             for c in channels:
+                width = int(widths[c])
                 for t in range(first, min(first + 8, len(codes))):
-                    code = int(codes[t, c])
-                    if widths[c] == 2:
-                        distance = self.likely(codes, t, c).index(code >> 6)
-                    else:
-                        v = ((code >> 5) - self.centre(codes, groups, biases, t, c) + 4) % 8
-                        distance = v - 4 if v >= 4 else 3 - v
-                        sign[t, c] = v >= 4
-                    distances[t, c] = distance
-                    if distance > 0:
-                        far.put(int(distance > 1), 1)
-                    if distance > 1:
-                        farther.put(int(distance > 2), 1)
+                    centre = self.centre(codes, groups, biases, t, c, width)
+                    likely = self.likely(codes, groups, biases, t, c)
+                    d, sign[t, c] = self.distance(int(codes[t, c]), width, centre, likely)
+                    distances[t, c] = d
+                    for i, stream in enumerate(streams):
+                        if d > i:
+                            stream.put(int(d > i + 1), 1)
         out = b""
         for first in range(0, len(codes), 8):
-            for p, c in self.fold_rows(widths):
+            for p, c in self.fold_rows(section, widths):
                 bits = sign if p == -1 else distances > 0 if p == -2 else codes >> 7 - p & 1
                 out += bytes([sum(int(bit) << t for t, bit in enumerate(bits[first : first + 8, c]))])
-        streams = far.data() + farther.data()
-        if len(out) + len(streams) >= len(flat):
+        entry, coded = 0, b""
+        for i, stream in enumerate(streams):
+            pairs = paired(stream.bits)
+            if len(pairs.bits) < len(stream.bits):
+                stream, entry = pairs, entry | 1 << 13 + i
+            coded += stream.data()
+        if len(out) + len(coded) >= len(flat):
             return b"\xff\xff", flat
-        return struct.pack("<H", len(streams)), out + streams
+        return struct.pack("<H", entry | len(coded)), out + coded
 
     def unfolded(  # noqa: PLR0917
         self,
+        section: int,
         folded: Bits,
         widths: NDArray[np.uint8],
         groups: list[Group],
         biases: NDArray[np.int8],
         codes: NDArray[np.int64],
-        streams: int,
-    ) -> None:
-        """Set the anchor's bits of `codes`."""
+        entry: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Set the section's other bits of `codes`, and return S and distances."""
         sign, distance = np.zeros_like(codes), np.zeros_like(codes)
         for first in range(0, len(codes), 8):
-            for p, c in self.fold_rows(widths):
+            for p, c in self.fold_rows(section, widths):
                 byte = folded.get(8)
                 for t in range(first, min(first + 8, len(codes))):
                     bit = byte >> t - first & 1
@@ -317,22 +366,38 @@ class Tile:
                         (distance, sign)[p][t, c] = bit
                     else:
                         codes[t, c] |= bit << 7 - p
-        channels = [c for c, width in enumerate(widths) if self.folds(int(width))]
+        channels = [c for c, width in enumerate(widths) if self.folds(section, int(width))]
         order = [(t, c) for o in range(0, len(codes), 8) for c in channels for t in range(o, min(o + 8, len(codes)))]
-        end = folded.at + 8 * streams
+        end = folded.at + 8 * (entry & 0x1FFF)
         for position in (1, 2):
-            for t, c in order:
-                if distance[t, c] == position:
-                    distance[t, c] += folded.get(1)
+            places = [(t, c) for t, c in order if distance[t, c] == position]
+            bits = unpaired(folded, len(places)) if entry >> 12 + position & 1 else folded.take(len(places))
+            for (t, c), bit in zip(places, bits, strict=True):
+                distance[t, c] += bit
             folded.at += -folded.at % 8
         assert folded.at == end, "the fold's streams have another size"
-        for t in range(len(codes)):
-            for c in channels:
+        return sign, distance
+
+    def uncentred(  # noqa: PLR0917
+        self,
+        section: int,
+        widths: NDArray[np.uint8],
+        groups: list[Group],
+        biases: NDArray[np.int8],
+        codes: NDArray[np.int64],
+        found: tuple[NDArray[np.int64], NDArray[np.int64]],
+    ) -> None:
+        """Set the top bits of the section's folded channels."""
+        sign, distance = found
+        for c in (c for c, width in enumerate(widths) if self.folds(section, int(width))):
+            for t in range(len(codes)):
                 if widths[c] == 2:
-                    codes[t, c] = self.likely(codes, t, c)[distance[t, c]] << 6
-                else:
-                    v = 4 + distance[t, c] if sign[t, c] else 3 - distance[t, c]
-                    codes[t, c] |= (v + self.centre(codes, groups, biases, t, c) - 4) % 8 << 5
+                    codes[t, c] |= self.likely(codes, groups, biases, t, c)[distance[t, c]] << 6
+                    continue
+                above = codes[t, c] >= 128 if widths[c] == 1 else sign[t, c]
+                v = 4 + distance[t, c] if above else 3 - distance[t, c]
+                centre = self.centre(codes, groups, biases, t, c, int(widths[c]))
+                codes[t, c] = codes[t, c] & 31 | (v + centre - 4) % 8 << 5
 
     def choose(self, block: NDArray[np.uint16], widths: NDArray[np.uint8]) -> tuple[list[Group], bool]:
         groups, any_special = [], False
@@ -410,7 +475,7 @@ class Tile:
         special: bool,
     ) -> tuple[bytes, bytes]:
         a, b, w, x = Bits(), Bits(), Bits(), b""
-        raw = struct.pack("<HHHH", 0xFFFF, 0, 0, 0), original.astype("<u2").tobytes()
+        raw = struct.pack("<HH", 0xFFFF, 0), original.astype("<u2").tobytes()
         if special:
             return raw
         for t, c in np.ndindex(block.shape):
@@ -440,7 +505,7 @@ class Tile:
         streams = [a.data(), b.data(), w.data(), x]
         if sum(map(len, streams)) >= 2 * block.size:
             return raw
-        return struct.pack("<HHHH", *map(len, streams)), b"".join(streams)
+        return struct.pack("<HH", len(streams[0]), sum(map(len, streams[1:]))), b"".join(streams)
 
     # --- decoder
 
@@ -454,29 +519,36 @@ class Tile:
             widths = self.widths[h, c]
             groups, params = self.read_params(sections.headers[6 * i : 6 * i + 6], params, shape, widths)
             codes = np.zeros(shape, np.int64)
-            streams = struct.unpack_from("<H", sections.folds, 2 * i)[0] if self.fold else 0xFFFF
-            if streams != 0xFFFF:
-                self.unfolded(anchor, widths, groups, self.biases[h, c], codes, streams)
-            for first in range(0, shape[0], 8):
-                for p in range(8):
-                    for channel in range(shape[1]):
-                        if p < widths[channel] and streams != 0xFFFF:
-                            continue
-                        if p >= widths[channel] and count == 1:
-                            continue
-                        byte = (anchor if p < widths[channel] else rest).get(8)
-                        for j in range(min(8, shape[0] - first)):
-                            codes[first + j, channel] |= (byte >> j & 1) << 7 - p
+            found = []
+            for section, (stream, table) in enumerate(((anchor, sections.folds), (rest, sections.rest_folds))):
+                if section == 1 and count == 1:
+                    continue
+                has_table = self.fold if section == 0 else self.folds_rest
+                entry = struct.unpack_from("<H", table, 2 * i)[0] if has_table else 0xFFFF
+                if entry != 0xFFFF:
+                    found.append(
+                        (section, self.unfolded(section, stream, widths, groups, self.biases[h, c], codes, entry))
+                    )
+                    continue
+                for first in range(0, shape[0], 8):
+                    for p in range(8):
+                        for channel in range(shape[1]):
+                            if (p < widths[channel]) == (section == 0):
+                                byte = stream.get(8)
+                                for j in range(min(8, shape[0] - first)):
+                                    codes[first + j, channel] |= (byte >> j & 1) << 7 - p
+            for section, what in found:
+                self.uncentred(section, widths, groups, self.biases[h, c], codes, what)
             if count < 3:
                 block = self.dequantised(codes, groups, full=count == 2)
             else:
-                sizes = struct.unpack_from("<HHHH", sections.table, 8 * i)
+                sizes = struct.unpack_from("<HH", sections.table, 4 * i)
                 size = 2 * shape[0] * shape[1] if sizes[0] == 0xFFFF else sum(sizes)
                 body, ranks = ranks[:size], ranks[size:]
                 if sizes[0] == 0xFFFF:
                     words[h, t, c] = np.frombuffer(body, "<u2").reshape(shape)
                     continue
-                block = self.exact(codes, groups, sizes, body)
+                block = self.exact(codes, groups, sizes[0], body)
             words[h, t, c] = block if self.exponents is None else rescaled(block, -self.exponents[h, c])
         assert anchor.at == len(anchor.bits), "anchor planes are left over"
         assert count == 1 or rest.at == len(rest.bits), "planes are left over"
@@ -518,35 +590,37 @@ class Tile:
             words[t, c] = to_words(self.dtype, integer * group.s)
         return words
 
-    def exact(
-        self, codes: NDArray[np.int64], groups: list[Group], sizes: tuple[int, ...], ranks: bytes
-    ) -> NDArray[np.uint16]:
-        cuts = np.cumsum((0, *sizes))
-        a, b, w, x = (Bits(ranks[cuts[i] : cuts[i + 1]]) for i in range(4))
+    def exact(self, codes: NDArray[np.int64], groups: list[Group], a_size: int, ranks: bytes) -> NDArray[np.uint16]:
+        a, more = Bits(ranks[:a_size]), Bits(ranks[a_size:])
         words = np.zeros(codes.shape, np.uint16)
+        zeros = []
         for t, c in np.ndindex(codes.shape):
             group = self.group_at(groups, t, c)
             if group.constant is not None:
                 words[t, c] = group.constant
                 continue
             k = int(codes[t, c]) - group.width[1] - group.z
-            if k == 0 and self.dtype == "float16":
-                words[t, c] = x.get(16)
-            elif k == 0:
-                field = w.get(12)
-                code, sign = field & 2047, field >> 11
-                if code == 2047:
-                    words[t, c] = x.get(16)
-                else:
-                    top = cell(self.dtype, group.s, 0)[1] - 1
-                    words[t, c] = sign << 15 | (0 if code == 2046 else top - code)
-            else:
-                low, count = cell(self.dtype, group.s, abs(k))
-                width = int(math.log2(count))
-                rank = a.get(width)
-                if rank < count - 2**width:
-                    rank |= b.get(1) << width
-                words[t, c] = low + rank | (k < 0) << 15
+            if k == 0:
+                zeros.append((t, c, cell(self.dtype, group.s, 0)[1] - 1))
+                continue
+            low, count = cell(self.dtype, group.s, abs(k))
+            width = int(math.log2(count))
+            rank = a.get(width)
+            if rank < count - 2**width:
+                rank |= more.get(1) << width
+            words[t, c] = low + rank | (k < 0) << 15
+        more.at += -more.at % 8
+        escaped = []
+        for t, c, top in zeros:
+            field = more.get(12) if self.dtype == "bfloat16" else 2047
+            code, sign = field & 2047, field >> 11
+            words[t, c] = sign << 15 | (0 if code == 2046 else max(top - code, 0))
+            escaped += [(t, c)] * (code == 2047)
+        more.at += -more.at % 8
+        for t, c in escaped:
+            words[t, c] = more.get(16)
+        assert (a.at + 7) // 8 == a_size, "stream A has another size"
+        assert more.at == len(more.bits), "streams B, W and X have another size"
         return words
 
 
@@ -562,11 +636,17 @@ def payloads(tile: Tile, words: NDArray[np.uint16], levels: int, side: bytes = b
     first = side + s.folds + s.anchor + s.headers + s.params
     out = [header(0, 0, 0, len(s.params)) + first]
     if levels == 3:
-        out += [header(0, 1, 0, 0) + s.rest, header(0, 2, 0, len(s.ranks)) + s.table + s.ranks]
+        out += [header(0, 1, 0, 0) + s.rest_folds + s.rest, header(0, 2, 0, len(s.ranks)) + s.table + s.ranks]
     elif levels == 2:
-        out += [header(0, 1, 0, len(s.ranks)) + s.rest + s.table + s.ranks]
-    octets = sum(-(-(t.stop - t.start) // 8) * int(tile.widths[h, c].sum()) for h, t, c in tile.blocks())
-    if sum(map(len, out)) - len(s.anchor) + octets >= words.nbytes:
+        out += [header(0, 1, 0, len(s.ranks)) + s.rest_folds + s.rest + s.table + s.ranks]
+    flat = [
+        -(-(t.stop - t.start) // 8) * np.array([b.sum(), (8 - b).sum()])
+        for h, t, c in tile.blocks()
+        for b in [tile.widths[h, c].astype(int)]
+    ]
+    planes = sum(flat)[: levels if levels < 2 else 2].sum()
+    folded = len(s.anchor) + (len(s.rest) if levels > 1 else 0)
+    if sum(map(len, out)) - folded + planes >= words.nbytes:
         stored = words.astype("<u2").tobytes()
         return [header(1, i, 0, 0) + (stored if i == 0 else b"") for i in range(levels)]
     return out

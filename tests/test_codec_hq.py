@@ -147,6 +147,9 @@ def reference_of(config: dict[str, Any], part: str, dtype: str, words: Words) ->
 @example("value", "float16", ((1, 70, 96), "special"), {"key_bits": 3, "value_bits": 2, "levels": 2}, 2)
 @example("key", "bfloat16", ((2, 70, 80), "channels"), {**PRESETS["balanced"], "levels": 3}, 3)
 @example("value", "bfloat16", ((2, 70, 80), "channels"), {**PRESETS["balanced"], "levels": 3}, 3)
+@example("key", "bfloat16", ((2, 70, 80), "channels"), {**PRESETS["dense"], "key_bits": 2, "levels": 3}, 3)
+@example("key", "bfloat16", ((2, 70, 80), "channels"), {**PRESETS["dense"], "key_bits": 2, "levels": 2}, 3)
+@example("value", "bfloat16", ((2, 70, 80), "channels"), {**PRESETS["dense"], "value_bits": 2, "levels": 3}, 3)
 @example("value", "bfloat16", ((2, 70, 80), "exponents"), {**PRESETS["fast"], "levels": 3}, 3)
 @example("value", "bfloat16", ((2, 70, 80), "special"), {**PRESETS["dense"], "levels": 2}, 3)
 def test_bytes_are_the_references_on_every_instruction_set(
@@ -179,19 +182,23 @@ def test_bytes_are_the_references_on_every_instruction_set(
 
 def split(tile: Tile, levels: list[bytes], count: int, side: int) -> Sections:
     """The sections in a tile's payloads."""
-    heads, _, dim = tile.shape
-    octets = sum(-(-(t.stop - t.start) // 8) for h, t, c in tile.blocks() if h == 0 and c.start == 0)
     blocks = len(tile.blocks())
-    rest = octets * (8 * heads * dim - int(tile.widths.sum()))
     params = int.from_bytes(levels[0][4:8], "little")
-    body = levels[0][8 + side :]
-    folds, body = (body[: 2 * blocks], body[2 * blocks :]) if tile.fold else (b"", body)
-    planes = len(body) - params - 6 * blocks
-    first = body[:planes], body[planes : planes + 6 * blocks], body[planes + 6 * blocks :]
+    folds, body = cut(levels[0][8 + side :], 2 * blocks * tile.fold)
+    planes, body = cut(body, len(body) - params - 6 * blocks)
+    first = planes, *cut(body, 6 * blocks)
     if count == 1:
         return Sections(*first, folds=folds)
-    exact = levels[-1][8:] if count == 3 else levels[1][8 + rest :]
-    return Sections(*first, levels[1][8 : 8 + rest], exact[: 8 * blocks], exact[8 * blocks :], folds)
+    rest_folds, rest = cut(levels[1][8:], 2 * blocks * tile.folds_rest)
+    exact = levels[-1][8:]
+    if count == 2:
+        ranks = int.from_bytes(levels[1][4:8], "little")
+        rest, exact = cut(rest, len(rest) - ranks - 4 * blocks)
+    return Sections(*first, rest, *cut(exact, 4 * blocks), folds, rest_folds)
+
+
+def cut(data: bytes, at: int) -> tuple[bytes, bytes]:
+    return data[:at], data[at:]
 
 
 @pytest.mark.parametrize("name", AVAILABLE)
@@ -360,7 +367,7 @@ def test_an_error_in_any_block_is_raised(threads: int) -> None:
     codec = get_codec("hq", anchor_bits=4)
     levels = codec.encode(spec, words)
     broken = bytearray(levels[2])
-    sizes = np.frombuffer(levels[2], "<u2", count=4 * 8, offset=8).reshape(8, 4)
+    sizes = np.frombuffer(levels[2], "<u2", count=2 * 8, offset=8).reshape(8, 2)
     for block in range(8):
         table = sizes.copy()
         table[block, 0] -= 1  # a byte of A becomes one of B: the sum stays
@@ -538,15 +545,46 @@ def test_hostile_folds_are_errors() -> None:
     codec = get_codec("hq", value_bits=3, key_bits=3, fold=True)
     level = bytes(codec.encode(spec, words)[0])
     at = 8 + 32  # behind the biases
-    sizes = np.frombuffer(level, "<u2", count=2, offset=at)
-    assert (sizes < 512).all()
-    for bad in ((0, 0), (sizes[0] + 1, sizes[1]), (sizes[0] + 1, sizes[1] - 1), (512, 0), (0xFFFF, sizes[1])):
+    entries = np.frombuffer(level, "<u2", count=2, offset=at)
+    assert ((entries & 0x1FFF) < 512).all()
+    assert (entries >> 15 == 0).all()
+    first, second = entries.tolist()
+    hostile = (
+        (0, 0),
+        (first + 1, second),
+        (first + 1, second - 1),
+        (512, 0),
+        (0xFFFF, second),
+        (first | 0x8000, second),
+        (0x7FFF, second),
+    )
+    for bad in hostile:
         broken = level[:at] + np.array(bad, "<u2").tobytes() + level[at + 4 :]
         with pytest.raises(PayloadError, match=r"level 0.*anchor planes of block.*byte offset"):
             decoded(codec, spec, [broken])
     ones = level[: at + 4] + b"\xff" * 1024 + level[at + 4 + 1024 :]  # all values far: the streams would be longer
     with pytest.raises(PayloadError, match=r"level 0.*anchor planes of block 0"):
         decoded(codec, spec, [ones])
+
+
+def test_hostile_folds_of_the_rest_are_errors() -> None:
+    words = make("channels", "bfloat16", (1, 128, 64), 7)
+    spec = specification("key", "bfloat16", words.shape)
+    codec = get_codec("hq", widths="ranges", key_bits=2, fold=True)
+    levels = [bytes(level) for level in codec.encode(spec, words)]
+    first, second = np.frombuffer(levels[1], "<u2", count=2, offset=8).tolist()
+    assert first != 0xFFFF
+    assert second != 0xFFFF
+    for bad in (
+        (0, second),
+        (first + 1, second - 1),
+        (first, 0xFFFF),
+        (first | 0x8000, second),
+        (first ^ 0x2000, second),
+    ):
+        broken = levels[1][:8] + np.array(bad, "<u2").tobytes() + levels[1][12:]
+        with pytest.raises(PayloadError, match=r"level 1.*codes of block.*byte offset"):
+            decoded(codec, spec, [levels[0], broken, *levels[2:]])
 
 
 def c_tile(part: str, dtype: str, shape: tuple[int, int, int], widths: NDArray[np.uint8]) -> Any:

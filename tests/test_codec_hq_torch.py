@@ -282,7 +282,7 @@ def test_a_fault_names_its_block() -> None:
     spec = specification("key", "bfloat16", words.shape)
     codec = TorchHQ(anchor_bits=4)
     levels = as_bytes(codec.encode(spec, tensor(words)))
-    sizes = np.frombuffer(levels[2], "<u2", count=4 * 8, offset=8).reshape(8, 4)
+    sizes = np.frombuffer(levels[2], "<u2", count=2 * 8, offset=8).reshape(8, 2)
     for block in range(8):
         table = sizes.copy()
         table[block, 0] -= 1  # a byte of A becomes one of B: the sum stays

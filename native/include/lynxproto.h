@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define LYNX_ABI_VERSION 3
+#define LYNX_ABI_VERSION 4
 
 enum {
     LYNX_OK = 0,
@@ -74,14 +74,14 @@ typedef struct {
     uint64_t blocks;      /* number of blocks */
     uint64_t groups;      /* number of groups, all blocks */
     uint64_t anchor;      /* bytes of the anchor planes; with folding, what they take at most */
-    uint64_t rest;        /* bytes of the remaining planes */
+    uint64_t rest;        /* bytes of the remaining planes; with folding, what they take at most */
     uint64_t max_params;  /* the parameters' bound, without block headers */
     uint64_t max_rank;    /* the rank streams' bound, without block table */
 } lynx_hq_sizes;
 
 #define LYNX_HQ_PARAM_HEADER 6 /* bytes of a block's parameter header */
-#define LYNX_HQ_RANK_HEADER 8  /* bytes of a block's entry in the rank table */
-#define LYNX_HQ_FOLD_HEADER 2  /* bytes of a block's entry in the fold table */
+#define LYNX_HQ_RANK_HEADER 4  /* bytes of a block's entry in the rank table */
+#define LYNX_HQ_FOLD_HEADER 2  /* bytes of a block's entry in a fold table */
 
 /* Scratch for one thread; no state is kept in it between calls. */
 size_t lynx_hq_scratch_size(void);
@@ -89,6 +89,9 @@ size_t lynx_hq_scratch_size(void);
 int lynx_hq_measure(const lynx_hq_tile *tile, lynx_hq_sizes *sizes);
 /* The same sizes for blocks [first, last). */
 int lynx_hq_measure_range(const lynx_hq_tile *tile, uint64_t first, uint64_t last, lynx_hq_sizes *sizes);
+
+/* Whether the rest section of the tile folds: it has a fold table then. */
+int lynx_hq_folds_rest(const lynx_hq_tile *tile);
 
 /* What an encoder has to know of the channels, [heads][head_dim]: how large they are, as bfloat16 words (the mean over
  * blocks of a key's range or a value's largest magnitude), and how far they lie from zero; spec/codec-hq.md, "Spreads" and
@@ -98,18 +101,20 @@ int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t h
 
 /* Encode blocks [first, last). Planes and headers point to the first block of the range. Any of `anchor`,
  * `param_headers` (with `params`), `rest`, `rank_table` (with `rank`) may be null: that section is not made. Each section
- * has the size that lynx_hq_measure_range gives; anchor_size, params_size and rank_size return the bytes used. With folding,
- * `anchor` needs `fold_table`. */
+ * has the size that lynx_hq_measure_range gives; anchor_size, params_size, rest_size and rank_size return the bytes used. With
+ * folding, `anchor` needs `fold_table`, and `rest` needs `rest_table` where lynx_hq_folds_rest says so. */
 typedef struct {
     uint8_t *fold_table;
     uint8_t *anchor;
     uint8_t *param_headers;
     uint8_t *params;
+    uint8_t *rest_table;
     uint8_t *rest;
     uint8_t *rank_table;
     uint8_t *rank;
     uint64_t anchor_size;
     uint64_t params_size;
+    uint64_t rest_size;
     uint64_t rank_size;
     uint64_t rank_bound;     /* bytes of rank table and ranks; without these sections, what they take at most */
     int32_t wants_rank_bound; /* in: whether to work rank_bound out where there is no rank table */
@@ -124,22 +129,25 @@ typedef struct {
     const uint8_t *anchor;
     const uint8_t *param_headers;
     const uint8_t *params;
+    const uint8_t *rest_table; /* of tiles that fold it */
     const uint8_t *rest;
     const uint8_t *rank_table;
     const uint8_t *rank;
     uint64_t anchor_size;
     uint64_t params_size;
+    uint64_t rest_size;
     uint64_t rank_size;
 } lynx_hq_levels;
 
-/* Where a payload is wrong: the section (0 parameters, 1 codes, 2 ranks, 3 anchor planes), the block, and the byte offset in it. */
+/* Where a payload is wrong: the section (0 parameters, 1 rest planes, 2 ranks, 3 anchor planes), the block, and the byte
+ * offset in it. */
 typedef struct {
     int32_t section;
     uint64_t block;
     uint64_t offset;
 } lynx_hq_fault;
 
-/* Check that headers and tables add up to anchor_size, params_size and rank_size: the totals only, no values. */
+/* Check that headers and tables add up to anchor_size, params_size, rest_size and rank_size: the totals only, no values. */
 int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_hq_fault *fault);
 
 /* Decode blocks [first, last) into `words`. lynx_hq_check must have passed for the same levels. */

@@ -21,6 +21,7 @@
 #define EXPAND64 _pdep_u64
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
+#include "ranks.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -451,35 +452,6 @@ INLINE __m256i half_of(__m256i bytes, int i) { /* 16 of 32 signed bytes as 16-bi
     return _mm256_cvtepi8_epi16(i == 0 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1));
 }
 
-INLINE uint64_t read64(const uint8_t *p) {
-    uint64_t v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-INLINE void write64(uint8_t *p, uint64_t v) {
-    memcpy(p, &v, sizeof v);
-}
-
-typedef struct {
-    uint8_t *at;
-    uint64_t pending;
-    uint32_t filled; /* bits of `pending`, fewer than 8 between calls */
-} bit_writer;
-
-INLINE void put(bit_writer *out, uint64_t value, uint32_t bits) { /* at most 56 bits */
-    out->pending |= value << out->filled;
-    out->filled += bits;
-    write64(out->at, out->pending);
-    out->at += out->filled >> 3;
-    out->pending >>= out->filled & ~7u;
-    out->filled &= 7;
-}
-
-INLINE uint32_t position(const bit_writer *out, const uint8_t *start) {
-    return (uint32_t)(8 * (out->at - start)) + out->filled;
-}
-
 /* The bits that `mask` selects in each of four 64-bit lanes of `v`. */
 INLINE void put_lanes(bit_writer *out, __m256i v, __m256i mask) {
     _Alignas(32) uint64_t values[4], masks[4];
@@ -502,23 +474,17 @@ INLINE __m256i get_lanes(const uint8_t *stream, uint32_t *bits, __m256i mask) {
     uint64_t values[4];
     store(masks, mask);
     for (int i = 0; i < 4; i++) {
-        values[i] = _pdep_u64(read64(stream + (*bits >> 3)) >> (*bits & 7), masks[i]);
+        values[i] = _pdep_u64(load64(stream + (*bits >> 3)) >> (*bits & 7), masks[i]);
         *bits += (uint32_t)_mm_popcnt_u64(masks[i]);
     }
     return _mm256_set_epi64x((long long)values[3], (long long)values[2], (long long)values[1], (long long)values[0]);
 }
 
 INLINE uint32_t get_flagged(const uint8_t *stream, uint32_t *bits, uint32_t flagged) {
-    const uint32_t values = _pdep_u32((uint32_t)(read64(stream + (*bits >> 3)) >> (*bits & 7)), flagged);
+    const uint32_t values = _pdep_u32((uint32_t)(load64(stream + (*bits >> 3)) >> (*bits & 7)), flagged);
     *bits += (uint32_t)_mm_popcnt_u32(flagged);
     return values;
 }
-
-/* Zero cells as token * 64 + channel, in order. */
-typedef struct {
-    uint32_t count;
-    uint16_t at[BLOCK_VALUES + 4];
-} zero_list;
 
 /* Four at once without a branch; rows with more are rare. */
 INLINE void add_zeros(zero_list *list, uint64_t zeros, int token) {
@@ -529,57 +495,6 @@ INLINE void add_zeros(zero_list *list, uint64_t zeros, int token) {
             *at++ = (uint16_t)(ROW * token + (int)(_tzcnt_u64(zeros) & 63));
         }
     } while (__builtin_expect(zeros != 0, 0));
-}
-
-INLINE void rank_zeros(int part, int dtype, const zero_list *zeros, const uint16_t *rows, ptrdiff_t stride,
-                       const lynx_params *params, lynx_streams *streams) {
-    uint32_t pair = 0; /* fields of 12 bits, two to three bytes */
-    streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
-    streams->x_count = 0;
-    for (uint32_t i = 0; i < zeros->count; i++) {
-        const int t = zeros->at[i] / ROW, c = zeros->at[i] % ROW;
-        const uint16_t word = rows[t * stride + c];
-        if (dtype == LYNX_FLOAT16) {
-            streams->x[streams->x_count++] = word;
-            continue;
-        }
-        const uint32_t magnitude = word & 0x7fff;
-        uint32_t code = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1 - magnitude;
-        if (__builtin_expect(magnitude == 0, 0)) {
-            code = ZERO_WORD;
-        } else if (__builtin_expect(code >= ZERO_WORD, 0)) {
-            code = ZERO_ESCAPE;
-            streams->x[streams->x_count++] = word;
-        }
-        code |= (uint32_t)(word >> 15) << 11;
-        pair = i & 1 ? pair | code << 12 : code;
-        memcpy(streams->w + 3 * (i >> 1), &pair, sizeof pair);
-    }
-}
-
-INLINE bool unrank_zeros(int part, int dtype, const zero_list *zeros, uint16_t *rows, ptrdiff_t stride,
-                         const lynx_params *params, lynx_streams *streams) {
-    streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
-    streams->x_count = 0;
-    for (uint32_t i = 0; i < zeros->count; i++) {
-        const int t = zeros->at[i] / ROW, c = zeros->at[i] % ROW;
-        uint16_t *word = rows + t * stride + c;
-        if (dtype == LYNX_FLOAT16) {
-            *word = streams->x[streams->x_count++];
-            continue;
-        }
-        const uint32_t field = get_bits(streams->w, 12 * i, 12), code = field & 2047, sign = field >> 11 << 15;
-        const uint32_t top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1;
-        if (__builtin_expect(code < ZERO_WORD, 1)) {
-            if (code >= top) {
-                return false;
-            }
-            *word = (uint16_t)((top - code) | sign);
-        } else {
-            *word = code == ZERO_WORD ? (uint16_t)sign : streams->x[streams->x_count++];
-        }
-    }
-    return true;
 }
 
 /* What rank and unrank need of 32 channels of a row: integers and cells. */
@@ -685,7 +600,7 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
                 const __m256i mask = width_mask8(n), field = get_lanes(streams->a, &a_bits, mask);
                 const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), one);
                 const uint32_t flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field));
-                const __m256i above = bytes_of(get_flagged(streams->b, &b_bits, flagged));
+                const __m256i above = bytes_of(get_flagged(streams->more, &b_bits, flagged));
                 const __m256i rank8 = _mm256_add_epi8(field, _mm256_and_si256(above, _mm256_add_epi8(mask, one)));
                 ranks[0] = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(rank8));
                 ranks[1] = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(rank8, 1));
@@ -700,7 +615,7 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
                     const __m256i extra = _mm256_sub_epi16(_mm256_sub_epi16(n, mask[i]), one);
                     has[i] = _mm256_cmpgt_epi16(extra, field[i]);
                 }
-                const __m256i above = bytes_of(get_flagged(streams->b, &b_bits, bits_of16(has[0], has[1])));
+                const __m256i above = bytes_of(get_flagged(streams->more, &b_bits, bits_of16(has[0], has[1])));
                 for (int i = 0; i < 2; i++) {
                     const __m256i high = _mm256_and_si256(half_of(above, i), _mm256_add_epi16(mask[i], one));
                     ranks[i] = _mm256_add_epi16(field[i], high);

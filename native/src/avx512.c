@@ -29,66 +29,17 @@ INLINE void store(void *p, __m512i v) {
     _mm512_storeu_si512(p, v);
 }
 
-/* --- folding: the bytes of folded channels, by expanding and compressing whole planes -------------------------- */
+/* --- folding -------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    __mmask64 two, three, any, folded; /* channels of 2 bits and of more that fold; of 1 bit or more; both that fold */
-} fold_masks;
-
-INLINE fold_masks fold_masks_of(const lynx_planes *planes) {
-    const __mmask64 two = _mm512_movepi8_mask(load(planes->fold_two));
-    const __mmask64 three = _mm512_movepi8_mask(load(planes->fold_three));
-    const __mmask64 one = _mm512_cmpeq_epi8_mask(load(planes->widths), _mm512_set1_epi8(1));
-    return (fold_masks){two, three, one | two | three, two | three};
+INLINE const uint8_t *load_row(uint64_t mask, const uint8_t *in, uint8_t *row) {
+    store(row, _mm512_maskz_expand_epi8(mask, load(in)));
+    return in + _mm_popcnt_u64(mask);
 }
 
-INLINE __m512i expanded(__mmask64 mask, const uint8_t *in) {
-    return _mm512_maskz_expand_epi8(mask, load(in));
-}
-
-INLINE void compressed(__mmask64 mask, __m512i v, uint8_t *out) { /* writes no byte more */
-    const uint64_t count = (uint64_t)_mm_popcnt_u64(mask);
-    _mm512_mask_storeu_epi8(out, _bzhi_u64(~0ull, (uint32_t)count), _mm512_maskz_compress_epi8(mask, v));
-}
-
-INLINE void gather_top(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet, uint8_t top[3][ROW]) {
-    const fold_masks m = fold_masks_of(planes);
-    const __m512i first = expanded(m.any, octet), second = expanded(m.folded, octet + at->second);
-    const __m512i third = expanded(m.three, octet + at->third);
-    store(top[0], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(first, m.two, _mm512_set1_epi8(-1))));
-    store(top[1], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(second, m.two, first)));
-    store(top[2], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(third, m.two, second)));
-}
-
-INLINE void scatter_top(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW], uint8_t *octet) {
-    const fold_masks m = fold_masks_of(planes);
-    const __m512i sign = expanded(m.folded, top[0]), high = expanded(m.folded, top[1]), low = expanded(m.folded, top[2]);
-    const __m512i singles = expanded(m.any, octet);
-    compressed(m.any, _mm512_mask_mov_epi8(_mm512_mask_mov_epi8(singles, m.two, high), m.three, sign), octet);
-    compressed(m.folded, _mm512_mask_mov_epi8(low, m.three, high), octet + at->second);
-    compressed(m.three, low, octet + at->third);
-}
-
-INLINE void gather_folded(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet,
-                          uint8_t top[2][ROW]) {
-    const fold_masks m = fold_masks_of(planes);
-    const __m512i first = expanded(m.any, octet), second = expanded(m.three, octet + at->folded_second);
-    store(top[0], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(first, m.two, _mm512_set1_epi8(-1))));
-    store(top[1], _mm512_maskz_compress_epi8(m.folded, _mm512_mask_mov_epi8(second, m.two, first)));
-}
-
-INLINE void scatter_folded(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW], const uint8_t *flat,
-                           uint8_t *octet) {
-    const fold_masks m = fold_masks_of(planes);
-    const __m512i sign = expanded(m.folded, top[0]), moved = expanded(m.folded, top[1]);
-    const __m512i singles = expanded(m.any, flat);
-    compressed(m.any, _mm512_mask_mov_epi8(_mm512_mask_mov_epi8(singles, m.two, moved), m.three, sign), octet);
-    compressed(m.three, moved, octet + at->folded_second);
-}
-
-INLINE void copy_singles(const lynx_planes *planes, const uint8_t *octet, uint8_t *flat) {
-    const __mmask64 any = fold_masks_of(planes).any; /* what is not of a single bit is overwritten */
-    compressed(any, expanded(any, octet), flat);
+INLINE uint8_t *store_row(uint64_t mask, const uint8_t *row, uint8_t *out) {
+    const uint32_t count = (uint32_t)_mm_popcnt_u64(mask);
+    _mm512_mask_storeu_epi8(out, _bzhi_u64(~0ull, count), _mm512_maskz_compress_epi8(mask, load(row)));
+    return out + count;
 }
 
 /* (centre - 4) * 32 of 64 codes, modulo 256: by the codes before, or by a token's zero point and the channels' biases. */
@@ -118,39 +69,74 @@ INLINE __m512i replaced_two(__m512i code, __m512i before, __m128i table) {
     return _mm512_or_si512(_mm512_and_si512(code, _mm512_set1_epi8(63)), top);
 }
 
+/* The same by a value's zero: the rows of `table` are for zeros in [0, 64), [64, 96), [96, 128), and mirrored. Codes of 2 bits
+ * fold in whole blocks. */
+INLINE __m512i replaced_two_values(__m512i code, int16_t zero, const __m512i *bias, __m256i table) {
+    __m256i half[2];
+    for (int i = 0; i < 2; i++) {
+        const __m512i cell = _mm512_srai_epi16(_mm512_add_epi16(bias[i], _mm512_set1_epi16(zero)), 5);
+        half[i] = _mm512_cvtepi16_epi8(_mm512_min_epi16(_mm512_max_epi16(cell, _mm512_set1_epi16(1)), _mm512_set1_epi16(6)));
+    }
+    const __m512i cell = _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+    const __m512i top = _mm512_and_si512(_mm512_srli_epi16(code, 6), _mm512_set1_epi8(3));
+    const __m512i index = _mm512_or_si512(_mm512_slli_epi16(cell, 2), top);
+    const __m512i place = _mm512_permutexvar_epi8(index, _mm512_castsi256_si512(table));
+    return _mm512_or_si512(_mm512_and_si512(code, _mm512_set1_epi8(63)), _mm512_slli_epi16(place, 6));
+}
+
+/* Codes of 1 bit as their distance from the middle; its own reverse. */
+INLINE __m512i replaced_one(__m512i code, __mmask64 channels) {
+    return _mm512_xor_si512(code, _mm512_maskz_set1_epi8(channels & ~_mm512_movepi8_mask(code), 0x60));
+}
+
 static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
-    const fold_masks m = fold_masks_of(planes);
+    const __mmask64 three = planes->fold[0].three | planes->fold[1].three, two = planes->fold[0].two;
     const __m512i bias[2] = {load(planes->bias), load(planes->bias + 32)};
     const __m128i ranks = _mm_setr_epi8(2, 0, 1, 3, 3, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i places = _mm256_setr_epi8(0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 2, 0, 1, 3, 3, 1, 0, 2, 3, 2, 0, 1, 3, 2, 1, 0, 0, 0, 0, 0);
     __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
     for (int t = 0; t < tokens; t++, codes += ROW, centred += ROW) {
-        const __m512i code = load(codes), moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
-        const __m512i three = _mm512_mask_sub_epi8(code, m.three, code, moved);
-        store(centred, _mm512_mask_mov_epi8(three, m.two, replaced_two(code, before, ranks)));
+        const __m512i code = load(codes);
+        if (zeros != NULL && two != 0) {
+            store(centred, _mm512_mask_mov_epi8(code, two, replaced_two_values(code, zeros[t], bias, places)));
+            continue;
+        }
+        const __m512i moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
+        const __m512i rest = replaced_one(_mm512_mask_sub_epi8(code, three, code, moved), planes->fold[1].two);
+        store(centred, _mm512_mask_mov_epi8(rest, two, replaced_two(code, before, ranks)));
         before = code;
     }
     memset(centred, 0, (size_t)(-tokens & 7) * ROW);
 }
 
-static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes) {
-    const fold_masks m = fold_masks_of(planes);
+static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest,
+                     uint8_t *codes) {
+    const __mmask64 three = (anchor ? planes->fold[0].three : 0) | (rest ? planes->fold[1].three : 0);
+    const __mmask64 two = anchor ? planes->fold[0].two : 0, one = rest ? planes->fold[1].two : 0;
     const __m512i bias[2] = {load(planes->bias), load(planes->bias + 32)};
     const __m128i unranked = _mm_setr_epi8(1, 2, 0, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i tops = _mm256_setr_epi8(0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 1, 2, 0, 3, 2, 1, 3, 0, 2, 3, 1, 0, 3, 2, 1, 0, 0, 0, 0, 0);
     __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
     for (int t = 0; t < tokens; t++, codes += ROW) {
-        const __m512i code = load(codes), moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
-        const __m512i three = _mm512_mask_add_epi8(code, m.three, code, moved);
-        before = _mm512_mask_mov_epi8(three, m.two, replaced_two(code, before, unranked));
+        const __m512i code = load(codes);
+        if (zeros != NULL && two != 0) {
+            store(codes, _mm512_mask_mov_epi8(code, two, replaced_two_values(code, zeros[t], bias, tops)));
+            continue;
+        }
+        const __m512i moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
+        const __m512i others = replaced_one(_mm512_mask_add_epi8(code, three, code, moved), one);
+        before = _mm512_mask_mov_epi8(others, two, replaced_two(code, before, unranked));
         store(codes, before);
     }
 }
 
-#define FOLD_BYTES
+#define FOLD_ROWS
 #define FOLD_CENTRES
 #define COMPRESS64 _pext_u64
 #define EXPAND64 _pdep_u64
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
+#include "ranks.h"
 
 INLINE __m512i ordered16(__m512i w) {
     return _mm512_ternarylogic_epi64(w, _mm512_srai_epi16(w, 15), _mm512_set1_epi16(0x7fff), 0x78); /* x ^ (y & z) */
@@ -551,36 +537,14 @@ static const uint8_t LOG2_MASKS[128] = {
 static const uint8_t LOG2_WIDTHS[128] = {0,      1,      2,      2,      M4(3),  M4(4),  M4(4),
                                          M16(5), M16(6), M16(6), M16(7), M16(7), M16(7), M16(7)};
 
-/* Tokens and channels of zero cells, in order. */
-typedef struct {
-    int count;
-    uint8_t token[BLOCK_VALUES + ROW], channel[BLOCK_VALUES + ROW];
-} zero_list;
-
 INLINE void add_zeros(zero_list *list, __mmask64 zeros, int token) {
-    const __m512i channels = _mm512_set_epi8(63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    store(list->channel + list->count, _mm512_maskz_compress_epi8(zeros, channels));
-    store(list->token + list->count, _mm512_set1_epi8((char)token));
-    list->count += (int)_mm_popcnt_u64(zeros);
-}
-
-typedef struct {
-    uint8_t *at;
-    uint64_t pending;
-    uint32_t filled; /* bits of `pending`, fewer than 8 between calls */
-} bit_writer;
-
-INLINE void put(bit_writer *out, uint64_t value, uint32_t bits) { /* at most 56 bits */
-    out->pending |= value << out->filled;
-    out->filled += bits;
-    memcpy(out->at, &out->pending, sizeof out->pending);
-    out->at += out->filled >> 3;
-    out->pending >>= out->filled & ~7u;
-    out->filled &= 7;
-}
-
-INLINE uint32_t position(const bit_writer *out, const uint8_t *start) {
-    return (uint32_t)(8 * (out->at - start)) + out->filled;
+    const __m512i channels = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int i = 0; i < 2; i++) {
+        const __mmask32 some = (__mmask32)(zeros >> 32 * i);
+        const __m512i at = _mm512_add_epi16(channels, _mm512_set1_epi16((int16_t)(ROW * token + 32 * i)));
+        store(list->at + list->count, _mm512_maskz_compress_epi16(some, at));
+        list->count += (uint32_t)_mm_popcnt_u32(some);
+    }
 }
 
 INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, int channels,
@@ -630,24 +594,7 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
     }
     streams->a_bits = position(&a, streams->a);
     streams->b_bits = position(&b, streams->b);
-    streams->w_count = (uint32_t)zeros.count;
-    streams->x_count = 0;
-    uint32_t pair = 0; /* fields of 12 bits, two to three bytes */
-    for (int i = 0; i < zeros.count; i++) {
-        const int t = zeros.token[i], c = zeros.channel[i];
-        const uint16_t word = rows[t * stride + c];
-        const uint32_t magnitude = word & 0x7fff;
-        uint32_t code = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1 - magnitude;
-        if (__builtin_expect(magnitude == 0, 0)) {
-            code = ZERO_WORD;
-        } else if (__builtin_expect(code >= ZERO_WORD, 0)) {
-            code = ZERO_ESCAPE;
-            streams->x[streams->x_count++] = word;
-        }
-        code |= (uint32_t)(word >> 15) << 11;
-        pair = i & 1 ? pair | code << 12 : code;
-        memcpy(streams->w + 3 * (i >> 1), &pair, sizeof pair);
-    }
+    rank_zeros(part, LYNX_BFLOAT16, &zeros, rows, stride, params, streams);
 }
 
 INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
@@ -688,7 +635,7 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
         a_bits += (uint32_t)_mm_extract_epi16(_mm512_extracti32x4_epi32(through, 3), 4);
         const __m512i extra = _mm512_sub_epi8(_mm512_sub_epi8(n, mask), one);
         const uint64_t flagged = _mm512_cmplt_epu8_mask(field, extra);
-        const uint8_t *in = streams->b + (b_bits >> 3);
+        const uint8_t *in = streams->more + (b_bits >> 3);
         const uint64_t stream = load64(in) >> (b_bits & 7) | (uint64_t)in[8] << 1 << (63 - (b_bits & 7));
         b_bits += (uint32_t)_mm_popcnt_u64(flagged);
         const __m512i ranks = _mm512_mask_add_epi8(field, _pdep_u64(stream, flagged), field, _mm512_add_epi8(mask, one));
@@ -703,27 +650,8 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
-    streams->w_count = (uint32_t)zeros.count;
-    streams->x_count = 0;
-    if (empty != 0) {
-        return LYNX_ERR_RANK;
-    }
-    for (int i = 0; i < zeros.count; i++) {
-        const int t = zeros.token[i], c = zeros.channel[i];
-        const uint32_t field = get_bits(streams->w, 12 * (uint32_t)i, 12);
-        const uint32_t code = field & 2047, sign = field >> 11 << 15;
-        const uint32_t top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1;
-        uint16_t *word = rows + t * stride + c;
-        if (__builtin_expect(code < ZERO_WORD, 1)) {
-            if (code >= top) {
-                return LYNX_ERR_RANK;
-            }
-            *word = (uint16_t)((top - code) | sign);
-        } else {
-            *word = code == ZERO_WORD ? (uint16_t)sign : streams->x[streams->x_count++];
-        }
-    }
-    return LYNX_OK;
+    const bool good = unrank_zeros(part, LYNX_BFLOAT16, &zeros, rows, stride, params, streams);
+    return good && empty == 0 ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,

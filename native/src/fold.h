@@ -1,4 +1,4 @@
-/* Kernels around the prefix code of the top three planes, in registers of 64 bits or in loops that compilers vectorise:
+/* Kernels around the prefix code of the top planes, in registers of 64 bits or in loops that compilers vectorise:
  * included by each instruction set, which says first what COMPRESS64 (bits of x where mask is set, moved down),
  * EXPAND64 (the reverse) and POPCOUNT64 are. spec/codec-hq.md, "Folding". */
 #ifndef LYNX_FOLD_H
@@ -7,111 +7,49 @@
 #include "isa.h"
 #include "words.h"
 
-/* Bits of an octet that are values, in word `w` of eight channels of `folded`. */
-static inline uint64_t fold_valid(int folded, int w, int tokens) {
-    const uint64_t octet = 0x0101010101010101ull * ((1u << (tokens < 8 ? tokens : 8)) - 1);
-    const int channels = folded - 8 * w;
-    return channels < 8 ? octet & ((1ull << 8 * channels) - 1) : octet;
+/* Bits of an octet that are values, in each byte. */
+static inline uint64_t fold_valid(int tokens) {
+    return 0x0101010101010101ull * ((1u << (tokens < 8 ? tokens : 8)) - 1);
 }
 
-static inline fold_layout layout_of(const lynx_planes *planes) {
-    int counts[3] = {0}; /* channels of 1, 2, 3 bits and more */
-    for (int c = 0; c < planes->channels; c++) {
-        for (int p = 0; p < 3; p++) {
-            counts[p] += planes->widths[c] > p;
-        }
+#ifndef FOLD_ROWS /* an instruction set may bring its own */
+
+/* A row's bytes to the places of their channels, with zeros elsewhere; and the reverse, which writes no byte more. Both
+ * return the row's end. */
+static inline const uint8_t *load_row(uint64_t mask, const uint8_t *in, uint8_t *row) {
+    if (mask == ~0ull) {
+        memcpy(row, in, ROW);
+        return in + ROW;
     }
-    const int rest = counts[0] + counts[1] + counts[2];
-    return (fold_layout){counts[0], counts[0] + counts[1], rest, counts[0], rest - planes->folded,
-                         planes->anchor_octet, planes->anchor_octet - planes->folded};
+    memset(row, 0, ROW);
+    for (; mask != 0; mask &= mask - 1) {
+        row[__builtin_ctzll(mask)] = *in++;
+    }
+    return in;
 }
 
-#ifndef FOLD_BYTES /* an instruction set may bring its own of these five */
-
-/* The top bits of folded channels, in `top`: sign, high and low. Channels of 2 bits have no sign: all ones. */
-static inline void gather_top(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet, uint8_t top[3][ROW]) {
-    if (at->second == planes->folded && at->rest == 3 * planes->folded) {
-        for (int p = 0; p < 3; p++) {
-            memcpy(top[p], octet + p * planes->folded, (size_t)planes->folded);
-        }
-        return;
+static inline uint8_t *store_row(uint64_t mask, const uint8_t *row, uint8_t *out) {
+    if (mask == ~0ull) {
+        memcpy(out, row, ROW);
+        return out + ROW;
     }
-    const uint8_t *first = octet, *second = octet + at->second, *third = octet + at->third;
-    for (int c = 0, n = 0; c < planes->channels; c++) {
-        if (planes->fold_three[c]) {
-            top[0][n] = *first++;
-            top[1][n] = *second++;
-            top[2][n++] = *third++;
-        } else if (planes->fold_two[c]) {
-            top[0][n] = 255;
-            top[1][n] = *first++;
-            top[2][n++] = *second++;
-        } else {
-            first += planes->widths[c] == 1;
-        }
+    for (; mask != 0; mask &= mask - 1) {
+        *out++ = row[__builtin_ctzll(mask)];
     }
-}
-
-static inline void scatter_top(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW], uint8_t *octet) {
-    uint8_t *first = octet, *second = octet + at->second, *third = octet + at->third;
-    for (int c = 0, n = 0; c < planes->channels; c++) {
-        if (planes->fold_three[c]) {
-            *first++ = top[0][n];
-            *second++ = top[1][n];
-            *third++ = top[2][n++];
-        } else if (planes->fold_two[c]) {
-            *first++ = top[1][n];
-            *second++ = top[2][n++];
-        } else {
-            first += planes->widths[c] == 1;
-        }
-    }
-}
-
-/* The planes of sign and D1 in a folded octet. */
-static inline void gather_folded(const lynx_planes *planes, const fold_layout *at, const uint8_t *octet,
-                                 uint8_t top[2][ROW]) {
-    const uint8_t *first = octet, *second = octet + at->folded_second;
-    for (int c = 0, n = 0; c < planes->channels; c++) {
-        if (planes->fold_three[c]) {
-            top[0][n] = *first++;
-            top[1][n++] = *second++;
-        } else if (planes->fold_two[c]) {
-            top[0][n] = 255;
-            top[1][n++] = *first++;
-        } else {
-            first += planes->widths[c] == 1;
-        }
-    }
-}
-
-static inline void scatter_folded(const lynx_planes *planes, const fold_layout *at, uint8_t top[3][ROW],
-                                  const uint8_t *flat, uint8_t *octet) {
-    uint8_t *first = octet, *second = octet + at->folded_second;
-    for (int c = 0, n = 0; c < planes->channels; c++) {
-        if (planes->fold_three[c]) {
-            *first++ = top[0][n];
-            *second++ = top[1][n++];
-        } else if (planes->fold_two[c]) {
-            *first++ = top[1][n++];
-        } else if (planes->widths[c] == 1) {
-            *first++ = *flat;
-        }
-        flat += planes->widths[c] > 0; /* plane 0 */
-    }
-}
-
-/* The only plane of channels of 1 bit, from a folded octet into its flat form. */
-static inline void copy_singles(const lynx_planes *planes, const uint8_t *octet, uint8_t *flat) {
-    for (int c = 0, n = 0; c < planes->channels; c++) {
-        if (planes->widths[c] == 1) {
-            flat[n] = octet[n];
-        }
-        n += planes->widths[c] > 0;
-    }
+    return out;
 }
 
 #endif
+
+/* A bit for each of 8 channels as 255 in its byte. */
+static inline uint64_t byte_mask(uint64_t channels, int w) {
+    const uint64_t bits = (channels >> 8 * w & 255) * 0x0101010101010101ull & 0x8040201008040201ull;
+    return ((bits + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull) * 255; /* no carries: at most one bit a byte */
+}
+
+static inline uint64_t choose64(uint64_t mask, uint64_t a, uint64_t b) {
+    return (a & mask) | (b & ~mask);
+}
 
 static inline void put_bits64(uint8_t *stream, uint32_t position, uint64_t value) {
     uint8_t *p = stream + (position >> 3);
@@ -126,81 +64,198 @@ static inline uint64_t get_bits64(const uint8_t *stream, uint32_t position) {
     return load64(p) >> shift | (shift == 0 ? 0 : (uint64_t)p[8] << (64 - shift));
 }
 
-static uint32_t fold(const lynx_planes *planes, const uint8_t *flat, int tokens, uint8_t *folded) {
-    const fold_layout at = layout_of(planes);
-    uint8_t far[ROW * 8 + SLACK], farther[ROW * 8 + SLACK]; /* D2, D3 */
-    memset(far, 0, sizeof far);
-    memset(farther, 0, sizeof farther);
-    uint32_t far_bits = 0, farther_bits = 0;
-    for (int token = 0; token < tokens; token += 8, flat += at.size, folded += at.folded_size) {
-        uint8_t top[3][ROW] = {{0}};
-        gather_top(planes, &at, flat, top);
-        for (int w = 0; 8 * w < planes->folded; w++) {
-            const uint64_t valid = fold_valid(planes->folded, w, tokens - token);
-            const uint64_t sign = load64(top[0] + 8 * w);
-            const uint64_t high = load64(top[1] + 8 * w) ^ ~sign, low = load64(top[2] + 8 * w) ^ ~sign;
-            const uint64_t moved = (high | low) & valid, more = high & valid;
-            store64(top[0] + 8 * w, sign & valid);
-            store64(top[1] + 8 * w, moved);
-            put_bits64(far, far_bits, COMPRESS64(high, moved));
-            put_bits64(farther, farther_bits, COMPRESS64(low, more));
-            far_bits += (uint32_t)POPCOUNT64(moved);
-            farther_bits += (uint32_t)POPCOUNT64(more);
-        }
-        scatter_folded(planes, &at, top, flat, folded);
-        memcpy(folded + at.folded_rest, flat + at.rest, (size_t)(at.size - at.rest));
-    }
-    const uint32_t far_size = (far_bits + 7) / 8, farther_size = (farther_bits + 7) / 8;
-    memcpy(folded, far, far_size);
-    memcpy(folded + far_size, farther, farther_size);
-    return far_size + farther_size;
+/* 64 bits, or the `left` that there are. */
+static inline uint64_t some_bits64(const uint8_t *stream, uint32_t position, uint32_t left) {
+    const uint64_t bits = get_bits64(stream, position);
+    return left < 64 ? bits & ((1ull << left) - 1) : bits;
 }
 
-static bool unfold(const lynx_planes *planes, const uint8_t *folded, uint32_t streams, int tokens, uint8_t *flat) {
-    const fold_layout at = layout_of(planes);
+static inline uint32_t count_bits(const uint8_t *stream, uint32_t position, uint32_t count) {
+    uint32_t ones = 0;
+    for (uint32_t i = 0; i < count; i += 64) {
+        ones += (uint32_t)POPCOUNT64(some_bits64(stream, position + i, count - i));
+    }
+    return ones;
+}
+
+/* The stream in pairs, if that takes fewer bits: returns how many, or `count`. `stream` has zeros behind, and so will
+ * `paired`, of which what is not written must be zeros. */
+static uint32_t pair_stream(const uint8_t *stream, uint32_t count, uint8_t *paired) {
+    const uint32_t half = (count + 1) / 2;
+    uint32_t either = 0, first = 0;
+    for (uint32_t i = 0; i < half; i += 64) {
+        const uint64_t x = some_bits64(stream, i, half - i), y = some_bits64(stream, half + i, half - i);
+        either += (uint32_t)POPCOUNT64(x | y);
+        first += (uint32_t)POPCOUNT64(x);
+    }
+    if (half + either + first >= count) {
+        return count;
+    }
+    for (uint32_t i = 0; i < half; i += 64) {
+        const uint64_t x = some_bits64(stream, i, half - i), y = some_bits64(stream, half + i, half - i);
+        put_bits64(paired, i, x | y);
+    }
+    uint32_t at = half;
+    for (uint32_t i = 0; i < half; i += 64) {
+        const uint64_t x = some_bits64(stream, i, half - i), y = some_bits64(stream, half + i, half - i);
+        put_bits64(paired, at, COMPRESS64(x, x | y));
+        at += (uint32_t)POPCOUNT64(x | y);
+    }
+    for (uint32_t i = 0; i < half; i += 64) {
+        const uint64_t x = some_bits64(stream, i, half - i), y = some_bits64(stream, half + i, half - i);
+        put_bits64(paired, at, COMPRESS64(y, x));
+        at += (uint32_t)POPCOUNT64(x);
+    }
+    return at;
+}
+
+/* The reverse. Returns the bits that the pairs take; more than `limit` if there are not so many. */
+static uint32_t unpair_stream(const uint8_t *paired, uint32_t limit, uint32_t count, uint8_t *stream) {
+    const uint32_t half = (count + 1) / 2;
+    if (half > limit) {
+        return half;
+    }
+    uint32_t x_at = half, y_at = half + count_bits(paired, 0, half);
+    if (y_at > limit) {
+        return y_at;
+    }
+    const uint32_t size = y_at + count_bits(paired, x_at, y_at - half);
+    if (size > limit) {
+        return size;
+    }
+    uint64_t second[BLOCK_VALUES / 128];
+    for (uint32_t i = 0; i < half; i += 64) {
+        const uint64_t either = some_bits64(paired, i, half - i);
+        const uint64_t x = EXPAND64(get_bits64(paired, x_at), either);
+        second[i / 64] = (either & ~x) | EXPAND64(get_bits64(paired, y_at), x);
+        x_at += (uint32_t)POPCOUNT64(either);
+        y_at += (uint32_t)POPCOUNT64(x);
+        store64(stream + i / 8, x);
+    }
+    for (uint32_t i = 0; i < half; i += 64) {
+        put_bits64(stream, half + i, second[i / 64]);
+    }
+    return size;
+}
+
+#define FAR_BYTES (BLOCK_VALUES / 8 + SLACK) /* of a stream D2 or D3 */
+
+static uint32_t fold(const lynx_fold *fold, const uint8_t *flat, int tokens, uint8_t *folded) {
+    uint8_t streams[2][FAR_BYTES]; /* D2, D3 */
+    memset(streams, 0, sizeof streams);
+    uint32_t bits[2] = {0, 0};
+    for (int token = 0; token < tokens; token += 8) {
+        uint8_t rows[3][ROW];
+        for (int p = 0; p < 3; p++) {
+            flat = load_row(fold->rows[p], flat, rows[p]);
+        }
+        const uint64_t valid = fold_valid(tokens - token);
+        for (int w = 0; w < ROW / 8; w++) {
+            const uint64_t three = byte_mask(fold->three, w), two = byte_mask(fold->two, w);
+            const uint64_t upper = load64(rows[fold->two_row] + 8 * w), lower = load64(rows[fold->two_row + 1] + 8 * w);
+            const uint64_t sign = load64(rows[0] + 8 * w) | ~three; /* so that what has no sign stays as it is */
+            const uint64_t high = choose64(three, load64(rows[1] + 8 * w), upper) ^ ~sign;
+            const uint64_t low = choose64(three, load64(rows[2] + 8 * w), lower) ^ ~sign;
+            const uint64_t folds = (three | two) & valid, moved = (high | low) & folds, more = high & folds;
+            put_bits64(streams[0], bits[0], COMPRESS64(high, moved));
+            put_bits64(streams[1], bits[1], COMPRESS64(low, more));
+            bits[0] += (uint32_t)POPCOUNT64(moved);
+            bits[1] += (uint32_t)POPCOUNT64(more);
+            store64(rows[1] + 8 * w, moved);
+            if (fold->two_row == 0) {
+                store64(rows[0] + 8 * w, choose64(two, moved, load64(rows[0] + 8 * w)));
+            }
+        }
+        for (int p = 0; p < 3; p++) {
+            folded = store_row(fold->folded_rows[p], rows[p], folded);
+        }
+        memcpy(folded, flat, (size_t)fold->others);
+        flat += fold->others;
+        folded += fold->others;
+    }
+    uint32_t entry = 0;
+    for (int i = 0; i < 2; i++) {
+        uint8_t paired[FAR_BYTES] = {0};
+        const uint32_t count = pair_stream(streams[i], bits[i], paired), size = (count + 7) / 8;
+        memcpy(folded, count < bits[i] ? paired : streams[i], size);
+        folded += size;
+        entry += size | (count < bits[i] ? (uint32_t)FOLD_PAIRED << i : 0);
+    }
+    return entry;
+}
+
+static bool unfold(const lynx_fold *fold, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat) {
     const int octets = (tokens + 7) / 8;
-    const uint8_t *far = folded + at.folded_size * octets;
-    uint8_t planes_of[8][2][ROW]; /* sign and D1 of each octet */
-    memset(planes_of, 0, sizeof planes_of);
-    /* Both streams' sizes, before anything is read from them. */
-    uint32_t far_bits = 0, farther_bits = 0;
+    uint64_t moved_of[ROW / 8][ROW / 8]; /* D1 of each octet */
+    uint32_t count = 0;
     for (int o = 0; o < octets; o++) {
-        gather_folded(planes, &at, folded + at.folded_size * o, planes_of[o]);
-        for (int w = 0; 8 * w < planes->folded; w++) {
-            const uint64_t moved = load64(planes_of[o][1] + 8 * w) & fold_valid(planes->folded, w, tokens - 8 * o);
-            store64(planes_of[o][1] + 8 * w, moved);
-            far_bits += (uint32_t)POPCOUNT64(moved);
+        uint8_t rows[2][ROW];
+        const uint8_t *in = folded + o * fold->folded_size;
+        in = load_row(fold->folded_rows[0], in, rows[0]);
+        load_row(fold->folded_rows[1], in, rows[1]);
+        const uint64_t valid = fold_valid(tokens - 8 * o);
+        for (int w = 0; w < ROW / 8; w++) {
+            const uint64_t three = byte_mask(fold->three, w), two = byte_mask(fold->two, w);
+            const uint64_t moved = choose64(three, load64(rows[1] + 8 * w), load64(rows[fold->two_row] + 8 * w));
+            moved_of[o][w] = moved & (three | two) & valid;
+            count += (uint32_t)POPCOUNT64(moved_of[o][w]);
         }
     }
-    const uint32_t far_size = (far_bits + 7) / 8;
-    if (far_size > streams) {
-        return false;
-    }
-    for (uint32_t position = 0; position < far_bits; position += 64) {
-        const uint32_t left = far_bits - position;
-        const uint64_t word = get_bits64(far, position);
-        farther_bits += (uint32_t)POPCOUNT64(left < 64 ? word & ((1ull << left) - 1) : word);
-    }
-    if (far_size + (farther_bits + 7) / 8 != streams) {
-        return false;
-    }
-    const uint8_t *farther = far + far_size;
-    far_bits = farther_bits = 0;
-    for (int o = 0; o < octets; o++, folded += at.folded_size, flat += at.size) {
-        uint8_t top[3][ROW];
-        memcpy(top, planes_of[o], sizeof planes_of[o]);
-        for (int w = 0; 8 * w < planes->folded; w++) {
-            const uint64_t sign = load64(top[0] + 8 * w), moved = load64(top[1] + 8 * w);
-            const uint64_t high = EXPAND64(get_bits64(far, far_bits), moved);
-            const uint64_t low = (moved & ~high) | EXPAND64(get_bits64(farther, farther_bits), high);
-            far_bits += (uint32_t)POPCOUNT64(moved);
-            farther_bits += (uint32_t)POPCOUNT64(high);
-            store64(top[1] + 8 * w, high ^ ~sign);
-            store64(top[2] + 8 * w, low ^ ~sign);
+    /* Both streams' sizes, before anything is read from them. */
+    const uint8_t *in = folded + octets * fold->folded_size;
+    uint32_t left = 8 * (entry & FOLD_SIZE);
+    uint8_t streams[2][FAR_BYTES];
+    for (int i = 0; i < 2; i++) {
+        uint32_t bits = count;
+        if (entry & (uint32_t)FOLD_PAIRED << i) {
+            memset(streams[i], 0, sizeof streams[i]);
+            bits = unpair_stream(in, left, count, streams[i]);
         }
-        copy_singles(planes, folded, flat);
-        scatter_top(planes, &at, top, flat);
-        memcpy(flat + at.rest, folded + at.folded_rest, (size_t)(at.size - at.rest));
+        const uint32_t size = (bits + 7) / 8;
+        if (8 * size > left) {
+            return false;
+        }
+        if (!(entry & (uint32_t)FOLD_PAIRED << i)) {
+            memcpy(streams[i], in, size);
+            memset(streams[i] + size, 0, SLACK);
+        }
+        in += size;
+        left -= 8 * size;
+        count = count_bits(streams[i], 0, count);
+    }
+    if (left != 0) {
+        return false;
+    }
+    uint32_t at[2] = {0, 0};
+    for (int o = 0; o < octets; o++) {
+        uint8_t rows[3][ROW];
+        for (int p = 0; p < 3; p++) {
+            folded = load_row(fold->folded_rows[p], folded, rows[p]);
+        }
+        for (int w = 0; w < ROW / 8; w++) {
+            const uint64_t three = byte_mask(fold->three, w), two = byte_mask(fold->two, w), moved = moved_of[o][w];
+            const uint64_t sign = load64(rows[0] + 8 * w) | ~three;
+            const uint64_t far = EXPAND64(get_bits64(streams[0], at[0]), moved);
+            const uint64_t farther = (moved & ~far) | EXPAND64(get_bits64(streams[1], at[1]), far);
+            at[0] += (uint32_t)POPCOUNT64(moved);
+            at[1] += (uint32_t)POPCOUNT64(far);
+            const uint64_t high = far ^ ~sign, low = farther ^ ~sign;
+            const uint64_t first = load64(rows[0] + 8 * w), third = load64(rows[2] + 8 * w);
+            if (fold->two_row == 0) {
+                store64(rows[0] + 8 * w, choose64(two, high, first));
+                store64(rows[1] + 8 * w, choose64(three, high, low));
+                store64(rows[2] + 8 * w, choose64(three, low, third));
+            } else {
+                store64(rows[1] + 8 * w, high);
+                store64(rows[2] + 8 * w, choose64(three | two, low, third));
+            }
+        }
+        for (int p = 0; p < 3; p++) {
+            flat = store_row(fold->rows[p], rows[p], flat);
+        }
+        memcpy(flat, folded, (size_t)fold->others);
+        flat += fold->others;
+        folded += fold->others;
     }
     return true;
 }
@@ -213,12 +268,15 @@ static inline int key_centre(int before) {
     return 2 + (((before >> 5) + 1) >> 1);
 }
 
-static inline int value_centre(int zero, int bias) {
-    const int centre = (zero + bias + 16) >> 5;
-    return centre < 1 ? 1 : centre > 7 ? 7 : centre;
+static inline int clamped(int x, int least, int most) {
+    return x < least ? least : x > most ? most : x;
 }
 
-/* The rank of a channel's two top bits, by what is likely after a code of the lower half: 1, 2, 0, 3. The upper half
+static inline int value_centre(int zero, int bias) {
+    return clamped((zero + bias + 16) >> 5, 1, 7);
+}
+
+/* The place of a key's two top bits by what is likely after a code of the lower half: 1, 2, 0, 3. The upper half
  * mirrors it. */
 static inline int rank_two(int top, int before) {
     const int mirrored = before < 128 ? top : 3 - top;
@@ -230,37 +288,76 @@ static inline int unrank_two(int rank_of, int before) {
     return before < 128 ? mirrored : 3 - mirrored;
 }
 
-static inline uint8_t blend(uint8_t a, uint8_t mask_a, uint8_t b, uint8_t mask_b, uint8_t other) {
-    return (uint8_t)((a & mask_a) | (b & mask_b) | (other & ~(mask_a | mask_b)));
+/* A value's two top bits by their distance from zero, which lies in [0, 64), [64, 96), [96, 128), or mirrored: the
+ * place of each, and which is at each place. Two bits each. */
+#define VALUE_PLACES (0xe4u | 0xe1u << 8 | 0xd2u << 16) /* 0 1 2 3, 1 0 2 3, 2 0 1 3 */
+#define VALUE_TOPS (0xe4u | 0xe1u << 8 | 0xc9u << 16)   /* 0 1 2 3, 1 0 2 3, 1 2 0 3 */
+
+static inline int value_cell(int zero, int bias) { /* 0 to 5 */
+    return clamped((zero + bias) >> 5, 1, 6) - 1;
+}
+
+static inline int value_place(int top, int cell) {
+    return cell < 3 ? (int)(VALUE_PLACES >> (8 * cell + 2 * top)) & 3
+                    : (int)(VALUE_PLACES >> (8 * (5 - cell) + 2 * (3 - top))) & 3;
+}
+
+static inline int value_top(int place, int cell) {
+    return cell < 3 ? (int)(VALUE_TOPS >> (8 * cell + 2 * place)) & 3
+                    : 3 - ((int)(VALUE_TOPS >> (8 * (5 - cell) + 2 * place)) & 3);
 }
 
 #ifndef FOLD_CENTRES
+
+/* 255 for channels of a mask. */
+static inline void mask_bytes(uint64_t mask, uint8_t *bytes) {
+    for (int w = 0; w < ROW / 8; w++) {
+        store64(bytes + 8 * w, byte_mask(mask, w));
+    }
+}
+
+static inline uint8_t blend(uint8_t a, uint8_t b, uint8_t c, uint8_t code, uint8_t masks[3][ROW], int channel) {
+    const uint8_t x = masks[0][channel], y = masks[1][channel], z = masks[2][channel];
+    return (uint8_t)((a & x) | (b & y) | (c & z) | (code & ~(x | y | z)));
+}
+
 static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
-    uint8_t before[ROW];
+    uint8_t before[ROW], masks[3][ROW];
     memset(before, FIRST_BEFORE, sizeof before);
+    mask_bytes(planes->fold[0].three | planes->fold[1].three, masks[0]);
+    mask_bytes(planes->fold[0].two, masks[1]);
+    mask_bytes(planes->fold[1].two, masks[2]);
     for (int t = 0; t < tokens; t++, codes += ROW, centred += ROW) {
         for (int c = 0; c < ROW; c++) {
             const uint8_t code = codes[c];
             const int from = zeros == NULL ? key_centre(before[c]) : value_centre(zeros[t], planes->bias[c]);
-            const uint8_t three = (uint8_t)(code + (4 - from) * 32);
-            const uint8_t two = (uint8_t)((code & 63) | rank_two(code >> 6, before[c]) << 6);
-            centred[c] = blend(three, planes->fold_three[c], two, planes->fold_two[c], code);
+            const int place = zeros == NULL ? rank_two(code >> 6, before[c])
+                                            : value_place(code >> 6, value_cell(zeros[t], planes->bias[c]));
+            const uint8_t three = (uint8_t)(code + (4 - from) * 32), two = (uint8_t)((code & 63) | place << 6);
+            const uint8_t one = code < 128 ? code ^ 0x60 : code; /* of 1 bit: distance from the middle */
+            centred[c] = blend(three, two, one, code, masks, c);
             before[c] = code;
         }
     }
     memset(centred, 0, (size_t)(-tokens & 7) * ROW);
 }
 
-static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes) {
-    uint8_t before[ROW];
+static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest,
+                     uint8_t *codes) {
+    uint8_t before[ROW], masks[3][ROW];
     memset(before, FIRST_BEFORE, sizeof before);
+    mask_bytes((anchor ? planes->fold[0].three : 0) | (rest ? planes->fold[1].three : 0), masks[0]);
+    mask_bytes(anchor ? planes->fold[0].two : 0, masks[1]);
+    mask_bytes(rest ? planes->fold[1].two : 0, masks[2]);
     for (int t = 0; t < tokens; t++, codes += ROW) {
         for (int c = 0; c < ROW; c++) {
             const uint8_t code = codes[c];
             const int from = zeros == NULL ? key_centre(before[c]) : value_centre(zeros[t], planes->bias[c]);
-            const uint8_t three = (uint8_t)(code + (from - 4) * 32);
-            const uint8_t two = (uint8_t)((code & 63) | unrank_two(code >> 6, before[c]) << 6);
-            before[c] = codes[c] = blend(three, planes->fold_three[c], two, planes->fold_two[c], code);
+            const int top = zeros == NULL ? unrank_two(code >> 6, before[c])
+                                          : value_top(code >> 6, value_cell(zeros[t], planes->bias[c]));
+            const uint8_t three = (uint8_t)(code + (from - 4) * 32), two = (uint8_t)((code & 63) | top << 6);
+            const uint8_t one = code < 128 ? code ^ 0x60 : code;
+            before[c] = codes[c] = blend(three, two, one, code, masks, c);
         }
     }
 }

@@ -5,7 +5,6 @@
 
 #define RAW_PARAMS 0xff   /* parameter header: both widths; s and z follow in full */
 #define RAW_RANKS 0xffff  /* rank table: size of stream A; the block's words follow */
-#define FLAT 0xffff       /* fold table: the block's anchor is not folded */
 #define MAX_ZERO_POINT 1024
 #define SCALE_UNIT 4      /* scales have 6 significant bits: a multiple of 4 as bfloat16 words */
 
@@ -15,10 +14,10 @@ typedef struct {
     uint8_t base;    /* the anchor's integer for the lowest code; code 2^(8-b) further up is 2^(8-b) more */
 } lynx_width;
 
-/* spec/codec-hq.md, "Widths". Widths 1 and 2 of keys are inset: their anchor levels lie inside the range. */
+/* spec/codec-hq.md, "Widths". Widths 1 and 2 are inset: their anchor levels lie inside the range. */
 static const lynx_width KEY_WIDTHS[9] = {{254, 0, 127}, {254, 0, 64}, {211, 22, 10}, {224, 16, 0}, {240, 8, 0},
                                          {248, 4, 0},   {252, 2, 0},  {253, 1, 0},   {254, 0, 0}};
-static const lynx_width VALUE_WIDTHS[9] = {{254, 0, 127}, {254, 0, 64}, {192, 32, 0}, {224, 16, 0}, {240, 8, 0},
+static const lynx_width VALUE_WIDTHS[9] = {{254, 0, 127}, {254, 0, 64}, {230, 12, 19}, {224, 16, 0}, {240, 8, 0},
                                            {248, 4, 0},   {252, 2, 0},  {253, 1, 0},  {254, 0, 0}};
 
 typedef struct {
@@ -28,7 +27,8 @@ typedef struct {
     int16_t low[ROW], high[ROW];
     uint16_t words[BLOCK_VALUES];
     uint8_t codes[BLOCK_VALUES], centred[BLOCK_VALUES];
-    uint8_t anchor[8 * 8 * ROW + SLACK], rest[8 * 8 * ROW + SLACK], flat[8 * 8 * ROW + SLACK];
+    uint8_t anchor[8 * 8 * ROW + SLACK], rest[8 * 8 * ROW + SLACK];
+    uint8_t flat[8 * 8 * ROW + SLACK], flat_rest[8 * 8 * ROW + SLACK];
     uint8_t folded[FOLDED_MAX + SLACK];
     int16_t shifts[ROW], unshifts[ROW]; /* exponents of the block's channels, in words; and their negatives */
     bool shifted;                       /* some exponent is not 0 */
@@ -76,11 +76,11 @@ typedef struct {
     uint32_t head, token, channel; /* of the block's first value */
     int tokens, channels, octets, groups;
     uint32_t width_sum;            /* sum of its channels' widths */
-    uint32_t folded;               /* channels whose top planes fold */
+    uint32_t folded[2];            /* channels whose top planes fold, in the anchor and in the rest section */
 } lynx_block;
 
-static bool folds(int part, int width) {
-    return width >= (part == LYNX_KEY ? 2 : 3);
+static bool folds(int part, int section, int width) {
+    return section == ANCHOR_SECTION ? width >= 2 : part == LYNX_KEY && width < 2;
 }
 
 static void measure_block(const lynx_hq_tile *tile, lynx_block *block) {
@@ -90,10 +90,12 @@ static void measure_block(const lynx_hq_tile *tile, lynx_block *block) {
     block->octets = (block->tokens + 7) / 8;
     block->groups = tile->part == LYNX_KEY ? block->channels : block->tokens;
     const uint8_t *widths = tile->widths + (uint64_t)block->head * tile->head_dim + block->channel;
-    block->width_sum = block->folded = 0;
+    block->width_sum = block->folded[0] = block->folded[1] = 0;
     for (int c = 0; c < block->channels; c++) {
         block->width_sum += widths[c];
-        block->folded += tile->fold != 0 && folds(tile->part, widths[c]);
+        for (int section = 0; section < 2; section++) {
+            block->folded[section] += tile->fold != 0 && folds(tile->part, section, widths[c]);
+        }
     }
 }
 
@@ -155,6 +157,52 @@ int lynx_hq_measure(const lynx_hq_tile *tile, lynx_hq_sizes *sizes) {
     return lynx_hq_measure_range(tile, 0, count_blocks(tile), sizes);
 }
 
+int lynx_hq_folds_rest(const lynx_hq_tile *tile) {
+    const uint64_t n = (uint64_t)tile->heads * tile->head_dim;
+    bool found = false;
+    for (uint64_t i = 0; i < n; i++) {
+        found |= folds(tile->part, REST_SECTION, tile->widths[i]);
+    }
+    return tile->fold && found;
+}
+
+/* Channels of the block that have a plane in a section. */
+static uint64_t channels_of(const lynx_planes *planes, int section, int plane) {
+    uint64_t mask = 0;
+    for (int c = 0; c < planes->channels; c++) {
+        mask |= (uint64_t)((plane < planes->widths[c]) == (section == ANCHOR_SECTION)) << c;
+    }
+    return mask;
+}
+
+static void set_folds(int part, bool fold, lynx_planes *planes) {
+    for (int section = 0; section < 2; section++) {
+        lynx_fold *f = &planes->fold[section];
+        *f = (lynx_fold){.two_row = section};
+        for (int c = 0; c < planes->channels; c++) {
+            const int width = planes->widths[c];
+            if (fold && folds(part, section, width)) {
+                const bool two = width == 2 || width == 1;
+                *(two ? &f->two : &f->three) |= 1ull << c;
+            }
+        }
+        int rows = 0, folded = 0;
+        for (int p = 0; p < 3; p++) {
+            f->rows[p] = channels_of(planes, section, p);
+            f->folded_rows[p] = f->rows[p];
+            rows += __builtin_popcountll(f->rows[p]);
+        }
+        f->folded_rows[f->two_row + 1] &= ~f->two; /* D1 takes one row of two or three */
+        f->folded_rows[2] &= ~f->three;
+        for (int p = 0; p < 3; p++) {
+            folded += __builtin_popcountll(f->folded_rows[p]);
+        }
+        f->flat_size = section == ANCHOR_SECTION ? planes->anchor_octet : planes->rest_octet;
+        f->others = f->flat_size - rows;
+        f->folded_size = folded + f->others;
+    }
+}
+
 /* Set up `planes` for the block's channels, unless they are still there from the block before. */
 static void set_planes(const lynx_hq_tile *tile, const lynx_block *block, lynx_scratch *s) {
     if (s->planes_head == block->head && s->planes_first == block->channel) {
@@ -173,13 +221,10 @@ static void set_planes(const lynx_hq_tile *tile, const lynx_block *block, lynx_s
     for (int c = 1; c < ROW; c++) {
         planes->uniform &= planes->widths[c] == planes->widths[0];
     }
-    planes->folded = (int)block->folded;
+    set_folds(tile->part, tile->fold != 0, planes);
     s->shifted = false;
     for (int c = 0; c < ROW; c++) {
         const bool used = c < block->channels;
-        const bool folded = used && block->folded > 0 && folds(tile->part, planes->widths[c]);
-        planes->fold_three[c] = folded && planes->widths[c] > 2 ? 255 : 0;
-        planes->fold_two[c] = folded && planes->widths[c] == 2 ? 255 : 0;
         const uint64_t at = (uint64_t)block->head * tile->head_dim + block->channel + (uint64_t)c;
         planes->bias[c] = (int16_t)(tile->biases == NULL || !used ? 0 : 4 * tile->biases[at]);
         const int exponent = tile->exponents == NULL || !used ? 0 : tile->exponents[at];
@@ -347,9 +392,7 @@ static uint64_t rank_bytes(const lynx_streams *streams) {
 static uint64_t write_ranks(const lynx_streams *streams, uint8_t *table, uint8_t *out) {
     const uint32_t a = (streams->a_bits + 7) / 8, b = (streams->b_bits + 7) / 8, w = (12 * streams->w_count + 7) / 8;
     store16(table, a);
-    store16(table + 2, b);
-    store16(table + 4, w);
-    store16(table + 6, 2 * streams->x_count);
+    store16(table + 2, b + w + 2 * streams->x_count);
     memcpy(out, streams->a, a);
     memcpy(out + a, streams->b, b);
     memcpy(out + a + b, streams->w, w);
@@ -402,28 +445,36 @@ static void pack_planes(const lynx_kernels *kernels, const lynx_block *block, co
     }
 }
 
-/* The block's anchor, folded where that is smaller, and its entry in the fold table. */
-static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block *block, lynx_scratch *s,
-                        uint8_t *entry, uint8_t **anchor, uint8_t **rest) {
-    const uint32_t flat_size = (uint32_t)block->octets * block->width_sum;
-    uint8_t *done = NULL;
-    if (block->folded > 0) {
-        int16_t zeros[ROW];
-        uint8_t *out = s->flat;
-        kernels->centre(&s->planes, zeros_of(part, &s->planes, &s->params, zeros), s->codes, block->tokens, s->centred);
-        pack_planes(kernels, block, &s->planes, s->centred, s, &out, rest);
-        const uint32_t fixed = flat_size - (uint32_t)block->octets * block->folded;
-        const uint32_t streams = kernels->fold(&s->planes, s->flat, block->tokens, s->folded);
-        if (fixed + streams < flat_size) {
-            store16(entry, streams);
-            memcpy(*anchor, s->folded, fixed + streams);
-            *anchor += fixed + streams;
-            return;
-        }
-        rest = &done;
-    }
+/* A section of centred planes in folded form, if that is smaller, and its entry in the fold table. */
+static bool fold_section(const lynx_kernels *kernels, const lynx_block *block, int section, const uint8_t *flat,
+                         lynx_scratch *s, uint8_t *entry, uint8_t **out) {
+    const lynx_fold *fold = &s->planes.fold[section];
     store16(entry, FLAT);
-    pack_planes(kernels, block, &s->planes, s->codes, s, anchor, rest);
+    if (block->folded[section] == 0) {
+        return false;
+    }
+    const uint32_t fixed = (uint32_t)(block->octets * fold->folded_size);
+    const uint32_t made = kernels->fold(fold, flat, block->tokens, s->folded), size = fixed + (made & FOLD_SIZE);
+    if (size >= (uint32_t)(block->octets * fold->flat_size)) {
+        return false;
+    }
+    store16(entry, made);
+    memcpy(*out, s->folded, size);
+    *out += size;
+    return true;
+}
+
+/* The block's planes, folded where that is smaller, and the entries in the fold tables. */
+static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block *block, lynx_scratch *s,
+                        uint8_t *anchor_entry, uint8_t *rest_entry, uint8_t **anchor, uint8_t **rest) {
+    uint8_t *none = NULL, *flat = s->flat, *late = s->flat_rest;
+    const bool fold_anchor = *anchor != NULL && anchor_entry != NULL, fold_rest = *rest != NULL && rest_entry != NULL;
+    int16_t zeros[ROW];
+    kernels->centre(&s->planes, zeros_of(part, &s->planes, &s->params, zeros), s->codes, block->tokens, s->centred);
+    pack_planes(kernels, block, &s->planes, s->centred, s, fold_anchor ? &flat : &none, fold_rest ? &late : &none);
+    const bool done = fold_anchor && fold_section(kernels, block, ANCHOR_SECTION, s->flat, s, anchor_entry, anchor);
+    const bool done_rest = fold_rest && fold_section(kernels, block, REST_SECTION, s->flat_rest, s, rest_entry, rest);
+    pack_planes(kernels, block, &s->planes, s->codes, s, done ? &none : anchor, done_rest ? &none : rest);
 }
 
 #define LEAST_SPREAD 0x2000 /* 2^-63 */
@@ -517,13 +568,14 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
     if (tile_is_bad(tile) || first > last || last > count_blocks(tile)) {
         return LYNX_ERR_ARGUMENT;
     }
-    if (tile->fold && (out->anchor == NULL) != (out->fold_table == NULL)) {
+    if (tile->fold && ((out->anchor == NULL) != (out->fold_table == NULL) ||
+                       (out->rest == NULL || !lynx_hq_folds_rest(tile)) != (out->rest_table == NULL))) {
         return LYNX_ERR_ARGUMENT;
     }
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = aligned(scratch);
     s->planes_head = UINT32_MAX;
-    uint8_t *fold_table = tile->fold ? out->fold_table : NULL;
+    uint8_t *fold_table = tile->fold ? out->fold_table : NULL, *rest_table = tile->fold ? out->rest_table : NULL;
     uint8_t *anchor = out->anchor, *rest = out->rest, *headers = out->param_headers, *params = out->params;
     uint8_t *table = out->rank_table, *ranks = out->rank;
     out->rank_bound = 0;
@@ -543,9 +595,10 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
         quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, &s->planes, &s->params,
                             s->codes);
         zero_pad(&block, s->codes);
-        if (fold_table != NULL) {
-            pack_folded(kernels, tile->part, &block, s, fold_table, &anchor, &rest);
-            fold_table += LYNX_HQ_FOLD_HEADER;
+        if (fold_table != NULL || rest_table != NULL) {
+            pack_folded(kernels, tile->part, &block, s, fold_table, rest_table, &anchor, &rest);
+            fold_table += fold_table == NULL ? 0 : LYNX_HQ_FOLD_HEADER;
+            rest_table += rest_table == NULL ? 0 : LYNX_HQ_FOLD_HEADER;
         } else {
             pack_planes(kernels, &block, &s->planes, s->codes, s, &anchor, &rest);
         }
@@ -570,7 +623,8 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
             continue;
         }
         if (raw) {
-            store64(table, RAW_RANKS);
+            store16(table, RAW_RANKS);
+            store16(table + 2, 0);
             for (int t = 0; t < block.tokens; t++) {
                 for (int c = 0; c < block.channels; c++, ranks += 2) {
                     store16(ranks, source[t * token_stride + c]);
@@ -582,6 +636,7 @@ int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t he
         table += LYNX_HQ_RANK_HEADER;
     }
     out->anchor_size = anchor == NULL ? 0 : (uint64_t)(anchor - out->anchor);
+    out->rest_size = rest == NULL ? 0 : (uint64_t)(rest - out->rest);
     out->params_size = params == NULL ? 0 : (uint64_t)(params - out->params);
     out->rank_size = ranks == NULL ? 0 : (uint64_t)(ranks - out->rank);
     return LYNX_OK;
@@ -607,44 +662,53 @@ static int64_t params_bytes(const uint8_t *header, int groups) {
 
 /* Bytes of a block's ranks, or -1 for a table entry that says what cannot be. */
 static int64_t ranks_bytes(const uint8_t *entry, const lynx_block *block) {
-    const uint32_t a = load16(entry), b = load16(entry + 2), w = load16(entry + 4), x = load16(entry + 6);
+    const uint32_t a = load16(entry), more = load16(entry + 2);
     const int64_t values = (int64_t)block->tokens * block->channels;
     if (a == RAW_RANKS) {
-        return b == 0 && w == 0 && x == 0 ? 2 * values : -1;
+        return more == 0 ? 2 * values : -1;
     }
-    if (a > A_MAX || b > B_MAX || w > W_MAX || x > X_MAX || x % 2 != 0) {
+    if (a > A_MAX || more > B_MAX + W_MAX + X_MAX) {
         return -1;
     }
-    const int64_t size = (int64_t)a + b + w + x;
+    const int64_t size = (int64_t)a + more;
     return size < 2 * values ? size : -1;
 }
 
-/* Bytes of a block's anchor planes, or -1 for an entry of the fold table that says what cannot be. */
-static int64_t anchor_bytes(const uint8_t *entry, const lynx_block *block) {
-    const uint32_t flat = (uint32_t)block->octets * block->width_sum;
+/* Bytes of a block's planes in a section, or -1 for an entry of its fold table that says what cannot be. */
+static int64_t planes_bytes(const uint8_t *entry, const lynx_block *block, int section) {
+    const uint32_t sum = section == ANCHOR_SECTION ? block->width_sum : 8u * (uint32_t)block->channels - block->width_sum;
+    const uint32_t flat = (uint32_t)block->octets * sum;
     if (entry == NULL || load16(entry) == FLAT) {
         return flat;
     }
-    const uint32_t folded = flat - (uint32_t)block->octets * block->folded + load16(entry);
+    if (load16(entry) > (FOLD_SIZE | 3 * FOLD_PAIRED)) {
+        return -1;
+    }
+    const uint32_t folded = flat - (uint32_t)block->octets * block->folded[section] + (load16(entry) & FOLD_SIZE);
     return folded < flat ? (int64_t)folded : -1;
 }
 
-static const uint8_t *fold_entry(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint64_t block) {
-    return tile->fold ? levels->fold_table + LYNX_HQ_FOLD_HEADER * block : NULL;
+static const uint8_t *fold_entry(const uint8_t *table, uint64_t block) {
+    return table == NULL ? NULL : table + LYNX_HQ_FOLD_HEADER * block;
+}
+
+static bool levels_are_bad(const lynx_hq_tile *tile, const lynx_hq_levels *levels) {
+    return levels->anchor == NULL || levels->param_headers == NULL ||
+           (levels->rank_table != NULL && levels->rest == NULL) || (tile->fold != 0) != (levels->fold_table != NULL) ||
+           (levels->rest != NULL && lynx_hq_folds_rest(tile)) != (levels->rest_table != NULL);
 }
 
 int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_hq_fault *fault) {
     *fault = (lynx_hq_fault){0};
-    if (tile_is_bad(tile) || levels->anchor == NULL || levels->param_headers == NULL ||
-        (tile->fold && levels->fold_table == NULL)) {
+    if (tile_is_bad(tile) || levels_are_bad(tile, levels)) {
         return LYNX_ERR_ARGUMENT;
     }
     const uint64_t blocks = count_blocks(tile);
-    uint64_t anchor = 0, params = 0, ranks = 0;
+    uint64_t anchor = 0, params = 0, rest = 0, ranks = 0;
     lynx_block block = {0};
     measure_block(tile, &block);
     for (; block.index < blocks; next_block(tile, &block)) {
-        const int64_t planes = anchor_bytes(fold_entry(tile, levels, block.index), &block);
+        const int64_t planes = planes_bytes(fold_entry(levels->fold_table, block.index), &block, ANCHOR_SECTION);
         if (planes < 0) {
             return fail(fault, LYNX_ERR_FOLD, 3, block.index, anchor);
         }
@@ -659,6 +723,16 @@ int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_h
         params += (uint64_t)size;
         if (params > levels->params_size) {
             return fail(fault, LYNX_ERR_TRUNCATED, 0, block.index, levels->params_size);
+        }
+        if (levels->rest != NULL) {
+            const int64_t late = planes_bytes(fold_entry(levels->rest_table, block.index), &block, REST_SECTION);
+            if (late < 0) {
+                return fail(fault, LYNX_ERR_FOLD, 1, block.index, rest);
+            }
+            rest += (uint64_t)late;
+            if (rest > levels->rest_size) {
+                return fail(fault, LYNX_ERR_TRUNCATED, 1, block.index, levels->rest_size);
+            }
         }
         if (levels->rank_table == NULL) {
             continue;
@@ -677,6 +751,9 @@ int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_h
     }
     if (params != levels->params_size) {
         return fail(fault, LYNX_ERR_PADDED, 0, blocks, params);
+    }
+    if (levels->rest != NULL && rest != levels->rest_size) {
+        return fail(fault, LYNX_ERR_PADDED, 1, blocks, rest);
     }
     if (levels->rank_table != NULL && ranks != levels->rank_size) {
         return fail(fault, LYNX_ERR_PADDED, 2, blocks, ranks);
@@ -733,21 +810,16 @@ static bool read_params(const lynx_hq_tile *tile, const lynx_block *block, const
 }
 
 static void read_ranks(const uint8_t *entry, const uint8_t *in, lynx_streams *streams) {
-    const uint32_t a = load16(entry), b = load16(entry + 2), w = load16(entry + 4), x = load16(entry + 6);
+    const uint32_t a = load16(entry), more = load16(entry + 2);
     memcpy(streams->a, in, a);
     memset(streams->a + a, 0, SLACK);
-    memcpy(streams->b, in + a, b);
-    memset(streams->b + b, 0, SLACK);
-    memcpy(streams->w, in + a + b, w);
-    memset(streams->w + w, 0, SLACK);
-    for (uint32_t i = 0; i < x / 2; i++) {
-        streams->x[i] = load16(in + a + b + w + 2 * i);
-    }
+    memcpy(streams->more, in + a, more);
+    memset(streams->more + more, 0, SLACK);
 }
 
 static bool ranks_fit(const lynx_streams *streams, const uint8_t *entry) {
-    return (streams->a_bits + 7) / 8 == load16(entry) && (streams->b_bits + 7) / 8 == load16(entry + 2) &&
-           (12 * streams->w_count + 7) / 8 == load16(entry + 4) && 2 * streams->x_count == load16(entry + 6);
+    const uint32_t more = (streams->b_bits + 7) / 8 + (12 * streams->w_count + 7) / 8 + 2 * streams->x_count;
+    return (streams->a_bits + 7) / 8 == load16(entry) && more == load16(entry + 2);
 }
 
 static void write_constants(int part, const lynx_block *block, const lynx_params *params, uint16_t *rows,
@@ -762,6 +834,14 @@ static void write_constants(int part, const lynx_block *block, const lynx_params
     }
 }
 
+/* A folded section of the block, flat again; false if its sizes do not match. */
+static bool unfold_section(const lynx_kernels *kernels, const lynx_block *block, int section, const uint8_t *entry,
+                           const uint8_t *in, int64_t size, lynx_scratch *s, uint8_t *flat) {
+    memcpy(s->folded, in, (size_t)size);
+    memset(s->folded + size, 0, SLACK);
+    return kernels->unfold(&s->planes.fold[section], s->folded, load16(entry), block->tokens, flat);
+}
+
 /* Bytes that the next block is likely to need. Hardware follows one page at a time, and a block's sections are short. */
 static void prefetch(const uint8_t *p, uint64_t size) {
     for (uint64_t i = 0; i < size; i += 64) {
@@ -772,9 +852,7 @@ static void prefetch(const uint8_t *p, uint64_t size) {
 int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint16_t *words, ptrdiff_t head_stride,
                    ptrdiff_t token_stride, uint64_t first, uint64_t last, void *scratch, lynx_hq_fault *fault) {
     *fault = (lynx_hq_fault){0};
-    if (tile_is_bad(tile) || first > last || last > count_blocks(tile) || levels->anchor == NULL ||
-        levels->param_headers == NULL || (levels->rank_table != NULL && levels->rest == NULL) ||
-        (tile->fold && levels->fold_table == NULL)) {
+    if (tile_is_bad(tile) || first > last || last > count_blocks(tile) || levels_are_bad(tile, levels)) {
         return LYNX_ERR_ARGUMENT;
     }
     const lynx_kernels *kernels = lynx_current();
@@ -789,13 +867,18 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
         const uint8_t *header = levels->param_headers + LYNX_HQ_PARAM_HEADER * block.index;
         const uint8_t *entry =
             levels->rank_table == NULL ? NULL : levels->rank_table + LYNX_HQ_RANK_HEADER * block.index;
-        const uint8_t *folding = fold_entry(tile, levels, block.index);
-        const int64_t anchor_size = anchor_bytes(folding, &block);
-        const uint32_t rest_size = (uint32_t)block.octets * (8u * (uint32_t)block.channels - block.width_sum);
+        const uint8_t *folding = fold_entry(levels->fold_table, block.index);
+        const uint8_t *rest_folding = fold_entry(levels->rest_table, block.index);
+        const int64_t anchor_size = planes_bytes(folding, &block, ANCHOR_SECTION);
+        const int64_t rest_size = rest == NULL ? 0 : planes_bytes(rest_folding, &block, REST_SECTION);
         const int64_t params_size = params_bytes(header, block.groups);
         const int64_t ranks_size = entry == NULL ? 0 : ranks_bytes(entry, &block);
         if (anchor_size < 0 || (uint64_t)(anchor - levels->anchor) + (uint64_t)anchor_size > levels->anchor_size) {
             return fail(fault, LYNX_ERR_FOLD, 3, block.index, (uint64_t)(anchor - levels->anchor));
+        }
+        if (rest_size < 0 ||
+            (rest != NULL && (uint64_t)(rest - levels->rest) + (uint64_t)rest_size > levels->rest_size)) {
+            return fail(fault, LYNX_ERR_FOLD, 1, block.index, (uint64_t)(rest - levels->rest));
         }
         if (params_size < 0 || params + (uint64_t)params_size > levels->params_size) {
             return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
@@ -823,24 +906,28 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                 const ptrdiff_t stride = moved ? ROW : token_stride;
                 const uint8_t *in_anchor = anchor, *in_rest = rest;
                 const bool folded = folding != NULL && load16(folding) != FLAT;
+                const bool rest_folded = rest_folding != NULL && load16(rest_folding) != FLAT;
                 if (folded) {
-                    memcpy(s->folded, anchor, (size_t)anchor_size);
-                    memset(s->folded + anchor_size, 0, SLACK);
-                    if (!kernels->unfold(&s->planes, s->folded, load16(folding), block.tokens, s->anchor)) {
+                    if (!unfold_section(kernels, &block, ANCHOR_SECTION, folding, anchor, anchor_size, s, s->anchor)) {
                         return fail(fault, LYNX_ERR_FOLD, 3, block.index, (uint64_t)(anchor - levels->anchor));
                     }
                     in_anchor = s->anchor;
                 } else if (!s->planes.uniform && anchor_end - anchor < anchor_size + SLACK) {
                     in_anchor = memcpy(s->anchor, anchor, (size_t)anchor_size); /* kernels read beyond the end */
                 }
-                if (!s->planes.uniform && rest != NULL) {
-                    in_rest = memcpy(s->rest, rest, rest_size);
+                if (rest_folded) {
+                    if (!unfold_section(kernels, &block, REST_SECTION, rest_folding, rest, rest_size, s, s->rest)) {
+                        return fail(fault, LYNX_ERR_FOLD, 1, block.index, (uint64_t)(rest - levels->rest));
+                    }
+                    in_rest = s->rest;
+                } else if (!s->planes.uniform && rest != NULL) {
+                    in_rest = memcpy(s->rest, rest, (size_t)rest_size);
                 }
                 kernels->unpack(&s->planes, in_anchor, in_rest, block.tokens, s->codes);
-                if (folded) {
+                if (folded || rest_folded) {
                     int16_t zeros[ROW];
                     kernels->uncentre(&s->planes, zeros_of(tile->part, &s->planes, &s->params, zeros), block.tokens,
-                                      s->codes);
+                                      folded, rest_folded, s->codes);
                 }
                 if (rest != NULL &&
                     !kernels->check(tile->part, s->codes, block.tokens, &s->planes)) {
@@ -850,7 +937,7 @@ int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint1
                     kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, to, stride);
                 } else {
                     prefetch(anchor + anchor_size, (uint64_t)anchor_size);
-                    prefetch(rest + rest_size, rest_size);
+                    prefetch(rest + rest_size, (uint64_t)rest_size);
                     prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
                     read_ranks(entry, levels->rank + ranks, &s->streams);
                     const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */

@@ -15,6 +15,19 @@
 #define ROW LYNX_BLOCK
 #define BLOCK_VALUES (ROW * ROW)
 
+/* Which channels fold in a section, and how an octet of it looks: the rows of planes 0, 1 and 2, then the others. Masks
+ * have a bit for each channel. */
+typedef struct {
+    uint64_t three, two;     /* channels whose top three bits fold here; two of them: planes 0, 1 or 1, 2 */
+    uint64_t rows[3];        /* channels with a byte in these rows */
+    uint64_t folded_rows[3]; /* and in their folded form */
+    int two_row;             /* the first plane of `two` */
+    int others;              /* bytes of the other rows */
+    int flat_size, folded_size; /* bytes of an octet */
+} lynx_fold;
+
+enum { ANCHOR_SECTION = 0, REST_SECTION = 1 };
+
 /* Which planes of a block's codes lie in the anchor section, which in the rest: one byte per 8 tokens (an octet),
  * plane and channel. Channels of width b have planes 0..b-1 in the anchor. Within a section, octet and plane,
  * channels follow in ascending order. */
@@ -35,8 +48,7 @@ typedef struct {
     float steps[ROW];            /* R */
     int16_t full[ROW], base[ROW]; /* o, and the anchor's lowest integer */
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
-    int folded;                  /* channels whose top planes fold */
-    uint8_t fold_three[ROW], fold_two[ROW]; /* 255 for such channels of 3 bits and more, or of 2 bits; else 0 */
+    lynx_fold fold[2];           /* of the anchor section, of the rest section */
     int16_t bias[ROW];           /* how far a value channel's centre lies from the token's, in codes */
 } lynx_planes;
 
@@ -51,7 +63,8 @@ typedef struct {
     uint64_t constant;   /* bit per group */
 } lynx_params;
 
-/* Level 2 of a block in four streams. The sizes bound what 4096 values can need, plus slack for wide accesses. */
+/* Level 2 of a block in four streams; decoders find B, W and X in `more`, one behind the other. The sizes bound what 4096
+ * values can need, plus slack for wide accesses. */
 #define A_MAX (BLOCK_VALUES * 10 / 8)
 #define B_MAX (BLOCK_VALUES / 8)
 #define W_MAX (BLOCK_VALUES * 12 / 8)
@@ -64,6 +77,7 @@ typedef struct {
     uint8_t b[B_MAX + SLACK];
     uint8_t w[W_MAX + SLACK];
     uint16_t x[BLOCK_VALUES + SLACK];
+    uint8_t more[B_MAX + W_MAX + X_MAX + SLACK];
 } lynx_streams;
 
 typedef struct {
@@ -89,15 +103,16 @@ typedef struct {
                  int channels, const lynx_params *params, lynx_streams *streams);
     int (*unrank)(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, uint16_t *rows, ptrdiff_t stride);
-    /* Codes with their top bits replaced by their place around a centre, in folded channels, and back in place. `zeros`:
-     * z + o of each token; null: centres by the token before. Rows of `centred` up to the next multiple of 8 are zeros. */
+    /* Codes with their top bits replaced by their place around a centre, in folded channels, and back in place in those of
+     * the anchor or of both sections. `zeros`: z + o of each token; null: centres by the token before. Rows of `centred` up
+     * to the next multiple of 8 are zeros. */
     void (*centre)(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred);
-    void (*uncentre)(const lynx_planes *planes, const int16_t *zeros, int tokens, uint8_t *codes);
-    /* The anchor section of a block of centred codes in folded form. Returns the bytes of its streams; up to
-     * SLACK bytes beyond are zeros. */
-    uint32_t (*fold)(const lynx_planes *planes, const uint8_t *flat, int tokens, uint8_t *folded);
-    /* The reverse. `streams` is the size of the streams, SLACK readable bytes follow; false if the planes call for another. */
-    bool (*unfold)(const lynx_planes *planes, const uint8_t *folded, uint32_t streams, int tokens, uint8_t *flat);
+    void (*uncentre)(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest, uint8_t *codes);
+    /* A section of a block of centred codes in folded form. Returns its entry in the fold table, of which FOLD_SIZE are the
+     * bytes of the streams; up to SLACK bytes beyond are zeros. */
+    uint32_t (*fold)(const lynx_fold *fold, const uint8_t *flat, int tokens, uint8_t *folded);
+    /* The reverse. SLACK readable bytes follow the streams; false if the planes call for streams of another size. */
+    bool (*unfold)(const lynx_fold *fold, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat);
     /* Words of 64 channels divided by 2^e (`shifts`: e in units of the word's last place), or multiplied by it with the
      * signs of `shifts` reversed. bfloat16. */
     void (*rescale)(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
@@ -114,10 +129,10 @@ typedef struct {
 #define RESCALE_FIRST 0x0800
 #define RESCALE_COUNT (0x7e80 - RESCALE_FIRST)
 
-/* An octet's sections: where planes 1 and 2 and the others start in its flat form, and plane 1 and the others folded. */
-typedef struct {
-    int second, third, rest, folded_second, folded_rest, size, folded_size;
-} fold_layout;
+/* A block's entry in a fold table: bytes of its streams, and which of them are sent in pairs; or FLAT. */
+#define FOLD_SIZE 0x1fff
+#define FOLD_PAIRED 0x2000 /* D2; twice that: D3 */
+#define FLAT 0xffff
 
 /* Largest folded form of a block: the flat one, and D2 and D3 with a bit for each value in place of plane 2. */
 #define FOLDED_MAX (9 * 8 * ROW)

@@ -29,6 +29,7 @@ static inline uint64_t expand64(uint64_t x, uint64_t mask) {
 #define EXPAND64 expand64
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
+#include "ranks.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -280,52 +281,24 @@ INLINE void cells_of(int part, const uint8_t *codes, int token, const lynx_param
 
 #define ZERO_CELL 0xffff
 
-typedef struct {
-    uint8_t *at;
-    uint64_t pending;
-    uint32_t filled; /* bits of `pending`, fewer than 8 between calls */
-} bit_writer;
-
-INLINE void put(bit_writer *out, uint64_t value, uint32_t bits) { /* at most 56 bits */
-    out->pending |= value << out->filled;
-    out->filled += bits;
-    store64(out->at, out->pending);
-    out->at += out->filled >> 3;
-    out->pending >>= out->filled & ~7u;
-    out->filled &= 7;
-}
-
-INLINE uint32_t position(const bit_writer *out, const uint8_t *start) {
-    return (uint32_t)(8 * (out->at - start)) + out->filled;
-}
-
 static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                  int channels, const lynx_params *params, lynx_streams *streams) {
     if (dtype == LYNX_FLOAT16) {
         lynx_scalar.rank(part, dtype, rows, stride, codes, tokens, channels, params, streams);
         return;
     }
-    streams->w_count = streams->x_count = 0;
-    memset(streams->w, 0, sizeof streams->w);
+    zero_list zeros;
+    zeros.count = 0;
     bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
     for (int t = 0; t < tokens; t++) {
         uint16_t low[ROW], count[ROW], sign[ROW];
         cells_of(part, codes, t, params, low, count, sign);
         for (int c = 0; c < channels; c++) {
-            const uint16_t word = rows[t * stride + c];
-            const uint32_t magnitude = word & 0x7fff;
             if (__builtin_expect(count[c] == ZERO_CELL, 0)) {
-                const float half = params->scale[part == LYNX_KEY ? c : t] * 0.5f;
-                uint32_t code = ceil_word(LYNX_BFLOAT16, half) - 1 - magnitude;
-                if (magnitude == 0) {
-                    code = ZERO_WORD;
-                } else if (code >= ZERO_WORD) {
-                    code = ZERO_ESCAPE;
-                    streams->x[streams->x_count++] = word;
-                }
-                put_bits(streams->w, 12 * streams->w_count++, code | (uint32_t)(word >> 15) << 11);
+                zeros.at[zeros.count++] = (uint16_t)(ROW * t + c);
                 continue;
             }
+            const uint32_t magnitude = rows[t * stride + c] & 0x7fff;
             const uint32_t r = magnitude - low[c], width = (uint32_t)floor_log2(count[c]);
             const uint32_t field = r & ((1u << width) - 1);
             put(&a, field, width);
@@ -334,6 +307,7 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
     }
     streams->a_bits = position(&a, streams->a);
     streams->b_bits = position(&b, streams->b);
+    rank_zeros(part, dtype, &zeros, rows, stride, params, streams);
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
@@ -342,22 +316,14 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
         return lynx_scalar.unrank(part, dtype, codes, tokens, channels, params, streams, rows, stride);
     }
     uint32_t a_bits = 0, b_bits = 0;
-    streams->w_count = streams->x_count = 0;
+    zero_list zeros;
+    zeros.count = 0;
     for (int t = 0; t < tokens; t++) {
         uint16_t low[ROW], count[ROW], sign[ROW];
         cells_of(part, codes, t, params, low, count, sign);
         for (int c = 0; c < channels; c++) {
-            uint16_t *out = rows + t * stride + c;
             if (__builtin_expect(count[c] == ZERO_CELL, 0)) {
-                const uint32_t field = get_bits(streams->w, 12 * streams->w_count++, 12);
-                const uint32_t code = field & 2047, top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1;
-                if (code >= ZERO_WORD) {
-                    *out = code == ZERO_WORD ? (uint16_t)(field >> 11 << 15) : streams->x[streams->x_count++];
-                } else if (code < top) {
-                    *out = (uint16_t)((top - code) | field >> 11 << 15);
-                } else {
-                    return LYNX_ERR_RANK;
-                }
+                zeros.at[zeros.count++] = (uint16_t)(ROW * t + c);
                 continue;
             }
             if (count[c] == 0) {
@@ -366,15 +332,15 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
             const int width = floor_log2(count[c]);
             const uint32_t field = get_bits(streams->a, a_bits, width);
             const uint32_t more = field < count[c] - (1u << width);
-            const uint32_t above = (streams->b[b_bits >> 3] >> (b_bits & 7) & more) << width;
+            const uint32_t above = (streams->more[b_bits >> 3] >> (b_bits & 7) & more) << width;
             a_bits += (uint32_t)width;
             b_bits += more;
-            *out = (uint16_t)((low[c] + field + above) | sign[c]);
+            rows[t * stride + c] = (uint16_t)((low[c] + field + above) | sign[c]);
         }
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
-    return LYNX_OK;
+    return unrank_zeros(part, dtype, &zeros, rows, stride, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 /* As in avx2.c. */

@@ -23,6 +23,7 @@ static inline uint64_t expand64(uint64_t x, uint64_t mask) {
 #define EXPAND64 expand64
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
+#include "ranks.h"
 
 static inline int group_of(int part, int token, int channel) {
     return part == LYNX_KEY ? channel : token;
@@ -149,31 +150,21 @@ static inline cell cell_of(int dtype, int magnitude, float half_scale) {
 static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                  int channels, const lynx_params *params, lynx_streams *streams) {
     memset(streams, 0, sizeof *streams);
+    zero_list zeros;
+    zeros.count = 0;
     for (int t = 0; t < tokens; t++) {
         for (int c = 0; c < channels; c++) {
             const int g = group_of(part, t, c);
             if (params->constant >> g & 1) {
                 continue;
             }
-            const uint16_t word = rows[t * stride + c];
-            const uint32_t magnitude = word & 0x7fff;
             const int k = codes[t * ROW + c] - params->offset[g];
             const int a = k < 0 ? -k : k;
-            const float half_scale = params->scale[g] * 0.5f;
-            if (a == 0 && dtype == LYNX_BFLOAT16) {
-                uint32_t code = ceil_word(dtype, half_scale) - 1 - magnitude;
-                if (magnitude == 0) {
-                    code = ZERO_WORD;
-                } else if (code >= ZERO_WORD) {
-                    code = ZERO_ESCAPE;
-                    streams->x[streams->x_count++] = word;
-                }
-                put_bits(streams->w, 12 * streams->w_count++, code | (uint32_t)(word >> 15) << 11);
-            } else if (a == 0) {
-                streams->x[streams->x_count++] = word;
+            if (a == 0) {
+                zeros.at[zeros.count++] = (uint16_t)(ROW * t + c);
             } else {
-                const cell in = cell_of(dtype, a, half_scale);
-                const uint32_t r = magnitude - in.low;
+                const cell in = cell_of(dtype, a, params->scale[g] * 0.5f);
+                const uint32_t r = (rows[t * stride + c] & 0x7fffu) - in.low;
                 const int width = floor_log2(in.count);
                 const uint32_t low_bits = r & ((1u << width) - 1);
                 put_bits(streams->a, streams->a_bits, low_bits);
@@ -184,11 +175,14 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
             }
         }
     }
+    rank_zeros(part, dtype, &zeros, rows, stride, params, streams);
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
-    streams->a_bits = streams->b_bits = streams->w_count = streams->x_count = 0;
+    streams->a_bits = streams->b_bits = 0;
+    zero_list zeros;
+    zeros.count = 0;
     for (int t = 0; t < tokens; t++) {
         for (int c = 0; c < channels; c++) {
             const int g = group_of(part, t, c);
@@ -199,24 +193,10 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
             }
             const int k = codes[t * ROW + c] - params->offset[g];
             const int a = k < 0 ? -k : k;
-            const float half_scale = params->scale[g] * 0.5f;
-            if (a == 0 && dtype == LYNX_BFLOAT16) {
-                const uint32_t field = get_bits(streams->w, 12 * streams->w_count++, 12);
-                const uint32_t code = field & 2047;
-                const uint32_t top = ceil_word(dtype, half_scale) - 1;
-                if (code == ZERO_ESCAPE) {
-                    *out = streams->x[streams->x_count++];
-                } else if (code == ZERO_WORD) {
-                    *out = (uint16_t)(field >> 11 << 15);
-                } else if (code < top) {
-                    *out = (uint16_t)((top - code) | field >> 11 << 15);
-                } else {
-                    return LYNX_ERR_RANK;
-                }
-            } else if (a == 0) {
-                *out = streams->x[streams->x_count++];
+            if (a == 0) {
+                zeros.at[zeros.count++] = (uint16_t)(ROW * t + c);
             } else {
-                const cell in = cell_of(dtype, a, half_scale);
+                const cell in = cell_of(dtype, a, params->scale[g] * 0.5f);
                 if (in.count == 0) {
                     return LYNX_ERR_RANK;
                 }
@@ -224,13 +204,13 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
                 uint32_t r = get_bits(streams->a, streams->a_bits, width);
                 streams->a_bits += (uint32_t)width;
                 if (r < in.count - (1u << width)) {
-                    r |= get_bits(streams->b, streams->b_bits++, 1) << width;
+                    r |= get_bits(streams->more, streams->b_bits++, 1) << width;
                 }
                 *out = (uint16_t)((in.low + r) | (k < 0 ? 0x8000u : 0u));
             }
         }
     }
-    return LYNX_OK;
+    return unrank_zeros(part, dtype, &zeros, rows, stride, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 static inline uint32_t load_word(int word_bytes, const uint8_t *words, size_t i) {

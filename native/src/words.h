@@ -89,28 +89,36 @@ static inline int floor_log2(uint32_t n) {
     return 31 - __builtin_clz(n);
 }
 
-/* Unaligned little-endian accesses; the compilers make one instruction of each on little-endian machines. */
-static inline uint16_t load16(const uint8_t *p) {
-    return (uint16_t)(p[0] | p[1] << 8);
+/* Unaligned accesses; isa.h refuses big-endian machines. */
+static inline uint16_t load16(const void *p) {
+    uint16_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
-static inline uint32_t load32(const uint8_t *p) {
-    return (uint32_t)load16(p) | (uint32_t)load16(p + 2) << 16;
+static inline uint32_t load32(const void *p) {
+    uint32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
-static inline uint64_t load64(const uint8_t *p) {
-    return (uint64_t)load32(p) | (uint64_t)load32(p + 4) << 32;
+static inline uint64_t load64(const void *p) {
+    uint64_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
-static inline void store16(uint8_t *p, uint32_t v) {
-    p[0] = (uint8_t)v;
-    p[1] = (uint8_t)(v >> 8);
+static inline void store16(void *p, uint32_t v) {
+    const uint16_t low = (uint16_t)v;
+    memcpy(p, &low, sizeof low);
 }
 
-static inline void store64(uint8_t *p, uint64_t v) {
-    for (int i = 0; i < 8; i++) {
-        p[i] = (uint8_t)(v >> 8 * i);
-    }
+static inline void store32(void *p, uint32_t v) {
+    memcpy(p, &v, sizeof v);
+}
+
+static inline void store64(void *p, uint64_t v) {
+    memcpy(p, &v, sizeof v);
 }
 
 /* Streams of bits, least significant first. put_bits wants zeros ahead. */

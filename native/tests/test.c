@@ -45,18 +45,23 @@ static void *bytes(uint64_t n) {
 }
 
 static void *copy(const void *from, uint64_t n) {
-    return memcpy(bytes(n), from, (size_t)n);
+    return from == NULL ? NULL : memcpy(bytes(n), from, (size_t)n);
 }
 
-enum { ANCHOR, HEADERS, PARAMS, REST, RANK_TABLE, RANKS, FOLD_TABLE, SECTIONS };
+enum { ANCHOR, HEADERS, PARAMS, REST, RANK_TABLE, RANKS, FOLD_TABLE, REST_TABLE, SECTIONS };
 
 typedef struct {
     uint8_t *section[SECTIONS];
     uint64_t size[SECTIONS];
 } encoded;
 
+/* Sections that tiles do not have are null. */
+static bool is_there(const lynx_hq_tile *tile, int section) {
+    return (section != FOLD_TABLE || tile->fold) && (section != REST_TABLE || lynx_hq_folds_rest(tile));
+}
+
 static bool is_variable(int section) {
-    return section == ANCHOR || section == PARAMS || section == RANKS;
+    return section == ANCHOR || section == PARAMS || section == REST || section == RANKS;
 }
 
 static lynx_hq_levels levels_of(const encoded *e, int count) {
@@ -64,11 +69,13 @@ static lynx_hq_levels levels_of(const encoded *e, int count) {
                              .anchor = e->section[ANCHOR],
                              .param_headers = e->section[HEADERS],
                              .params = e->section[PARAMS],
+                             .rest_table = count > 1 ? e->section[REST_TABLE] : NULL,
                              .rest = count > 1 ? e->section[REST] : NULL,
                              .rank_table = count > 2 ? e->section[RANK_TABLE] : NULL,
                              .rank = e->section[RANKS],
                              .anchor_size = e->size[ANCHOR],
                              .params_size = e->size[PARAMS],
+                             .rest_size = e->size[REST],
                              .rank_size = e->size[RANKS]};
     return levels;
 }
@@ -86,14 +93,16 @@ static encoded encode(const lynx_hq_tile *tile, const uint16_t *words, uint64_t 
         encoded *e = &parts[part];
         *e = (encoded){.size = {own.anchor, LYNX_HQ_PARAM_HEADER * own.blocks, own.max_params, own.rest,
                                 LYNX_HQ_RANK_HEADER * own.blocks, own.max_rank,
-                                tile->fold ? LYNX_HQ_FOLD_HEADER * own.blocks : 0}};
+                                tile->fold ? LYNX_HQ_FOLD_HEADER * own.blocks : 0,
+                                lynx_hq_folds_rest(tile) ? LYNX_HQ_FOLD_HEADER * own.blocks : 0}};
         for (int i = 0; i < SECTIONS; i++) {
-            e->section[i] = bytes(e->size[i]);
+            e->section[i] = is_there(tile, i) ? bytes(e->size[i]) : NULL;
         }
         lynx_hq_encoded out = {.fold_table = e->section[FOLD_TABLE],
                                .anchor = e->section[ANCHOR],
                                .param_headers = e->section[HEADERS],
                                .params = e->section[PARAMS],
+                               .rest_table = e->section[REST_TABLE],
                                .rest = e->section[REST],
                                .rank_table = e->section[RANK_TABLE],
                                .rank = e->section[RANKS]};
@@ -102,17 +111,20 @@ static encoded encode(const lynx_hq_tile *tile, const uint16_t *words, uint64_t 
         CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, cuts[part], cuts[part + 1], &bound, scratch) == LYNX_OK);
         CHECK(bound.rank_bound >= out.rank_bound);
         CHECK(out.rank_bound == out.rank_size + LYNX_HQ_RANK_HEADER * own.blocks);
+        CHECK(out.rest_size <= e->size[REST] && (e->section[REST_TABLE] != NULL || out.rest_size == e->size[REST]));
         CHECK(out.anchor_size <= e->size[ANCHOR] && (tile->fold || out.anchor_size == e->size[ANCHOR]));
         e->size[ANCHOR] = out.anchor_size;
         e->size[PARAMS] = out.params_size;
+        e->size[REST] = out.rest_size;
         e->size[RANKS] = out.rank_size;
     }
     encoded joined;
     for (int i = 0; i < SECTIONS; i++) {
         joined.size[i] = parts[0].size[i] + parts[1].size[i];
-        joined.section[i] = bytes(joined.size[i]);
-        memcpy(joined.section[i], parts[0].section[i], parts[0].size[i]);
-        memcpy(joined.section[i] + parts[0].size[i], parts[1].section[i], parts[1].size[i]);
+        joined.section[i] = is_there(tile, i) ? bytes(joined.size[i]) : NULL;
+        for (int part = 0; part < 2 && is_there(tile, i); part++) {
+            memcpy(joined.section[i] + part * parts[0].size[i], parts[part].section[i], parts[part].size[i]);
+        }
         free(parts[0].section[i]);
         free(parts[1].section[i]);
     }
@@ -251,7 +263,7 @@ static void hq(int isa, int round, void *scratch) {
             bad.section[i] = copy(plain.section[i], size);
             bad.size[i] = size;
             for (uint32_t hits = size == 0 ? 0 : draw(4); hits > 0; hits--) {
-                bad.section[i][draw((uint32_t)size)] = (uint8_t)draw(256);
+                bad.section[i][draw((uint32_t)size)] = (uint8_t)draw(256); /* sections that are not there have no size */
             }
         }
         const int count = 1 + (int)draw(3);

@@ -1,0 +1,87 @@
+/* What the kernels of level 2 share: writing streams A and B, and zero cells, whose words follow in W and X. */
+#ifndef LYNX_RANKS_H
+#define LYNX_RANKS_H
+
+#include "isa.h"
+#include "words.h"
+
+typedef struct {
+    uint8_t *at;
+    uint64_t pending;
+    uint32_t filled; /* bits of `pending`, fewer than 8 between calls */
+} bit_writer;
+
+static inline void put(bit_writer *out, uint64_t value, uint32_t bits) { /* at most 56 bits */
+    out->pending |= value << out->filled;
+    out->filled += bits;
+    store64(out->at, out->pending);
+    out->at += out->filled >> 3;
+    out->pending >>= out->filled & ~7u;
+    out->filled &= 7;
+}
+
+static inline uint32_t position(const bit_writer *out, const uint8_t *start) {
+    return (uint32_t)(8 * (out->at - start)) + out->filled;
+}
+
+/* Zero cells as token * 64 + channel, in order. */
+typedef struct {
+    uint32_t count;
+    uint16_t at[BLOCK_VALUES + ROW];
+} zero_list;
+
+/* The fields of zero cells, two to three bytes, and the words that W does not hold. */
+static void rank_zeros(int part, int dtype, const zero_list *zeros, const uint16_t *rows, ptrdiff_t stride,
+                       const lynx_params *params, lynx_streams *streams) {
+    uint32_t pair = 0;
+    streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
+    streams->x_count = 0;
+    for (uint32_t i = 0; i < zeros->count; i++) {
+        const int t = zeros->at[i] / ROW, c = zeros->at[i] % ROW;
+        const uint16_t word = rows[t * stride + c];
+        if (dtype == LYNX_FLOAT16) {
+            streams->x[streams->x_count++] = word;
+            continue;
+        }
+        const uint32_t magnitude = word & 0x7fff;
+        uint32_t code = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1 - magnitude;
+        if (__builtin_expect(magnitude == 0, 0)) {
+            code = ZERO_WORD;
+        } else if (__builtin_expect(code >= ZERO_WORD, 0)) {
+            code = ZERO_ESCAPE;
+            streams->x[streams->x_count++] = word;
+        }
+        code |= (uint32_t)(word >> 15) << 11;
+        pair = i & 1 ? pair | code << 12 : code;
+        store32(streams->w + 3 * (i >> 1), pair);
+    }
+}
+
+/* The reverse; streams W and X start behind B, whose size is known by now. False for a word outside its cell. */
+static bool unrank_zeros(int part, int dtype, const zero_list *zeros, uint16_t *rows, ptrdiff_t stride,
+                         const lynx_params *params, lynx_streams *streams) {
+    streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
+    streams->x_count = 0;
+    const uint8_t *w = streams->more + (streams->b_bits + 7) / 8, *x = w + (12 * streams->w_count + 7) / 8;
+    for (uint32_t i = 0; i < zeros->count; i++) {
+        const int t = zeros->at[i] / ROW, c = zeros->at[i] % ROW;
+        uint16_t *word = rows + t * stride + c;
+        if (dtype == LYNX_FLOAT16) {
+            *word = load16(x + 2 * streams->x_count++);
+            continue;
+        }
+        const uint32_t field = get_bits(w, 12 * i, 12), code = field & 2047, sign = field >> 11 << 15;
+        const uint32_t top = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1;
+        if (__builtin_expect(code < ZERO_WORD, 1)) {
+            if (code >= top) {
+                return false;
+            }
+            *word = (uint16_t)((top - code) | sign);
+        } else {
+            *word = code == ZERO_WORD ? (uint16_t)sign : load16(x + 2 * streams->x_count++);
+        }
+    }
+    return true;
+}
+
+#endif
