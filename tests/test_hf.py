@@ -113,6 +113,25 @@ def test_received_words_give_the_senders_logits(model):
         arrays = receiver.cache.allocate(manifest, model)
 
 
+def test_a_step_computes_while_layers_come_in(model):
+    sender = HFEngine(model, WordCache(model.config, 50))
+    sender.prefill(PROMPT)
+    kept = {(i, p): sender.cache.words(i, p).copy() for i in range(3) for p in ("key", "value")}
+    order: list[int] = []
+
+    def arrive(layer: int) -> None:
+        order.append(layer)
+        for part in ("key", "value"):
+            arrays[layer, part][...] = kept[layer, part]
+        cache.refresh(layer, len(PROMPT))
+
+    cache = WordCache(model.config, 50, before_layer=arrive)
+    arrays = cache.allocate(make_manifest(model, len(PROMPT), make_identity(model)), model)
+    cache.expect(len(PROMPT))
+    np.testing.assert_array_equal(HFEngine(model, cache).step(3), sender.step(3))
+    assert order == [0, 1, 2]
+
+
 def test_a_cache_that_prefilled_can_receive(model):
     engine = HFEngine(model, WordCache(model.config, 60))
     engine.prefill(PROMPT)

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Decode:
         self._model: Any = None
         self._tokens = 0
         self._transfers: Any = None
+        self._arrive: Callable[[int], None] = _no_wait
 
     async def load(self, folder: str, tokens: int, room: int, threads: int) -> Mapping[str, Any]:
         """Load the model, and listen."""
@@ -46,7 +47,7 @@ class Decode:
         torch.set_num_threads(threads)
         self._tokens = tokens
         self._model = load_model(Path(folder))
-        cache = WordCache(self._model.config, tokens + room)
+        cache = WordCache(self._model.config, tokens + room, before_layer=self._before_layer)
         self._engine = HFEngine(self._model, cache)
 
         def allocate(manifest: Manifest) -> Any:
@@ -58,6 +59,9 @@ class Decode:
         )
         self._transfers = aiter(receiver)
         return {"url": receiver.url}
+
+    def _before_layer(self, layer: int) -> None:
+        self._arrive(layer)  # another function for each transfer
 
     async def warm_up(self) -> Mapping[str, Any]:
         """Touch what the runs will use (kernels, allocator, pages) on an empty cache of the real size."""
@@ -86,11 +90,8 @@ class Decode:
         run = _Run(self._pipe, count)
         transfer.on_progress = run.on_progress
         layers = [layer.index for layer in transfer.manifest.layers]
-        for layer in layers:  # decode starts at layer 0, and so does the sender
-            await transfer.ready(level=0, layer=layer)
-            self._engine.cache.refresh(layer, self._tokens)
-        run.mark("anchor")
         result = await transfer.result()
+        self._arrive = self._import_layers(transfer, layers, run)
         speculation = Speculation(
             self._engine,
             [0] * self._tokens,  # the engine holds their KV; their values matter to logits processors only
@@ -126,6 +127,25 @@ class Decode:
             "mismatches": report.mismatches,
             "noise": report.noise,
         }
+
+    def _import_layers(self, transfer: Any, layers: list[int], run: _Run) -> Callable[[int], None]:
+        """For the first step: wait for a layer, in the middle of the forward that needs it.
+
+        The sender starts with layer 0 too, so when the last layer is there, little is left of the step.
+        """
+        loop = asyncio.get_running_loop()
+        missing = set(layers)
+        self._engine.cache.expect(self._tokens)
+
+        def arrive(layer: int) -> None:
+            if layer in missing:
+                asyncio.run_coroutine_threadsafe(transfer.ready(level=0, layer=layer), loop).result()
+                self._engine.cache.refresh(layer, self._tokens)
+                missing.remove(layer)
+                if not missing:
+                    run.mark("anchor")
+
+        return arrive
 
     async def calibrate(self, tokens: list[int], batches: list[int]) -> Mapping[str, Any]:
         """How much batched and stepwise logits differ, on the cache that was received last."""
@@ -163,6 +183,10 @@ class Decode:
         finally:
             for task in (finishing, *watches):
                 task.cancel()
+
+
+def _no_wait(layer: int) -> None:
+    """All layers are there."""
 
 
 class _Run:

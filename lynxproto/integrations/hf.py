@@ -48,6 +48,8 @@ _KINDS: Final = {DynamicLayer: "full", DynamicSlidingWindowLayer: "sliding"}
 
 #: Called with a layer's index and its K and V words ``[kv_heads, tokens, head_dim]`` as they enter the cache.
 OnLayer = Callable[[int, NDArray[Any], NDArray[Any]], None]
+#: Called with a layer's index.
+BeforeLayer = Callable[[int], None]
 
 
 class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not followed
@@ -99,6 +101,8 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
             raise SpeculationError(f"a word cache holds one sequence; got a batch of {key_states.shape[0]}")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._cache.before_layer is not None:
+            self._cache.before_layer(self._index)
         start, stop = self.length, self.length + key_states.shape[-2]
         if stop > self._cache.capacity:
             raise SpeculationError(
@@ -144,10 +148,20 @@ class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
     with ``(layer, keys, values)``, words ``[kv_heads, new tokens, head_dim]``, views of the cache. It should return at
     once (hand the arrays to a sender's thread).
 
+    ``before_layer`` is called inside the forward before a layer's K and V are read. It may wait for them to arrive, so
+    that a first step computes layer by layer as the cache comes in (:meth:`expect`).
+
     Raises :class:`~lynxproto.errors.SpecError` for a model with state that is not K and V of attention layers.
     """
 
-    def __init__(self, config: Any, capacity: int, dtype: str = "bfloat16", on_layer: OnLayer | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        capacity: int,
+        dtype: str = "bfloat16",
+        on_layer: OnLayer | None = None,
+        before_layer: BeforeLayer | None = None,
+    ) -> None:
         if dtype not in _WORDS:
             raise SpecError(f"a word cache holds {', '.join(_WORDS)}, not {dtype!r}")
         if capacity < 1:
@@ -155,6 +169,7 @@ class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
         self.capacity = capacity
         self.word_dtype = _WORDS[dtype]
         self.on_layer = on_layer
+        self.before_layer = before_layer
         kinds = _layer_kinds(config)
         super().__init__(layers=[_WordLayer(self, i, is_sliding=k == "sliding") for i, k in enumerate(kinds)])
 
@@ -198,6 +213,11 @@ class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
             for part, buffer in zip(_PARTS, layer.word_buffers, strict=True):
                 arrays[spec.index, part] = _as_array(buffer[0, :, : spec.tokens])
         return arrays
+
+    def expect(self, tokens: int) -> None:
+        """Count on ``tokens`` tokens in every layer from now on; ``before_layer`` is where they must be there."""
+        for layer in self.layers:
+            layer.resize(tokens)
 
     def refresh(self, layer: int, tokens: int) -> None:
         """Compute on what :meth:`allocate`'s arrays of ``layer`` hold now; the layer has at least ``tokens`` tokens."""
