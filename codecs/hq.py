@@ -33,12 +33,8 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     "balanced": {"key_bits": 3, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
     "dense": {"key_bits": 2.5, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
 }
-#: Mean widths of presets with a calibration, which makes fewer bits do.
-_CALIBRATED: Final[dict[str, dict[str, Any]]] = {
-    "fast": {"key_bits": 2.5, "value_bits": 3},
-    "balanced": {"key_bits": 2.5, "value_bits": 3},
-    "dense": {"key_bits": 2, "value_bits": 2.5},
-}
+#: What presets with a calibration are content with: a predicted KL, in nats. It decides how many bits a model needs.
+_CALIBRATED: Final = {"fast": 0.0034, "balanced": 0.0034, "dense": 0.0075}
 
 _HEADER: Final = struct.Struct("<BBHI")  # mode, level, reserved, bytes of the section of variable size
 _CODED: Final = 0
@@ -257,12 +253,12 @@ class HQ(Codec):
     """Hierarchical quantisation of bfloat16 and float16 keys and values.
 
     ``preset`` (``fast``, ``balanced``, ``dense``) sets whatever is not given: :data:`PRESETS`; with a ``calibration``
-    its means are 2.5 bits for keys and 3 for values, in ``dense`` 2 and 2.5.
+    it takes the fewest bits that keep the KL which that predicts small enough, however many the model needs.
     ``key_bits`` and ``value_bits`` (2..8; ``anchor_bits`` sets both) are widths of the anchor.
     ``levels``: 3 = anchor, 8-bit, exact; 2 = anchor, exact; 1 = anchor only, lossy.
     ``widths``: ``"uniform"``; ``"ranges"``: each tile's keys have widths by their own ranges, of mean ``key_bits``;
     or a table by layer, head and channel: ``{"keys": [[digits of a head's channels, ...], ...], "values": [digits of
-    a layer's heads, ...]}``. ``calibration`` makes such a table of the means ``key_bits`` and ``value_bits``.
+    a layer's heads, ...]}``. ``calibration`` makes such a table, of the means ``key_bits`` and ``value_bits`` if given.
     ``fold``: a prefix code for the top planes. ``scaling``: exponents for the channels of bfloat16 values.
     """
 
@@ -285,17 +281,20 @@ class HQ(Codec):
         if preset is not None and preset not in PRESETS:
             raise ConfigError(f"hq: unknown preset {preset!r}; known: {', '.join(PRESETS)}")
         default = PRESETS[preset] if preset else {"key_bits": 4, "value_bits": 4, "widths": "uniform"}
-        if preset and calibration is not None:
-            default = {**default, **_CALIBRATED[preset]}
+        if calibration is not None:
+            if widths is not None:
+                raise ConfigError("hq: give a calibration or widths, not both")
+            if preset and (key_bits, value_bits, anchor_bits) == (None, None, None):
+                reaching = calibration.reaching(_CALIBRATED[preset])
+                widths = _Table.of(reaching)
+                key_bits, value_bits = (max(2.0, round(_mean(w), 3)) for w in (reaching.keys, reaching.values))
 
         def choose(name: str, *given: Any) -> Any:
             return next((value for value in given if value is not None), default.get(name, False))
 
         self._key_bits = _bits("key_bits", choose("key_bits", key_bits, anchor_bits))
         self._value_bits = _bits("value_bits", choose("value_bits", value_bits, anchor_bits))
-        if calibration is not None:
-            if widths is not None:
-                raise ConfigError("hq: give a calibration or widths, not both")
+        if calibration is not None and widths is None:
             widths = _Table.of(calibration.widths(self._key_bits, self._value_bits))
         chosen = choose("widths", widths)
         self._table = _Table(chosen) if isinstance(chosen, Mapping) else None
@@ -601,6 +600,10 @@ def _bits(name: str, bits: Any) -> float:
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not 2 <= bits <= 8:
         raise ConfigError(f"hq: {name} must be a number from 2 to 8, not {bits!r}")
     return int(bits) if bits == int(bits) else bits
+
+
+def _mean(layers: Sequence[NDArray[np.uint8]]) -> float:
+    return sum(int(layer.sum()) for layer in layers) / sum(layer.size for layer in layers)
 
 
 def _nibbles(values: NDArray[np.uint8]) -> bytes:

@@ -81,17 +81,12 @@ def calibrate(
 
 
 def _windows(tokenizer: Any, text: Path | None, count: int, size: int) -> list[Any]:
-    import numpy as np
-
     from lynxproto.errors import CalibrationError
-    from lynxproto.quality import TEXTS, window_starts
+    from lynxproto.quality import TEXTS, cut
 
     try:
         content = TEXTS["prose"]() if text is None else text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read {text}: {error}") from error
-    tokens = np.asarray(tokenizer(content)["input_ids"], np.int64)
-    starts = window_starts(len(tokens), size, count)
     # Not at the beginning of a stretch: with the default text that is where the windows of quality.py are.
-    offset = 2 * (len(tokens) // count - size) // 5
-    return [tokens[start + offset :][:size] for start in starts]
+    return cut(tokenizer, content, size, count, place=0.4)

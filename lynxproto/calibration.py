@@ -112,14 +112,41 @@ class Calibration:
             _allot(self.values, value_bits, VALUE_ERROR, *_VALUE_RANGE),
         )
 
-    def split(self, bits: float) -> tuple[float, float]:
-        """Mean widths of keys and of values, on a grid of 1/8 bit: the best of those whose mean is ``bits``."""
-        best = (float("inf"), bits, bits)
-        for step in range(-12, 13):
-            key_bits, value_bits = bits + step / 8, bits - step / 8
-            if _KEY_RANGE[0] <= key_bits <= _KEY_RANGE[1] and _VALUE_RANGE[0] <= value_bits <= _VALUE_RANGE[1]:
-                best = min(best, (self.predicted_kl(self.widths(key_bits, value_bits)), key_bits, value_bits))
-        return best[1:]
+    def reaching(self, kl: float) -> Widths:
+        """The widths of fewest bits whose predicted KL is at most ``kl`` nats; if there are none, the widest.
+
+        Keys and values share the budget: a bit of a value head costs as much as one of each channel of a key head.
+        """
+        steps: list[tuple[NDArray[np.float64], int]] = []
+        for importances, error, (low, high) in (
+            (self.keys, KEY_ERROR, _KEY_RANGE),
+            (self.values, VALUE_ERROR, _VALUE_RANGE),
+        ):
+            gains = -np.diff(np.asarray(error))[low:high]
+            for layer, (_, dim) in zip(importances, self.shapes, strict=True):
+                cost = 1 if layer.ndim == 2 else dim
+                steps.append((np.exp2(layer.ravel()[:, None] / _UNITS) * gains / cost, cost))
+        gains = np.concatenate([gain.ravel() for gain, _ in steps])
+        costs = np.concatenate([np.full(gain.size, cost) for gain, cost in steps])
+        order = np.argsort(-gains, kind="stable")  # a channel's next bit always gains less: no bit comes before another
+        none = self.predicted_kl(
+            Widths(
+                tuple(np.full(k.shape, _KEY_RANGE[0], np.uint8) for k in self.keys),
+                tuple(np.full(v.shape, _VALUE_RANGE[0], np.uint8) for v in self.values),
+            )
+        )
+        left = none - np.cumsum((gains * costs)[order])
+        chosen = np.zeros(gains.size, bool)
+        chosen[order[: int(np.searchsorted(-left, -kl)) + 1 if none > kl else 0]] = True
+        ends = np.cumsum([gain.size for gain, _ in steps])[:-1]
+        counts = [
+            part.reshape(gain.shape).sum(1) for part, (gain, _) in zip(np.split(chosen, ends), steps, strict=True)
+        ]
+        keys, values = counts[: len(self.keys)], counts[len(self.keys) :]
+        return Widths(
+            tuple((_KEY_RANGE[0] + n).reshape(k.shape).astype(np.uint8) for n, k in zip(keys, self.keys, strict=True)),
+            tuple((_VALUE_RANGE[0] + n).astype(np.uint8) for n in values),
+        )
 
     def predicted_kl(self, widths: Widths) -> float:
         """The error model's KL in nats: a guide for choosing, not a measurement."""
@@ -538,22 +565,30 @@ def _finite_differences(
     """KL in nats when one layer's keys, or values, alone are anchors of the pilot widths: ``[2, layers]``."""
     import torch
 
-    from lynxproto.integrations.hf import HFEngine, WordCache
+    from lynxproto.integrations.hf import WordCache
 
     context, scored = window.keys[0].shape[1], window.scored.shape[1]
     held = WordCache(model.config, context + scored)
-    engine = HFEngine(model, held)
+    blocks = _blocks(model, len(held.layers))
+    outputs: list[Any] = []
 
-    def predict() -> Any:
-        logits = model(window.scored, past_key_values=held, use_cache=True).logits[0]
-        engine.crop(context)
+    def predict(first: int) -> Any:
+        with _skipping(blocks[:first], outputs):
+            logits = model(window.scored, past_key_values=held, use_cache=True).logits[0]
+        held.expect(context)
         return torch.log_softmax(logits.float(), -1)
 
     with torch.inference_mode():
         for layer, pair in zip(held.layers, zip(window.keys, window.values, strict=True), strict=True):
             layer.update(*(states[None] for states in pair))
         progress("exact")
-        exact = predict()
+        hooks = [block.register_forward_hook(lambda block, args, output: outputs.append(output)) for block in blocks]
+        exact = predict(0)
+        for hook in hooks:
+            hook.remove()
+        if blocks and not torch.equal(predict(len(blocks) - 1), exact):
+            blocks = []  # a block depends on more than the one before it: every forward has to be a whole one
+        probabilities = exact.exp()
         rise = np.zeros((2, len(held.layers)))
         for part, widths, anchor in ((0, pilot.keys, anchor_keys), (1, pilot.values, anchor_values)):
             for index, layer in enumerate(held.layers):
@@ -562,7 +597,31 @@ def _finite_differences(
                 target = (layer.keys, layer.values)[part][0]
                 chosen = torch.as_tensor(widths[index].astype(np.int64), device=original.device)
                 target[:, body] = anchor(original[:, body].float(), chosen).to(target.dtype)
-                log_p = predict()
-                rise[part, index] = float((exact.exp() * (exact - log_p)).sum(-1).mean())
+                log_p = predict(index)
+                rise[part, index] = float((probabilities * (exact - log_p)).sum(-1).mean())
                 target[:] = original
         return rise
+
+
+def _blocks(model: Any, count: int) -> list[Any]:
+    """The modules of the model's layers, in order; none if they are not to be found."""
+    import torch
+
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    return list(lists[0]) if len(lists) == 1 else []
+
+
+@contextmanager
+def _skipping(blocks: Sequence[Any], outputs: Sequence[Any]) -> Iterator[None]:
+    """Let ``blocks`` return ``outputs`` instead of computing: what they gave before, and would give again."""
+
+    def returning(output: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: output
+
+    for block, output in zip(blocks, outputs, strict=False):
+        block.forward = returning(output)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -187,17 +187,25 @@ def report(scores: Sequence[Score]) -> dict[str, Any]:
     }
 
 
-def window_starts(available: int, needed: int, count: int) -> list[int]:
-    """First tokens of ``count`` windows of ``needed`` tokens, spread evenly over ``available``, without overlap.
+def cut(tokenizer: Any, text: str, size: int, count: int, place: float = 0.0) -> list[NDArray[np.int64]]:
+    """Cut ``count`` pieces of ``size`` tokens from ``text``, one from each of as many equal stretches.
+
+    ``place``: where in its stretch a piece lies, from 0 (at its beginning) to 1. Each begins with what the tokenizer
+    puts in front of a text: models that know a BOS token attend to it.
 
     Raises :class:`~lynxproto.errors.ConfigError` when the text is too short.
     """
-    if count < 1 or count * needed > available:
+    ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+    front = np.asarray(tokenizer("")["input_ids"], np.int64)
+    needed = size - len(front)
+    if count < 1 or count * needed > len(ids):
         raise ConfigError(
-            f"{count} windows of {needed} tokens do not fit a text of {available}; "
+            f"{count} windows of {needed} tokens do not fit a text of {len(ids)}; "
             "ask for fewer or shorter windows, or take another text"
         )
-    return [i * (available // count) for i in range(count)]
+    stretch = len(ids) // count
+    starts = [n * stretch + int(place * (stretch - needed)) for n in range(count)]
+    return [np.concatenate([front, ids[start : start + needed]]) for start in starts]
 
 
 def prefill_windows(
@@ -220,13 +228,13 @@ def prefill_windows(
 
     if text not in TEXTS:
         raise ConfigError(f"unknown text {text!r}; known: {', '.join(TEXTS)}")
-    ids = np.asarray(tokenizer(TEXTS[text]())["input_ids"], np.int64)
+    pieces = cut(tokenizer, TEXTS[text](), context + scored + 1, count)
     manifest = make_manifest(model, context, identity)
     windows = []
-    for n, start in enumerate(window_starts(len(ids), context + scored + 1, count)):
+    for n, ids in enumerate(pieces):
         if on_progress is not None:
             on_progress(n, count, f"prefill {text}")
-        prompt = ids[start : start + context]
+        prompt = ids[:context]
         key = xxhash.xxh3_128(identity.hash())
         key.update(prompt.astype("<u4").tobytes())
         path = folder / f"{key.hexdigest()}.safetensors"
@@ -241,7 +249,7 @@ def prefill_windows(
             except OSError as error:
                 raise CacheFileError(f"cannot make {folder}: {error.strerror}") from error
             save_cache(path, Cache(manifest=manifest, arrays=arrays))
-        windows.append(Window(load_cache(path), ids[start + context : start + context + scored + 1]))
+        windows.append(Window(load_cache(path), ids[context:]))
     if on_progress is not None:
         on_progress(count, count, f"prefill {text}")
     return windows

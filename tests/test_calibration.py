@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lynxproto import calibration
-from lynxproto.calibration import KEY_ERROR, VALUE_ERROR, Calibration
+from lynxproto.calibration import KEY_ERROR, VALUE_ERROR, Calibration, Widths
 from lynxproto.cli import main
+from lynxproto.codecs import get_codec
 from lynxproto.errors import CalibrationError, ConfigError
 
 torch = pytest.importorskip("torch")
@@ -77,12 +78,47 @@ def test_no_exchange_of_one_bit_helps(c: Calibration, bits: float) -> None:
     assert gain.max() <= loss.min() * 2 ** (1.01 / 16)
 
 
-@given(calibrations(), st.floats(2.0, 4.0))
-@settings(max_examples=15, deadline=None)
-def test_a_split_keeps_the_mean_and_is_no_worse_than_an_even_one(c: Calibration, bits: float) -> None:
-    key_bits, value_bits = c.split(bits)
-    assert key_bits + value_bits == pytest.approx(2 * bits)
-    assert c.predicted_kl(c.widths(key_bits, value_bits)) <= c.predicted_kl(c.widths(bits, bits))
+@given(calibrations(), st.floats(-12, 2))
+@settings(max_examples=40, deadline=None)
+def test_a_predicted_kl_is_reached_with_the_fewest_bits(c: Calibration, exponent: float) -> None:
+    def bits(widths: Widths) -> float:
+        return sum(k.sum() + v.sum() * k.shape[1] for k, v in zip(widths.keys, widths.values, strict=True))
+
+    most, least = c.widths(7, 5), c.widths(0, 2)
+    low, high = c.predicted_kl(most), c.predicted_kl(least)
+    target = low + (high - low) * 10.0 ** min(exponent, 0)
+    chosen = c.reaching(target)
+    assert c.predicted_kl(chosen) <= target * (1 + 1e-9)
+    assert bits(least) <= bits(chosen) <= bits(most)
+    # Of all the ways to spend as many bits on keys and on values as these do, none is better.
+    means = [np.mean(_flat(part)) for part in (chosen.keys, chosen.values)]
+    if len({k.shape for k in c.keys}) == 1:
+        assert c.predicted_kl(chosen) <= c.predicted_kl(c.widths(*means)) * 1.05 + 1e-12
+    assert bits(c.reaching(2 * high)) == bits(least)
+    assert bits(c.reaching(low / 2)) == bits(most)
+
+
+def test_presets_take_the_bits_that_a_model_needs() -> None:
+    random = np.random.default_rng(1)
+    c = Calibration(
+        model="m",
+        method="random",
+        keys=tuple(random.integers(-200, -40, (2, 64), np.int16) for _ in range(3)),
+        values=tuple(random.integers(-150, -100, 2, np.int16) for _ in range(3)),
+    )
+    needy = Calibration(
+        model="m", method="random", keys=tuple(k + 24 for k in c.keys), values=tuple(v + 24 for v in c.values)
+    )
+    widths = {}
+    for name, of in (("balanced", c), ("dense", c), ("needy", needy)):
+        preset = "balanced" if name == "needy" else name
+        config = get_codec("hq", preset=preset, calibration=of).get_config()
+        assert get_codec(config).get_config() == config
+        widths[name] = np.array([int(w) for layer in config["widths"]["keys"] for head in layer for w in head])
+        assert config["key_bits"] == pytest.approx(max(2, widths[name].mean()), abs=1e-3)
+    assert widths["dense"].mean() < widths["balanced"].mean() < widths["needy"].mean()
+    given_bits = get_codec("hq", preset="dense", calibration=c, key_bits=3, value_bits=2.5).get_config()
+    assert given_bits["widths"]["keys"][0][0] == "".join(map(str, c.widths(3, 2.5).keys[0][0]))
 
 
 def test_widths_do_not_change_between_versions() -> None:
@@ -265,7 +301,7 @@ def test_ranges_alone_give_widths() -> None:
 
 
 class _Characters:
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) % 97 for c in text[:3000]]}
 
 

@@ -20,10 +20,13 @@ CONTEXT, SCORED, COUNT = 160, 24, 3
 
 
 class Words:
-    """A tokenizer of a small vocabulary: one token a character."""
+    """A tokenizer of a small vocabulary: one token a character, after ``front``."""
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) % 97 for c in text[:2000]]}
+    def __init__(self, front: tuple[int, ...] = ()) -> None:
+        self.front = front
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [*(self.front if add_special_tokens else ()), *(ord(c) % 97 for c in text[:2000])]}
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +153,20 @@ def test_no_windows_no_score(model: Any) -> None:
         quality.evaluate(model, [], {"zero": _zero})
 
 
-def test_windows_are_spread_without_overlap() -> None:
-    starts = quality.window_starts(1000, 90, 11)
-    assert starts[0] == 0
-    assert all(b - a >= 90 for a, b in pairwise(starts))
-    assert starts[-1] + 90 <= 1000
+@pytest.mark.parametrize("front", [(), (1, 2)])
+@pytest.mark.parametrize("place", [0, 0.4, 1])
+def test_windows_are_spread_without_overlap(front: tuple[int, ...], place: float) -> None:
+    class Counter(Words):
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [*(self.front if add_special_tokens else ()), *range(1000, 1000 + len(text))]}
+
+    pieces = quality.cut(Counter(front), "x" * 1000, 90, 11, place)
+    assert len(pieces) == 11
+    for piece in pieces:
+        assert tuple(piece[: len(front)]) == front
+        assert len(piece) == 90
+        assert set(np.diff(piece[len(front) :])) == {1}
+    starts = [int(piece[len(front)]) - 1000 for piece in pieces]
+    assert starts[0] == int(place * (1000 // 11 - 90 + len(front)))
+    assert all(b - a >= 90 - len(front) for a, b in pairwise(starts))
+    assert starts[-1] + 90 - len(front) <= 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,11 @@ def open_model(source: str) -> OpenedModel:
 
 
 def use_threads(count: int | None) -> None:
-    """Let torch use ``count`` CPU threads in this process; None leaves it as it is."""
+    """Let torch use ``count`` CPU threads in this process; None leaves it as it is. Call it before torch is loaded.
+
+    Threads that wait for each other sleep: on a machine that does other work too, spinning doubles the time of a run.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when OpenMP starts
     if count is not None:
         import torch
 
