@@ -230,5 +230,5 @@ def connect(url: str, config: Config | None = None, **options: Any) -> Sender:
 
 
 def listen(url: str, config: Config | None = None, **options: Any) -> Receiver:
-    """Listen for peers: ``with listen("tcp://0.0.0.0:7411") as receiver``. Options: :func:`lynxproto.listen`."""
+    """Listen for peers: ``with listen(url, tls=...) as receiver``. Options: :func:`lynxproto.listen`."""
     return Receiver(session.listen(url, config, **options)._endpoint)

@@ -70,6 +70,7 @@ _shared = (
     click.option("--ca", type=_FILE, help="PEM file that signs the peer's certificate (tcps://)."),
     click.option("--certificate", type=_FILE, help="This side's certificate, a PEM file (tcps://)."),
     click.option("--key", type=_FILE, help="Key of the certificate, a PEM file (tcps://)."),
+    click.option("--insecure", is_flag=True, help="Allow plaintext: tcp:// without --secret-file or beyond loopback."),
     click.option("--secret-file", type=_FILE, help="Shared secret that the peer must know: 16 bytes or more."),
     click.option(
         "--capture",
@@ -111,7 +112,7 @@ def _with_shared(command: Any) -> Any:
 )
 @_with_shared
 def send(cache: Path, url: str, **shared: Any) -> None:
-    """Send a dumped KV cache (a file that `recv` or lynxproto.cachefile made) to URL, e.g. tcp://127.0.0.1:7411."""
+    """Send a dumped KV cache (a file that `recv` or lynxproto.cachefile made) to URL, e.g. tcps://decode:7411."""
     _run(_send(cache, url, **shared))
 
 
@@ -128,7 +129,7 @@ def send(cache: Path, url: str, **shared: Any) -> None:
 @click.option("--revision", default="", help="Accept only this revision of the model.")
 @_with_shared
 def recv(url: str, output: Path, model: str | None, revision: str, **shared: Any) -> None:
-    """Receive one KV cache on URL, e.g. tcp://0.0.0.0:7411 (port 0: any free one), and dump it into a directory."""
+    """Receive one KV cache on URL, e.g. tcps://0.0.0.0:7411 (port 0: any free one), and dump it into a directory."""
     _run(_recv(url, output, model, revision, **shared))
 
 
@@ -259,6 +260,7 @@ async def _send(
     ca: Path | None,
     certificate: Path | None,
     key: Path | None,
+    insecure: bool,
     secret_file: Path | None,
     capture: Path | None,
     as_json: bool,
@@ -278,7 +280,7 @@ async def _send(
     tls = _tls(url, server=False, ca=ca, certificate=certificate, key=key)
     with _writer(capture) as recording:
         async with connect(
-            url, _config(secret_file), policy=chosen, tls=tls, link=_bucket(link), capture=recording
+            url, _config(secret_file), policy=chosen, tls=tls, insecure=insecure, link=_bucket(link), capture=recording
         ) as session:
             transfer = session.open(cache.manifest)
             async with _Watch(transfer, quiet=quiet):
@@ -296,6 +298,7 @@ async def _recv(
     ca: Path | None,
     certificate: Path | None,
     key: Path | None,
+    insecure: bool,
     secret_file: Path | None,
     capture: Path | None,
     as_json: bool,
@@ -331,6 +334,7 @@ async def _recv(
                 _config(secret_file, model, revision),
                 allocate=allocate,
                 tls=tls,
+                insecure=insecure,
                 link=_bucket(link),
                 capture=recording,
             ) as receiver:

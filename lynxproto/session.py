@@ -30,7 +30,7 @@ from lynxproto.connection import hello_session
 from lynxproto.errors import LynxError, StreamClosedError, TransportError
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
-from lynxproto.transports import ByteStream, Link, Listener, open_listener, open_stream
+from lynxproto.transports import ByteStream, Link, Listener, check_plaintext, open_listener, open_stream
 
 __all__ = [
     "Deadline",
@@ -76,6 +76,10 @@ class _Endpoint:
     def _prepare(self) -> None:
         self.workers = Workers(self.options.threads or os.cpu_count() or 1)
         self._changed = Signal()
+
+    def check_url(self) -> None:
+        """Raise :class:`~lynxproto.errors.ConfigError` for a URL that is none, or plaintext that nobody asked for."""
+        check_plaintext(self.url, insecure=self.options.insecure, secret=self.config.secret is not None)
 
     def thread(self) -> IOThread:
         """The I/O thread. Raises :class:`~lynxproto.errors.StreamClosedError` outside ``with``."""
@@ -141,6 +145,7 @@ class _Client(_Endpoint):
 
     async def open(self) -> None:
         """Connect and shake hands."""
+        self.check_url()
         self.peer = Peer(self.config, self.workers, self.options, self.offer, self.on_over, dial=self._dial)
         self.peers.add(self.peer)
         await self.peer.establish()
@@ -160,6 +165,7 @@ class _Server(_Endpoint):
 
     async def open(self) -> None:
         """Listen."""
+        self.check_url()
         options = self.options
         self._listener = await open_listener(self.url, tls=options.tls, link=options.link, insecure=options.insecure)
         self.url = self._listener.url
@@ -493,10 +499,11 @@ def connect(
     Entering shakes hands. A session whose link breaks is resumed, with growing pauses, for at most
     ``config.session_timeout`` seconds; only what is missing is sent again.
 
-    ``tls`` (for ``tcps://``): see :func:`lynxproto.transports.client_context`. ``insecure``: this side knows that the
-    URL's scheme does not encrypt. ``link`` lies between this side and its streams: a
-    :class:`~lynxproto.transports.TokenBucket` slows its sending down to a given speed. ``stripes``: parallel byte
-    streams. ``threads``: codec threads (default: all CPUs). The others are as in :func:`listen`.
+    ``tls`` (for ``tcps://``): see :func:`lynxproto.transports.client_context`. ``insecure`` allows
+    plaintext (``tcp://``), which else is for loopback addresses with ``config.secret`` only. ``link`` lies between
+    this side and its streams: a :class:`~lynxproto.transports.TokenBucket` slows its sending down to a given speed.
+    ``stripes``: parallel byte streams. ``threads``: codec threads (default: all CPUs). The others are as in
+    :func:`listen`.
 
     Entering raises :class:`~lynxproto.errors.ConfigError` for a bad URL, :class:`~lynxproto.errors.TransportError` when
     the peer cannot be reached, :class:`~lynxproto.errors.AuthenticationError`, :class:`~lynxproto.errors.VersionError`
@@ -536,7 +543,7 @@ def listen(
     threads: int | None = None,
     capture: CaptureWriter | None = None,
 ) -> Receiver:
-    """Listen for peers: ``async with listen("tcp://0.0.0.0:7411") as receiver``. Port 0 takes a free one.
+    """Listen for peers: ``async with listen("tcps://0.0.0.0:7411", tls=...) as receiver``. Port 0 takes a free one.
 
     ``allocate(manifest)`` returns the arrays to decode into: ``{(layer, part): array}``, writable, of words or values
     of the manifest's dtype, ``[kv_heads, tokens, head_dim]`` with any strides over heads and tokens; it runs on a
@@ -544,7 +551,8 @@ def listen(
     this side lacks (None: everything). ``on_fetch(key, wants)`` returns the :class:`~lynxproto.cachefile.Cache` that a
     peer asks for, or None; it is sent by ``policy``. ``deadlines``: see :class:`Deadline`. ``intermediate``: decode
     every level as it arrives, not only the first, the last and those that somebody waits for. ``capture`` records what
-    crosses the session's streams, unencrypted; the caller closes it after the session.
+    crosses the session's streams, unencrypted; the caller closes it after the session. ``tls`` (for ``tcps://``): see
+    :func:`lynxproto.transports.server_context`; ``insecure`` as in :func:`connect`.
     """
     options = Options(
         policy=policy or Policy(),

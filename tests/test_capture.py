@@ -158,8 +158,8 @@ def test_both_ends_of_a_session_record_the_same_bytes(tmp_path):
     async def main():
         with CaptureWriter(tmp_path / "s.lynx") as sending, CaptureWriter(tmp_path / "r.lynx") as receiving:
             async with (
-                listen("tcp://127.0.0.1:0", capture=receiving) as receiver,
-                connect(receiver.url, capture=sending) as sender,
+                listen("tcp://127.0.0.1:0", insecure=True, capture=receiving) as receiver,
+                connect(receiver.url, insecure=True, capture=sending) as sender,
             ):
                 transfer = sender.open(cache.manifest)
                 done = asyncio.ensure_future(transfer.send(cache))

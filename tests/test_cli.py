@@ -47,7 +47,7 @@ def make_cache(path: Path, tokens: int = 200, **manifest: Any) -> Cache:
 @contextmanager
 def receiving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`lynxproto recv` in a process of its own, and its URL."""
-    command = [sys.executable, "-m", "lynxproto", "recv", "tcp://127.0.0.1:0", *arguments]
+    command = [sys.executable, "-m", "lynxproto", "recv", "tcp://127.0.0.1:0", "--insecure", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -59,6 +59,9 @@ def receiving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def invoke(*arguments: str) -> tuple[int, str, str]:
+    """Run a command; `send` and `recv` with --insecure, because the links of these tests are plaintext."""
+    if arguments[0] in ("send", "recv"):
+        arguments = (*arguments, "--insecure")
     result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
@@ -179,7 +182,8 @@ def test_no_room_for_the_dump(tmp_path: Path) -> None:
 def test_a_hung_up_sender_leaves_nothing_behind(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache", tokens=2000)
     with receiving("-o", str(tmp_path / "out")) as (receiver, url):
-        command = [sys.executable, "-m", "lynxproto", "send", str(tmp_path / "cache"), url, "--link", "1M", "-q"]
+        options = ["--insecure", "--link", "1M", "-q"]
+        command = [sys.executable, "-m", "lynxproto", "send", str(tmp_path / "cache"), url, *options]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as sender:
             while not list((tmp_path / "out").glob(".*.part")):
                 assert sender.poll() is None
@@ -209,7 +213,7 @@ def test_progress_bars_for_people(tmp_path: Path) -> None:
     make_cache(tmp_path / "cache")
     near, far = os.openpty()
     with receiving("-o", str(tmp_path / "out")) as (_, url):
-        command = [sys.executable, "-m", "lynxproto", "send", str(tmp_path / "cache"), url]
+        command = [sys.executable, "-m", "lynxproto", "send", str(tmp_path / "cache"), url, "--insecure"]
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
         with subprocess.Popen(command, stderr=far, stdout=subprocess.PIPE, text=True, env=environment) as sender:
             out, _ = sender.communicate(timeout=60)

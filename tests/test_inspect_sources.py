@@ -48,7 +48,10 @@ def recorded(tmp_path_factory) -> Path:
 
     async def main() -> None:
         with CaptureWriter(path) as writer:
-            async with listen("tcp://127.0.0.1:0") as receiver, connect(receiver.url, capture=writer) as sender:
+            async with (
+                listen("tcp://127.0.0.1:0", insecure=True) as receiver,
+                connect(receiver.url, insecure=True, capture=writer) as sender,
+            ):
                 transfer = sender.open(cache.manifest)
                 sent = asyncio.ensure_future(transfer.send(cache))
                 async for incoming in receiver:
@@ -228,7 +231,7 @@ def test_a_tap_passes_on_and_shows(tmp_path):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tap:
             assert tap.stderr is not None
             here = tap.stderr.readline().split()[2].rstrip(",")
-            send = [sys.executable, "-m", "lynxproto", "send", str(cache), here, "-q"]
+            send = [sys.executable, "-m", "lynxproto", "send", str(cache), here, "--insecure", "-q"]
             subprocess.run(send, check=True, capture_output=True, timeout=60)
             assert receiver.wait(60) == 0
             tap.send_signal(signal.SIGINT)

@@ -8,6 +8,7 @@ import itertools
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 import trustme
 
-from lynxproto import blocking, connect, listen
+import lynxproto
+from lynxproto import blocking
 from lynxproto.cachefile import Cache
 from lynxproto.chunk import Tile, TokenSet
 from lynxproto.codecs import DecodeState, register_codec
@@ -53,6 +55,8 @@ from lynxproto.transports import (
 )
 from lynxproto.transports.abc import ByteStream
 
+#: Plaintext, which these tests ask for.
+connect, listen = partial(lynxproto.connect, insecure=True), partial(lynxproto.listen, insecure=True)
 IDENTITY = Identity(model="test/model", revision="r1")
 _names = (f"memory://session-{n}" for n in itertools.count())
 
@@ -1032,6 +1036,25 @@ def test_shared_secrets() -> None:
     run(main)
 
 
+def test_plaintext_must_be_asked_for(tmp_path: Path) -> None:
+    secret = Config(secret=b"0123456789abcdef")
+
+    async def main() -> None:
+        async with lynxproto.listen("tcp://127.0.0.1:0", secret) as receiver:  # on loopback a secret is enough
+            async with lynxproto.connect(receiver.url, secret):
+                pass
+            with pytest.raises(ConfigError, match="insecure=True"):
+                await lynxproto.connect(receiver.url).__aenter__()
+        for url, config in (("tcp://127.0.0.1:0", None), ("tcp://0.0.0.0:0", secret), ("tcp://decode:1", secret)):
+            with pytest.raises(ConfigError, match=r"plaintext.*tcps://.*--insecure"):
+                await lynxproto.listen(url, config).__aenter__()
+        for url in (f"unix://{tmp_path}/socket", "memory://kept-inside"):  # nobody else is on the way
+            async with lynxproto.listen(url) as receiver, lynxproto.connect(receiver.url):
+                pass
+
+    run(main)
+
+
 def test_limits_are_enforced_before_allocation() -> None:
     cache = make_cache()
     allocated: list[Manifest] = []
@@ -1130,7 +1153,10 @@ def test_several_stripes() -> None:
 
 def test_blocking() -> None:
     cache = make_cache()
-    with blocking.listen("tcp://127.0.0.1:0") as receiver, blocking.connect(receiver.url) as sender:
+    with (
+        blocking.listen("tcp://127.0.0.1:0", insecure=True) as receiver,
+        blocking.connect(receiver.url, insecure=True) as sender,
+    ):
         outgoing = sender.open(cache.manifest)
         outgoing.accepted(timeout=30)
         incoming = next(receiver)
@@ -1150,7 +1176,7 @@ def test_blocking() -> None:
             sender.fetch(FetchKey(identity=IDENTITY.hash(), blocks=()), timeout=30)
     with pytest.raises(StreamClosedError):
         sender.open(cache.manifest)
-    with pytest.raises(TransportError), blocking.connect(receiver.url):
+    with pytest.raises(TransportError), blocking.connect(receiver.url, insecure=True):
         pass
 
 

@@ -50,7 +50,7 @@ class Kind:
     url: str
     link: Callable[[], Link | None] = lambda: None
     tls: bool = False
-    insecure: bool = False
+    insecure: bool = True
     #: Bytes that may be under way while the peer does not read: kernel buffers of both ends, and a piece.
     in_flight: int = 16 << 20
 

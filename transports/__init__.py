@@ -11,7 +11,7 @@ import ssl
 from lynxproto.transports.abc import Address, ByteStream, Link, Listener, Setup, Transport
 from lynxproto.transports.faults import Fault, Faults
 from lynxproto.transports.memory import memory_pair
-from lynxproto.transports.registry import get_transport, parse_url, register_transport, schemes
+from lynxproto.transports.registry import check_plaintext, get_transport, parse_url, register_transport, schemes
 from lynxproto.transports.shaper import TokenBucket
 from lynxproto.transports.tls import client_context, server_context
 
@@ -25,6 +25,7 @@ __all__ = [
     "Setup",
     "TokenBucket",
     "Transport",
+    "check_plaintext",
     "client_context",
     "get_transport",
     "memory_pair",

@@ -7,6 +7,7 @@ imported when it is first asked for.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from lynxproto.errors import ConfigError, UnknownTransportError
 from lynxproto.transports.abc import Address, Transport
 
-__all__ = ["get_transport", "parse_url", "register_transport", "schemes"]
+__all__ = ["check_plaintext", "get_transport", "parse_url", "register_transport", "schemes"]
 
 _GROUP = "lynxproto.transports"
 _BUILT_IN = {
@@ -96,3 +97,31 @@ def parse_url(url: str) -> Address:
             return Address(scheme, path=parts.netloc)
     example = f", for example {scheme}://127.0.0.1:7411" if form == "HOST:PORT" else ""
     raise ConfigError(f"{url!r}: expected {scheme}://{form}{example}")
+
+
+def check_plaintext(url: str, *, insecure: bool, secret: bool) -> None:
+    """Refuse ``url`` if strangers could read or reach what it carries and nobody asked for that.
+
+    A transport that is not :attr:`~lynxproto.transports.Transport.secure` needs ``insecure``; so does ``tcp://``,
+    except on a loopback address with a shared ``secret``: only root can listen in there, and who connects must know
+    the secret.
+
+    Raises :class:`~lynxproto.errors.ConfigError`, which says what to do.
+    """
+    address = parse_url(url)
+    if insecure or get_transport(address.scheme).secure:
+        return
+    if secret and address.scheme == "tcp" and _is_loopback(address.host):
+        return
+    raise ConfigError(
+        f"{url!r} is plaintext: whoever is on the way can read and change what it carries; use tcps:// with "
+        "certificates, or say that you want plaintext (insecure=True, --insecure); for tcp:// on a loopback address a "
+        "shared secret is enough"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -55,7 +55,7 @@ class Decode:
             return cache.allocate(manifest, self._model)
 
         receiver = await self._stack.enter_async_context(
-            lynxproto.listen("tcp://127.0.0.1:0", Config(name="lynxproto demo"), allocate=allocate)
+            lynxproto.listen("tcp://127.0.0.1:0", Config(name="lynxproto demo"), allocate=allocate, insecure=True)
         )
         self._transfers = aiter(receiver)
         return {"url": receiver.url}
