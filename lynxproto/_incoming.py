@@ -142,6 +142,7 @@ class Incoming:
     ) -> None:
         self.id = transfer
         self.manifest = manifest
+        self.principal = peer.principal
         self.arrays = arrays
         self.stats = TransferStats(opened=time.monotonic())
         self.error: LynxError | None = None

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lynxproto._journal import Observe
+from lynxproto.access import Authorize
 from lynxproto.cachefile import Cache
 from lynxproto.capture import CaptureWriter
 from lynxproto.chunk import DTYPES, Part
@@ -65,6 +67,8 @@ class Options:
     allocate: Allocate = allocate_arrays
     wants: Wants | None = None
     on_fetch: OnFetch | None = None
+    authorize: Authorize | None = None
+    observe: Observe | None = None
     deadlines: Sequence[Deadline] = ()
     intermediate: bool = False
     tls: ssl.SSLContext | None = None

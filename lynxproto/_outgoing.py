@@ -103,6 +103,7 @@ class Outgoing:
     def __init__(self, peer: Peer, transfer: int, manifest: Manifest, policy: Policy) -> None:
         self.id = transfer
         self.manifest = manifest
+        self.principal = peer.principal
         self.stats = TransferStats(opened=time.monotonic())
         self.error: LynxError | None = None
         self.accepted = False

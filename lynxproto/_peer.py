@@ -8,19 +8,24 @@ import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from lynxproto import events
 from lynxproto._incoming import Incoming
 from lynxproto._io import Signal, Workers
+from lynxproto._journal import Journal, reason_of
 from lynxproto._options import Options
 from lynxproto._outgoing import Outgoing
+from lynxproto.access import Principal, TransferRequest
+from lynxproto.admission import Gate, Guest
 from lynxproto.chunk import Tile
 from lynxproto.config import Config
 from lynxproto.connection import Connection
 from lynxproto.errors import (
     ConnectionClosedError,
     ErrorCode,
+    ForbiddenError,
+    LimitError,
     LocalError,
     LynxError,
     RejectedError,
@@ -39,6 +44,22 @@ T = TypeVar("T")
 _log = logging.getLogger("lynxproto")
 
 Dial = Callable[[], Coroutine[Any, Any, ByteStream]]
+
+
+class Endpoint(Protocol):
+    """What a peer needs of the end that it belongs to."""
+
+    config: Config
+    options: Options
+    workers: Workers
+    journal: Journal
+
+    def offer(self, incoming: Incoming, /) -> None:
+        """A transfer was accepted."""
+
+    def on_over(self, peer: Peer, /) -> None:
+        """A session ended."""
+
 
 #: What is asked of the connection at once is what the link lately carried in this time, within bounds: a more urgent
 #: frame has to wait for it (and for the kernel's share), and each time costs some CPU.
@@ -61,6 +82,8 @@ class _Stripe:
     interrupted: asyncio.Future[None] | None = None  # until receiving has let go of its buffer
     closing: bool = False
     linger: asyncio.TimerHandle | None = None
+    guest: Guest | None = None
+    ready: bool = False
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def resume(self) -> None:
@@ -73,19 +96,14 @@ class _Stripe:
 class Peer:
     """One session with one peer."""
 
-    def __init__(
-        self,
-        config: Config,
-        workers: Workers,
-        options: Options,
-        offer: Callable[[Incoming], None],
-        on_over: Callable[[Peer], None],
-        *,
-        dial: Dial | None = None,
-    ) -> None:
-        self.config = config
-        self.workers = workers
-        self.connection = Connection(config, client=dial is not None, land=self._land)
+    def __init__(self, endpoint: Endpoint, *, dial: Dial | None = None, gate: Gate | None = None) -> None:
+        self.config = config = endpoint.config
+        self.workers = endpoint.workers
+        self.journal = endpoint.journal
+        self.connection = Connection(
+            config, client=dial is not None, land=self._land, unix_offset=time.time() - time.monotonic()
+        )
+        self.principal = Principal("")
         self.name = "the peer"
         self.error: LynxError | None = None
         self.established = False
@@ -95,10 +113,13 @@ class Peer:
         self.changed = Signal()
         self.outgoing: dict[int, Outgoing] = {}
         self.incoming: dict[int, Incoming] = {}
-        self._options = options
-        self._offer = offer
-        self._on_over = on_over
+        self._options = endpoint.options
+        self._offer = endpoint.offer
+        self._on_over = endpoint.on_over
         self._dial = dial
+        self._gate = gate
+        self._in_gate = False
+        self._held: dict[int, int] = {}  # transfers counted at the gate, and their bytes
         self._stripes: dict[int, _Stripe] = {}
         self._plans: dict[tuple[int, int], tuple[Tile, ...]] = {}
         self._offered: set[int] = set()
@@ -112,17 +133,20 @@ class Peer:
 
     # --- byte streams
 
-    def attach(self, stream: ByteStream, received: bytes = b"") -> None:
+    def attach(self, stream: ByteStream, received: bytes = b"", guest: Guest | None = None) -> None:
         """Run the session over ``stream``; ``received`` are bytes already read from it."""
         if self.over:
+            self._leave(guest)
             self._track(stream.aclose())
             return
         if self._options.capture is not None:
             stream = self._options.capture.attach(stream, client=self._dial is not None, received=received)
         now = time.monotonic()
-        stripe = _Stripe(self.connection.open_stripe(now), stream)
+        stripe = _Stripe(self.connection.open_stripe(now), stream, guest=guest)
         self._stripes[stripe.number] = stripe
         self.name = stream.name
+        if guest is not None:
+            guest.evict = lambda: self._evict(stripe)
         if received:
             self.bytes_received += len(received)
             self.connection.receive_data(received, now, stripe.number)
@@ -131,6 +155,11 @@ class Peer:
             self._loop.create_task(self._send(stripe), name=f"send {stream.name}"),
         ]
         self.pump()
+
+    def admits(self, stream: ByteStream) -> bool:
+        """Whether ``stream`` may join: its peer must be who made the session, by certificate or user id."""
+        who = self.principal
+        return not who.address or (who.certificate, who.uid) == (stream.credentials.names, stream.credentials.uid)
 
     async def establish(self) -> None:
         """Client: connect and shake hands; raises what prevents it."""
@@ -203,6 +232,13 @@ class Peer:
         except Exception as bug:
             self._crash(bug)
 
+    def _leave(self, guest: Guest | None) -> None:
+        if guest is not None and self._gate is not None:
+            self._gate.leave(guest)
+
+    def _evict(self, stripe: _Stripe) -> None:
+        self._lost(stripe, LimitError("too many strangers at the door; others came later"))
+
     def _lost(self, stripe: _Stripe, error: RemoteError) -> None:
         self.connection.stripe_lost(stripe.number, time.monotonic(), error)
         self._track(self._hang_up(stripe))
@@ -219,6 +255,7 @@ class Peer:
             if task is not asyncio.current_task():
                 task.cancel()
         if self._stripes.pop(stripe.number, None) is not None:
+            self._leave(stripe.guest)
             self._redial()
             self.changed.notify()
 
@@ -372,7 +409,10 @@ class Peer:
                 self.outgoing[event.transfer].on_accepted(event.wants)
             case events.TransferRejected():
                 text = f"{self.name} refused transfer {event.transfer:032x}: {event.text}"
-                self.outgoing[event.transfer].fail(RejectedError(text, event.code))
+                forbidden = event.code is ErrorCode.FORBIDDEN
+                self.outgoing[event.transfer].fail(
+                    ForbiddenError(text) if forbidden else RejectedError(text, event.code)
+                )
             case events.TransferFailed():
                 self._fail_transfer(event.transfer, event.error)
             case events.Cancelled():
@@ -393,6 +433,7 @@ class Peer:
             case events.StripeClosed():
                 stripe = self._stripes.get(event.stripe)
                 if stripe is not None:
+                    self._tell_stripe_closed(stripe, event.error)
                     self._close_stripe(stripe)
                 if not self.established:
                     self._end(event.error)
@@ -403,8 +444,42 @@ class Peer:
                 self._end(ConnectionClosedError(f"{self.name} closed the session{text}") if event.by_peer else None)
             case events.UnknownFrame():
                 _log.debug("%s sent a frame of unknown type %#x; skipped", self.name, event.type)
-            case events.StripeReady() | events.ChunksResumed() | events.UrgentReceived():
+            case events.StripeReady():
+                self._on_stripe_ready(event)
+            case events.ChunksResumed() | events.UrgentReceived():
                 _log.debug("%s: %s", self.name, event)
+
+    def _on_stripe_ready(self, event: events.StripeReady) -> None:
+        stripe = self._stripes.get(event.stripe)
+        if stripe is None:
+            return
+        stripe.ready = True
+        stream = stripe.stream
+        if not self.principal.address:
+            self.principal = Principal.of(stream.name, stream.credentials, self.connection.principal)
+            text = f"session with {stream.name} ({self.principal.name})"
+            self.journal.tell(logging.INFO, "session_opened", text, peer=stream.name, principal=self.principal.name)
+        if self._gate is None or stripe.guest is None:
+            return
+        try:
+            self._gate.enter(stripe.guest, self.principal.name)
+            if not self._in_gate:
+                budgets = self._gate.open_session(self.principal.name)
+                self.connection.frame_budget, self.connection.byte_budget = budgets
+                self._in_gate = True
+        except LimitError as error:
+            self.journal.handshake_failed(stream.name, error, time.monotonic(), stage="session")
+            self.error = error
+            self.connection.close(time.monotonic(), error.code, str(error))
+
+    def _tell_stripe_closed(self, stripe: _Stripe, error: RemoteError | None) -> None:
+        if error is None or self.over:
+            return
+        if not stripe.ready:
+            self.journal.handshake_failed(stripe.stream.name, error, time.monotonic(), stage="session")
+        else:
+            text = f"a link with {stripe.stream.name} is lost: {error}"
+            self.journal.tell(logging.INFO, "link_lost", text, peer=stripe.stream.name, error=str(error))
 
     def _incoming_of(self, transfer: int, deliver: Callable[[Incoming], None]) -> None:
         incoming = self.incoming.get(transfer)
@@ -416,19 +491,57 @@ class Peer:
         if side is not None:
             side.fail(error)
 
+    def _hold(self, transfer: int, nbytes: int) -> None:
+        if self._gate is not None:
+            self._gate.open_transfer(self.principal.name, nbytes)
+            self._held[transfer] = nbytes
+
+    def _let_go(self, transfer: int) -> None:
+        nbytes = self._held.pop(transfer, None)
+        if nbytes is not None and self._gate is not None:
+            self._gate.close_transfer(self.principal.name, nbytes)
+
+    def _tell_refused(self, transfer: int, manifest: Manifest, error: Exception) -> None:
+        self.journal.tell(
+            logging.WARNING,
+            "transfer_refused",
+            f"transfer {transfer:032x} of {self.name} is refused: {error}",
+            transfer=f"{transfer:032x}",
+            peer=self.name,
+            principal=self.principal.name,
+            request_id=manifest.request_id,
+            reason=reason_of(error),
+            error=str(error),
+        )
+
     async def _release(self, transfer: int, complete: bool) -> None:
         self._offered.discard(transfer)
         side = self.outgoing.pop(transfer, None) or self.incoming.pop(transfer, None)
         self._plans = {key: tiles for key, tiles in self._plans.items() if key[0] != transfer}
         if side is not None:
             await side.release(complete)
+        self._let_go(transfer)
 
     def _end(self, error: LynxError | None) -> None:
         """The session is over."""
         if self.over:
             return
         self.over = True
-        self.error = error
+        self.error = self.error or error
+        if self._in_gate and self._gate is not None:
+            self._in_gate = False
+            self._gate.close_session(self.principal.name)
+        if self.principal.address:
+            self.journal.tell(
+                logging.INFO,
+                "session_closed",
+                f"the session with {self.name} is over{f': {self.error}' if self.error else ''}",
+                peer=self.name,
+                principal=self.principal.name,
+                bytes_sent=self.bytes_sent,
+                bytes_received=self.bytes_received,
+                error=str(self.error) if self.error else None,
+            )
         for fetch in self._fetches.values():
             if not fetch.done():
                 fetch.set_exception(error or StreamClosedError("the session was closed by this side"))
@@ -484,6 +597,9 @@ class Peer:
         waiting = self._fetches.get(event.fetch) if event.fetch is not None else None
         refused: Exception | None = None
         try:
+            if waiting is None:  # what this side asked for needs no permission
+                self._hold(transfer, event.manifest.nbytes)
+                await self._authorize(TransferRequest(action="push", principal=self.principal, manifest=event.manifest))
             arrays = await asyncio.to_thread(options.allocate, event.manifest)
             wants = None if options.wants is None else await asyncio.to_thread(options.wants, event.manifest)
             if transfer not in self._offered:  # the sender changed its mind meanwhile
@@ -492,9 +608,11 @@ class Peer:
         except Exception as error:  # whatever the user's callbacks raise
             refused = error
         if refused is not None:
-            _log.warning("transfer %032x is refused: %s", transfer, refused)
+            self._let_go(transfer)
+            self._tell_refused(transfer, event.manifest, refused)
             text = str(refused) if isinstance(refused, LynxError) else "the receiver has no memory for it"
-            self.connection.reject(transfer, ErrorCode.INTERNAL, text, time.monotonic())
+            code = refused.code if isinstance(refused, ForbiddenError | LimitError) else ErrorCode.INTERNAL
+            self.connection.reject(transfer, code, text, time.monotonic())
         else:
             self.incoming[transfer] = incoming
             self.connection.accept(transfer, time.monotonic(), wants)
@@ -512,14 +630,19 @@ class Peer:
     async def _serve(self, event: events.FetchRequested) -> None:
         """Let the user look the key up (on a thread), then send what it found."""
         on_fetch = self._options.on_fetch
-        cache = None
+        cache, code, text = None, ErrorCode.NOT_FOUND, ""
         if on_fetch is not None:
             try:
+                await self._authorize(TransferRequest(action="pull", principal=self.principal, key=event.key))
                 cache = await asyncio.to_thread(on_fetch, event.key, event.wants)
+            except ForbiddenError as error:
+                code, text = error.code, str(error)
+                who = {"peer": self.name, "principal": self.principal.name}
+                self.journal.tell(logging.WARNING, "fetch_refused", text, **who, reason=reason_of(error))
             except Exception:  # whatever the user's callback raises
                 _log.exception("on_fetch failed; the peer is told that nothing was found")
         if cache is None:
-            self.connection.not_found(event.request, time.monotonic())
+            self.connection.not_found(event.request, time.monotonic(), code, text)
             self.pump()
             return
         try:
@@ -527,6 +650,20 @@ class Peer:
             await outgoing.send_cache(cache)
         except LynxError as error:
             _log.warning("a fetched cache was not delivered: %s", error)
+
+    async def _authorize(self, request: TransferRequest) -> None:
+        """Ask the user (on a thread) whether the peer may. Raises :class:`~lynxproto.errors.ForbiddenError`."""
+        if self._options.authorize is None:
+            return
+        why = ""
+        try:
+            if await asyncio.to_thread(self._options.authorize, request):
+                return
+        except LynxError as error:
+            why = f": {error}"
+        except Exception:  # the user's own mistake must not open the door
+            _log.exception("authorize failed; %s is refused", request.principal.name)
+        raise ForbiddenError(f"{request.principal.name} may not {request.action} this{why}")
 
     # --- helpers
 

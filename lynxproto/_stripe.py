@@ -13,6 +13,7 @@ from lynxproto.state import StripeState
 if TYPE_CHECKING:
     from lynxproto._receiver import Arrival
     from lynxproto._sender import Chunk
+    from lynxproto.config import Secret
 
 __all__ = ["FrameHandler", "FrameReader", "Stripe", "Target"]
 
@@ -192,6 +193,7 @@ class Stripe:
         self.peer_hello: bytes | None = None  # payloads, as they came
         self.peer_proof: bytes | None = None
         self.joins = False  # an existing session
+        self.secret: Secret | None = None  # the shared secret that its handshake is about
         self.hello: frames.Hello | None = None  # the peer's
         self.control: deque[bytes] = deque()  # frames that belong to this stripe
         self.pongs: list[int] = []  # PINGs to answer

@@ -17,6 +17,7 @@ from lynxproto._incoming import Incoming
 from lynxproto._io import IOThread
 from lynxproto._outgoing import Outgoing, borrow
 from lynxproto._stats import Progress, Result, TransferStats
+from lynxproto.access import Principal
 from lynxproto.cachefile import Cache
 from lynxproto.chunk import Part
 from lynxproto.config import Config
@@ -60,6 +61,11 @@ class _Transfer(Generic[SideT]):
     def manifest(self) -> Manifest:
         """What it carries."""
         return self._side.manifest
+
+    @property
+    def principal(self) -> Principal:
+        """Who is at the other end."""
+        return self._side.principal
 
     @property
     def stats(self) -> TransferStats:

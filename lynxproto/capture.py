@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, Self
 
 from lynxproto.digest import crc32c
 from lynxproto.errors import CaptureError
-from lynxproto.transports.abc import ByteStream
+from lynxproto.transports.abc import ByteStream, Credentials
 
 __all__ = ["CaptureWriter", "Direction", "FileHeader", "RecordHeader", "RecordKind"]
 
@@ -220,6 +220,10 @@ class _Recorded(ByteStream):
     @property
     def name(self) -> str:
         return self._stream.name
+
+    @property
+    def credentials(self) -> Credentials:
+        return self._stream.credentials
 
     async def receive_into(self, buffer: memoryview) -> int:
         count = await self._stream.receive_into(buffer)

@@ -127,10 +127,11 @@ def send(cache: Path, url: str, **shared: Any) -> None:
 )
 @click.option("--model", help="Accept only caches of this model.")
 @click.option("--revision", default="", help="Accept only this revision of the model.")
+@click.option("--any-client", is_flag=True, help="Let in clients without a certificate (tcps://).")
 @_with_shared
-def recv(url: str, output: Path, model: str | None, revision: str, **shared: Any) -> None:
+def recv(url: str, output: Path, model: str | None, revision: str, any_client: bool, **shared: Any) -> None:
     """Receive one KV cache on URL, e.g. tcps://0.0.0.0:7411 (port 0: any free one), and dump it into a directory."""
-    _run(_recv(url, output, model, revision, **shared))
+    _run(_recv(url, output, model, revision, any_client, **shared))
 
 
 @main.command()
@@ -207,7 +208,7 @@ def _config(secret_file: Path | None, model: str | None = None, revision: str = 
 
 
 def _tls(
-    url: str, *, server: bool, ca: Path | None, certificate: Path | None, key: Path | None
+    url: str, *, server: bool, ca: Path | None, certificate: Path | None, key: Path | None, any_client: bool = False
 ) -> ssl.SSLContext | None:
     from lynxproto.transports import client_context, parse_url, server_context
 
@@ -219,7 +220,7 @@ def _tls(
         return client_context(ca=ca, certificate=certificate, key=key)
     if certificate is None:
         raise click.UsageError("receiving on tcps:// needs --certificate (and --key, unless that file holds both)")
-    return server_context(certificate=certificate, key=key, ca=ca)
+    return server_context(certificate=certificate, key=key, ca=ca, client_certificates=not any_client)
 
 
 def _writer(capture: Path | None) -> AbstractContextManager[CaptureWriter | None]:
@@ -293,6 +294,7 @@ async def _recv(
     output: Path,
     model: str | None,
     revision: str,
+    any_client: bool,
     *,
     link: float | None,
     ca: Path | None,
@@ -326,7 +328,7 @@ async def _recv(
             raise named from error
         return writers[0].arrays
 
-    tls = _tls(url, server=True, ca=ca, certificate=certificate, key=key)
+    tls = _tls(url, server=True, ca=ca, certificate=certificate, key=key, any_client=any_client)
     try:
         with _writer(capture) as recording:
             async with listen(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from lynxproto.errors import ConfigError
+from lynxproto.errors import ConfigError, ExpiredSecretError
 
 if TYPE_CHECKING:
     from lynxproto.manifest import Identity
 
-__all__ = ["MAX_LEVELS", "MIN_SECRET", "Config", "Limits"]
+__all__ = ["MAX_LEVELS", "MIN_SECRET", "Admission", "Config", "Limits", "Secret"]
 
 #: Levels a tile may have, and priority classes of data; spec/wire-format.md, "Tiles, chunks and levels".
 MAX_LEVELS = 8
 #: Bytes of a shared secret at least.
 MIN_SECRET = 16
+#: Bytes of its id at most.
+MAX_SECRET_ID = 64
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -59,6 +62,79 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """What a listener lets in: of strangers, and of each peer that it knows. Not told to peers."""
+
+    handshakes: int = 256
+    """Byte streams whose peers have not yet proved who they are; the oldest of the busiest address goes first."""
+    handshakes_per_address: int = 128
+    """The same from one address."""
+    accepts_per_address: int = 500
+    """Byte streams a second from one address (burst: as many); more are closed at once."""
+    connections: int = 4096
+    """Byte streams of known peers."""
+    connections_per_address: int = 1024
+    """The same from one address."""
+    connections_per_principal: int = 1024
+    """The same of one principal."""
+    sessions_per_principal: int = 256
+    """Sessions of one principal, also those whose link is broken for the moment."""
+    transfers_per_principal: int = 1024
+    """Transfers that one principal pushes at a time, over all its sessions."""
+    bytes_per_principal: int = 1 << 40
+    """Uncompressed bytes of the caches that one principal pushes at a time: memory that is allocated for it."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"Admission.{item.name} must be a positive integer, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secret:
+    """A shared secret with a name and a life, so that one can be replaced while both are accepted. Times are Unix."""
+
+    key: bytes = field(repr=False)
+    """At least 16 bytes, random: ``secrets.token_bytes(32)``."""
+    id: str = ""
+    """Told in the clear, so that the peer knows which secret is meant."""
+    principal: str = ""
+    """Who is known by it, for authorisation and limits (default: its id, or ``shared``); stays over a rotation."""
+    not_before: float | None = None
+    """Not accepted or used before."""
+    not_after: float | None = None
+    """Not accepted or used from then on; sessions that stand go on."""
+
+    def __post_init__(self) -> None:
+        name = f"secret {self.id!r}"
+        if len(self.key) < MIN_SECRET:
+            raise ConfigError(
+                f"{name} must have at least {MIN_SECRET} bytes, not {len(self.key)}; "
+                "make one with secrets.token_bytes(32) or `openssl rand -hex 32`"
+            )
+        if len(self.id.encode()) > MAX_SECRET_ID:
+            raise ConfigError(f"{name}: an id has at most {MAX_SECRET_ID} bytes")
+        if self.not_before is not None and self.not_after is not None and self.not_before >= self.not_after:
+            raise ConfigError(f"{name}: not_before must be earlier than not_after")
+
+    @property
+    def owner(self) -> str:
+        """The principal."""
+        return self.principal or self.id or "shared"
+
+    def check(self, unix_time: float) -> None:
+        """Raise :class:`~lynxproto.errors.ExpiredSecretError` outside its life."""
+        for bound, late, what in ((self.not_after, True, "expired"), (self.not_before, False, "is not valid before")):
+            if bound is not None and (unix_time >= bound) is late:
+                when = datetime.fromtimestamp(bound, UTC).isoformat(timespec="seconds")
+                raise ExpiredSecretError(
+                    f"the secret {self.id!r} {what} {when}; both sides need one that is valid now "
+                    "(Config.secrets), and clocks that agree"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """How one side of a session behaves. Times are seconds, sizes bytes."""
 
@@ -66,6 +142,8 @@ class Config:
     """The only identity whose caches this side sends and accepts; None accepts any."""
     secret: bytes | None = field(default=None, repr=False)
     """Shared secret: both sides prove that they know it, by HMAC over both HELLOs."""
+    secrets: tuple[Secret, ...] = ()
+    """Several, for rotation and to tell peers apart: a listener accepts each, a client uses the first that is valid."""
     name: str = "lynxproto"
     """Implementation name, told to the peer."""
     codecs: tuple[str, ...] = ("raw", "bitplane", "hq")
@@ -76,6 +154,8 @@ class Config:
     """Hashes of the codec tables that this side holds."""
     limits: Limits = field(default_factory=Limits)
     """What the peer may ask of this side."""
+    admission: Admission = field(default_factory=Admission)
+    """Listener: what it lets in."""
     grease: bool = True
     """Send reserved frame types and parameters now and then, so that peers keep ignoring what they must."""
     encode_ahead: int = 4 * _MIB
@@ -87,7 +167,9 @@ class Config:
     ping_interval: float = 5.0
     """A stripe silent for so long is pinged."""
     peer_timeout: float = 30.0
-    """A stripe silent for so long is lost; a handshake that takes longer has failed."""
+    """A stripe silent for so long is lost."""
+    handshake_timeout: float = 10.0
+    """A handshake (of TLS and of the session) that takes longer has failed."""
     session_timeout: float = 30.0
     """A session without a stripe for so long has failed."""
     lease: float = 120.0
@@ -102,11 +184,13 @@ class Config:
     """Closed transfers that are remembered, to answer late frames."""
     control_rate: float = 20_000.0
     """Control frames a second that a peer may send on average (burst: as many again)."""
+    control_byte_rate: float = 64.0 * _MIB
+    """The same for their bytes."""
 
     def __post_init__(self) -> None:
         for name in (
             "encode_ahead", "ping_interval", "peer_timeout", "session_timeout", "lease", "retry_interval",
-            "retry_limit", "tombstones", "control_rate",
+            "retry_limit", "tombstones", "control_rate", "control_byte_rate", "handshake_timeout",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"Config.{name} must be positive, not {getattr(self, name)!r}")
@@ -115,7 +199,14 @@ class Config:
                 raise ConfigError(f"Config.{name} must be in [0, 1), not {getattr(self, name)!r}")
         if self.resends < 0:
             raise ConfigError("Config.resends must not be negative")
-        if self.secret is not None and len(self.secret) < MIN_SECRET:
-            raise ConfigError(
-                f"Config.secret must have at least {MIN_SECRET} bytes; make one with secrets.token_bytes(32)"
-            )
+        if self.secret is not None:
+            if self.secrets:
+                raise ConfigError("Config.secret is short for one nameless secret: give either it or Config.secrets")
+            Secret(key=self.secret)
+        if len({secret.id for secret in self.secrets}) < len(self.secrets):
+            raise ConfigError("two of Config.secrets have the same id")
+
+    @property
+    def accepted_secrets(self) -> tuple[Secret, ...]:
+        """``secrets``, or the nameless ``secret``, or none."""
+        return self.secrets if self.secret is None else (Secret(key=self.secret),)

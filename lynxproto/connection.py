@@ -25,7 +25,7 @@ from lynxproto._receiver import Receiver
 from lynxproto._sender import Chunk, Sender
 from lynxproto._stripe import HANDSHAKE_TYPES, FrameReader, Stripe, Target
 from lynxproto.chunk import Tile
-from lynxproto.config import Config
+from lynxproto.config import Config, Secret
 from lynxproto.counters import Counters
 from lynxproto.digest import crc32c
 from lynxproto.errors import (
@@ -34,6 +34,9 @@ from lynxproto.errors import (
     CorruptFrameError,
     DeadlineError,
     ErrorCode,
+    ExpiredSecretError,
+    ForbiddenError,
+    LimitError,
     LocalError,
     NotFoundError,
     PeerError,
@@ -56,6 +59,7 @@ from lynxproto.events import (
 from lynxproto.frames import HEADER_SIZE, MAX_HELLO, VERSION, FrameType, Header
 from lynxproto.manifest import FetchKey, Manifest, Want, check_wants
 from lynxproto.state import SESSION, STRIPE, IncomingState, SessionState, StripeState, advance
+from lynxproto.windows import Budget
 
 __all__ = ["ChunkRequest", "Connection", "hello_session"]
 
@@ -95,7 +99,15 @@ def hello_session(data: bytes | bytearray | memoryview) -> bytes | None:
 
 
 class _PeerRefusal(ProtocolError):
-    """ERROR or GOAWAY in a handshake; shown to the shell as a PeerError."""
+    """ERROR or GOAWAY in a handshake."""
+
+
+def _as_refusal(error: ProtocolError) -> RemoteError:
+    """A refusal as the shell sees it: the class that the peer's code stands for."""
+    for kind in (AuthenticationError, ExpiredSecretError, VersionError, LimitError):
+        if error.code is kind.code:
+            return kind(str(error))
+    return PeerError(str(error), error.code)
 
 
 @dataclass(slots=True)
@@ -127,7 +139,8 @@ class _Handler:
 class Connection:
     """A session. ``client`` is the side that opened the byte streams; either side may send and receive caches.
 
-    ``random`` is for tests; by default ids, nonces and tokens come from the operating system.
+    ``random`` is for tests; by default ids, nonces and tokens come from the operating system. ``unix_offset`` is Unix
+    time minus the ``now`` of all calls: secrets that expire need it.
 
     ``land(transfer, tile)`` is asked where the words of a tile belong, when a chunk arrives that is those words as they
     are (a codec that is ``verbatim``): ``tile.spec().nbytes`` contiguous, writable bytes, which are then written while
@@ -136,7 +149,19 @@ class Connection:
     :meth:`get_buffer` again before it reads.
     """
 
-    def __init__(self, config: Config, *, client: bool, random: Random | None = None, land: Land | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        client: bool,
+        random: Random | None = None,
+        land: Land | None = None,
+        unix_offset: float | None = None,
+    ) -> None:
+        if unix_offset is None and any(s.not_before or s.not_after for s in config.secrets):
+            raise LocalError("secrets that expire need unix_offset")
+        self._unix_offset = unix_offset or 0.0
+        self._principal = ""
         self._ctx = ctx = Context(config, random or SystemRandom())
         ctx.stripe_alive = self._is_alive
         ctx.take_over = self._take_over
@@ -151,11 +176,13 @@ class Connection:
         self._receiver = Receiver(ctx)
         self._alone_since: float | None = None  # without a ready stripe
         self._pings = 0
-        self._budget = 2 * config.control_rate  # control frames that the peer may still send
-        self._budget_at: float | None = None
+        self._handshake_timeout = min(config.handshake_timeout, config.peer_timeout)
+        #: Control frames cost no credit; their rate is limited instead. A shell may set budgets that sessions share.
+        self.frame_budget = Budget(config.control_rate)
+        self.byte_budget = Budget(config.control_byte_rate)
         self._fetches: dict[int, _Fetch] = {}
-        #: requests of the peer -> NOT_FOUND was the answer
-        self._requests: OrderedDict[int, bool] = OrderedDict()
+        #: requests of the peer -> what was answered, if it was not OPEN
+        self._requests: OrderedDict[int, frames.NotFound | None] = OrderedDict()
 
     # --- what it is
 
@@ -163,6 +190,11 @@ class Connection:
     def session(self) -> bytes | None:
         """The 16-byte session id; None until the handshake of the first stripe told it."""
         return self._session
+
+    @property
+    def principal(self) -> str:
+        """Whose shared secret the peer proved to know (:attr:`Secret.owner`); empty if there is none."""
+        return self._principal
 
     @property
     def closed(self) -> bool:
@@ -286,7 +318,7 @@ class Connection:
                 times.append(stripe.heard_at + config.peer_timeout)
                 times.append(max(stripe.heard_at, stripe.pinged_at) + config.ping_interval)
             elif not stripe.closed:
-                times.append(stripe.opened_at + config.peer_timeout)
+                times.append(stripe.opened_at + self._handshake_timeout)
         if self._alone_since is not None:
             times.append(self._alone_since + config.session_timeout)
         for fetch in self._fetches.values():
@@ -301,9 +333,10 @@ class Connection:
         config = self._ctx.config
         for stripe in list(self._stripes.values()):
             since = stripe.heard_at if stripe.ready else stripe.opened_at
-            if not stripe.closed and now >= since + config.peer_timeout:
+            limit = config.peer_timeout if stripe.ready else self._handshake_timeout
+            if not stripe.closed and now >= since + limit:
                 what = "nothing heard of the peer" if stripe.ready else "no handshake"
-                self._drop_stripe(stripe, DeadlineError(f"stripe {stripe.index}: {what} for {config.peer_timeout:g} s"))
+                self._drop_stripe(stripe, DeadlineError(f"stripe {stripe.index}: {what} for {limit:g} s"))
             elif stripe.ready and now >= max(stripe.heard_at, stripe.pinged_at) + config.ping_interval:
                 self._ping(stripe, probe=False)
         if self._alone_since is not None and now >= self._alone_since + config.session_timeout:
@@ -407,13 +440,13 @@ class Connection:
         self._ctx.now = now
         self._sender.finish(transfer, now)
 
-    def not_found(self, request: int, now: float) -> None:
-        """Answer a :class:`~lynxproto.events.FetchRequested`: nothing is held under that key."""
+    def not_found(self, request: int, now: float, code: ErrorCode = ErrorCode.NOT_FOUND, text: str = "") -> None:
+        """Answer a :class:`~lynxproto.events.FetchRequested`: nothing is held under that key, or FORBIDDEN."""
         self._ctx.now = now
         if request not in self._requests:
             raise LocalError(f"no FETCH {request:032x} is open")
-        self._requests[request] = True
-        self._ctx.emit(frames.NotFound(code=ErrorCode.NOT_FOUND), request)
+        answer = self._requests[request] = frames.NotFound(code=code, text=text)
+        self._ctx.emit(answer, request)
 
     # --- receiving side
 
@@ -538,17 +571,12 @@ class Connection:
                 raise ProtocolError(text, ErrorCode.FRAME_TOO_LARGE)
         header.check(self._ctx.config.limits)
         if header.type != FrameType.DATA:
-            self._spend_budget()
+            self._spend_budget(HEADER_SIZE + header.payload_length)
 
-    def _spend_budget(self) -> None:
-        """Control frames cost no credit; their rate is limited instead (a token bucket)."""
-        rate = self._ctx.config.control_rate
-        if self._budget_at is not None:
-            self._budget = min(2 * rate, self._budget + rate * (self._ctx.now - self._budget_at))
-        self._budget_at = self._ctx.now
-        self._budget -= 1
-        if self._budget < 0:
-            raise ProtocolError(f"more than {rate:g} control frames a second", ErrorCode.LIMIT)
+    def _spend_budget(self, nbytes: int) -> None:
+        for budget, amount, what in ((self.frame_budget, 1, "frames"), (self.byte_budget, nbytes, "bytes")):
+            if not budget.spend(amount, self._ctx.now):
+                raise ProtocolError(f"more than {budget.rate:g} {what} of control a second", ErrorCode.LIMIT)
 
     def _begin_payload(self, stripe: Stripe, header: Header, bitmap: bytes) -> Target | None:
         if header.type == FrameType.DATA:
@@ -590,7 +618,40 @@ class Connection:
         for stripe in self._stripes.values():
             others = any(other.my_hello and not other.closed for other in self._stripes.values())
             if not stripe.my_hello and not stripe.closed and (self._session is not None or not others):
+                try:
+                    stripe.secret = self._valid_secret()
+                except ExpiredSecretError as error:
+                    self._drop_stripe(stripe, error)
+                    if not self._ready_stripes():
+                        self._fail(error, tell=False)
+                    return
                 self._say_hello(stripe)
+
+    def _valid_secret(self) -> Secret | None:
+        """The client's secret: the first that is valid now; None if there are none."""
+        expired: ExpiredSecretError | None = None
+        for secret in self._ctx.config.accepted_secrets:
+            try:
+                secret.check(self._ctx.now + self._unix_offset)
+            except ExpiredSecretError as error:
+                expired = expired or error
+            else:
+                return secret
+        if expired is not None:
+            raise expired
+        return None
+
+    def _named_secret(self, name: str) -> Secret | None:
+        """The server's secret that the client means. Raises :class:`~lynxproto.errors.AuthenticationError`."""
+        secrets = self._ctx.config.accepted_secrets
+        for secret in secrets:
+            if secret.id == name:
+                secret.check(self._ctx.now + self._unix_offset)
+                return secret
+        if secrets or name:
+            what = f"the secret {name!r} is" if name else "a secret without an id is"
+            raise AuthenticationError(f"{what} not accepted here; both sides need the same one (Config.secrets)")
+        return None
 
     def _say_hello(self, stripe: Stripe, *, token: bytes = b"") -> None:
         config = self._ctx.config
@@ -606,6 +667,7 @@ class Connection:
             session=self._session or b"",
             token=token,
             alive=tuple(other.number for other in self._stripes.values() if not other.closed) if self._client else (),
+            secret=stripe.secret.id if self._client and stripe.secret else "",
         )
         frame = self._ctx.encode(hello)
         stripe.my_hello = frame[HEADER_SIZE:]
@@ -614,7 +676,7 @@ class Connection:
     def _proof(self, stripe: Stripe, *, of_client: bool) -> bytes:
         """HMAC-SHA256 (RFC 2104) over both HELLOs, keyed by the shared secret and, when joining, the join token."""
         token = self._token if stripe.joins else b""
-        key = hmac.digest(self._ctx.config.secret or b"", b"lynxproto 1 key" + token, "sha256")
+        key = hmac.digest(stripe.secret.key if stripe.secret else b"", b"lynxproto 1 key" + token, "sha256")
         assert stripe.peer_hello is not None
         mine, theirs = stripe.my_hello, stripe.peer_hello
         client, server = (mine, theirs) if self._client else (theirs, mine)
@@ -628,7 +690,9 @@ class Connection:
             stripe.hello, stripe.peer_hello = body, payload
             low, high = body.versions
             if not low <= VERSION <= high:
-                raise VersionError(f"the peer speaks versions {low} to {high}, this side {VERSION}")
+                raise VersionError(
+                    f"the peer speaks versions {low} to {high}, this side {VERSION}; install the same lynxproto on both"
+                )
             if self._client:
                 self._on_server_hello(stripe, body)
             else:
@@ -651,6 +715,7 @@ class Connection:
             raise ProtocolError("HELLO: the server gave no join token")
 
     def _on_client_hello(self, stripe: Stripe, hello: frames.Hello) -> None:
+        stripe.secret = self._named_secret(hello.secret)
         stripe.joins = bool(hello.session)
         if stripe.joins and hello.session != self._session:
             raise ProtocolError("no such session here; it may have timed out", ErrorCode.NOT_FOUND)
@@ -673,6 +738,11 @@ class Connection:
             raise VersionError(f"the peer chose version {body.version}, this side speaks {VERSION}")
         if not hmac.compare_digest(body.mac, self._proof(stripe, of_client=not self._client)):
             raise AuthenticationError("the peer did not prove that it knows the secret; is Config.secret the same?")
+        principal = stripe.secret.owner if stripe.secret else ""
+        if not stripe.joins:
+            self._principal = principal
+        elif not self._client and principal != self._principal:
+            raise AuthenticationError(f"the session belongs to {self._principal!r}, this stripe to {principal!r}")
         if self._client:
             proof = self._proof(stripe, of_client=True)
             stripe.control.append(self._ctx.encode(frames.HelloAck(version=VERSION, mac=proof)))
@@ -731,7 +801,7 @@ class Connection:
         # Nobody is known in a handshake: a stranger may cost this stripe, not a session that stands.
         refused = isinstance(error, _PeerRefusal)
         fatal = self._state is SessionState.CONNECTING or (refused and error.code is ErrorCode.NOT_FOUND)
-        shown = PeerError(str(error), error.code) if refused else error
+        shown = _as_refusal(error) if refused else error
         self._drop_stripe(stripe, shown)
         if not refused:
             stripe.control.append(self._ctx.encode(frames.Error(code=error.code, text=str(error))))
@@ -956,16 +1026,16 @@ class Connection:
     def _on_fetch(self, stripe: Stripe, request: int, body: frames.Fetch) -> None:
         if any(t.fetch == request for t in self._sender.transfers.values()):
             return  # OPEN is on its way
-        answered = self._requests.get(request)
-        if answered:
-            self._ctx.reply(frames.NotFound(code=ErrorCode.NOT_FOUND), request)
-        elif answered is None:
-            waiting = sum(not done for done in self._requests.values())
+        answer = self._requests.get(request)
+        if answer is not None:
+            self._ctx.reply(answer, request)
+        elif request not in self._requests:
+            waiting = sum(done is None for done in self._requests.values())
             if waiting >= self._ctx.config.limits.transfers:
                 text = f"{waiting} requests are open already"
                 self._ctx.reply(frames.NotFound(code=ErrorCode.LIMIT, text=text), request)
                 return
-            self._requests[request] = False
+            self._requests[request] = None
             while len(self._requests) > self._ctx.config.tombstones:
                 self._requests.popitem(last=False)
             self._ctx.events.append(FetchRequested(request=request, key=body.key, wants=body.wants, lease=body.lease))
@@ -973,7 +1043,9 @@ class Connection:
     def _on_not_found(self, stripe: Stripe, request: int, body: frames.NotFound) -> None:
         if self._fetches.pop(request, None) is not None:
             text = body.text or "the peer holds no cache under this key"
-            error = NotFoundError(text) if body.code is ErrorCode.NOT_FOUND else PeerError(text, body.code)
+            kinds = {ErrorCode.NOT_FOUND: NotFoundError, ErrorCode.FORBIDDEN: ForbiddenError}
+            kind = kinds.get(body.code)
+            error = PeerError(text, body.code) if kind is None else kind(text)
             self._ctx.events.append(FetchFailed(request=request, error=error))
 
 

@@ -22,6 +22,8 @@ __all__ = [
     "DeadlineError",
     "DigestError",
     "ErrorCode",
+    "ExpiredSecretError",
+    "ForbiddenError",
     "LimitError",
     "LocalError",
     "LynxError",
@@ -66,6 +68,8 @@ class ErrorCode(IntEnum):
     SHUTDOWN = 17
     PAYLOAD = 18
     STATE = 19
+    EXPIRED = 20
+    FORBIDDEN = 21
 
 
 class LynxError(Exception):
@@ -177,6 +181,12 @@ class AuthenticationError(ProtocolError):
     code = ErrorCode.AUTHENTICATION
 
 
+class ExpiredSecretError(AuthenticationError):
+    """The shared secret is not valid any more, or not yet."""
+
+    code = ErrorCode.EXPIRED
+
+
 class PeerError(RemoteError):
     """The peer reported an error; ``code`` is what it sent."""
 
@@ -187,6 +197,13 @@ class PeerError(RemoteError):
 
 class RejectedError(PeerError):
     """The peer refused a transfer before any data moved; ``code`` says why."""
+
+
+class ForbiddenError(RejectedError):
+    """The peer knows who this side is, and does not let it push or pull this."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ErrorCode.FORBIDDEN)
 
 
 class NotFoundError(PeerError):

@@ -359,6 +359,8 @@ class Hello(Body):
     """Server, in a new session: the join token that later stripes must know."""
     alive: tuple[int, ...] = ()
     """Client: its other stripes that are alive; the server drops those that are not listed."""
+    secret: str = ""
+    """Client: id of the shared secret that it will prove to know."""
 
     def _to_map(self) -> dict[str, Any]:
         return {
@@ -373,6 +375,7 @@ class Hello(Body):
             "session": self.session,
             "token": self.token,
             "alive": list(self.alive),
+            "secret": self.secret,
         }
 
     @classmethod
@@ -393,6 +396,7 @@ class Hello(Body):
             session=f.data("session", 0, 16),
             token=f.data("token", 0, 32),
             alive=f.integers("alive", None, 0, 1 << 32, limit=1024),
+            secret=f.text("secret", 64, default=""),
         )
         if len(hello.session) not in (0, 16):
             raise ProtocolError("HELLO: a session id has 16 bytes")

@@ -8,9 +8,11 @@ names for programs without asyncio.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
@@ -18,16 +20,27 @@ from typing import Any, Final, Self, TypeVar
 
 from lynxproto._incoming import Incoming
 from lynxproto._io import IOThread, Signal, Workers
+from lynxproto._journal import Journal, Observe
 from lynxproto._options import Allocate, Deadline, OnFetch, Options, Wants, allocate_arrays
 from lynxproto._outgoing import Outgoing, borrow
 from lynxproto._peer import Peer
 from lynxproto._stats import LevelStats, Progress, Result, TransferStats
+from lynxproto.access import Authorize, Principal, address_of
+from lynxproto.admission import Gate, Guest
 from lynxproto.cachefile import Cache
 from lynxproto.capture import CaptureWriter
 from lynxproto.chunk import Part
 from lynxproto.config import Config
 from lynxproto.connection import hello_session
-from lynxproto.errors import LynxError, StreamClosedError, TransportError
+from lynxproto.errors import (
+    ConnectionClosedError,
+    DeadlineError,
+    LimitError,
+    LynxError,
+    StreamClosedError,
+    TransportError,
+)
+from lynxproto.frames import Error, control_frame
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
 from lynxproto.transports import ByteStream, Link, Listener, check_plaintext, open_listener, open_stream
@@ -51,6 +64,8 @@ T = TypeVar("T")
 _log = logging.getLogger("lynxproto")
 #: Bytes of a HELLO at most, before a listener knows which session it belongs to.
 _HELLO_BYTES: Final = (16 << 10) + 64
+#: Seconds that telling a refused stranger why may take: its socket has room, or it is not told.
+_TURN_AWAY_S: Final = 0.05
 
 
 class _Endpoint:
@@ -63,6 +78,7 @@ class _Endpoint:
         self.io: IOThread | None = None
         self.peers: set[Peer] = set()
         self.closed = False
+        self.journal = Journal(options.observe)
         self._offers: deque[Incoming] = deque()
         self._changed: Signal
 
@@ -79,7 +95,7 @@ class _Endpoint:
 
     def check_url(self) -> None:
         """Raise :class:`~lynxproto.errors.ConfigError` for a URL that is none, or plaintext that nobody asked for."""
-        check_plaintext(self.url, insecure=self.options.insecure, secret=self.config.secret is not None)
+        check_plaintext(self.url, insecure=self.options.insecure, secret=bool(self.config.accepted_secrets))
 
     def thread(self) -> IOThread:
         """The I/O thread. Raises :class:`~lynxproto.errors.StreamClosedError` outside ``with``."""
@@ -146,7 +162,7 @@ class _Client(_Endpoint):
     async def open(self) -> None:
         """Connect and shake hands."""
         self.check_url()
-        self.peer = Peer(self.config, self.workers, self.options, self.offer, self.on_over, dial=self._dial)
+        self.peer = Peer(self, dial=self._dial)
         self.peers.add(self.peer)
         await self.peer.establish()
 
@@ -159,6 +175,7 @@ class _Server(_Endpoint):
 
     def __init__(self, url: str, config: Config | None, options: Options) -> None:
         super().__init__(url, config, options)
+        self.gate = Gate(self.config.admission, self.config.control_rate, self.config.control_byte_rate)
         self._listener: Listener
         self._accepting: asyncio.Task[None] | None = None
         self._greeting: set[asyncio.Task[None]] = set()
@@ -170,6 +187,7 @@ class _Server(_Endpoint):
         self._listener = await open_listener(self.url, tls=options.tls, link=options.link, insecure=options.insecure)
         self.url = self._listener.url
         self._accepting = asyncio.get_running_loop().create_task(self._accept())
+        self.journal.tell(logging.INFO, "listening", f"listening on {self.url}", url=self.url)
 
     async def _accept(self) -> None:
         while True:
@@ -181,42 +199,63 @@ class _Server(_Endpoint):
                 _log.warning("%s", error)
                 await asyncio.sleep(0.1)
                 continue
-            task = asyncio.get_running_loop().create_task(self._greet(stream))
-            self._greeting.add(task)
-            task.add_done_callback(self._greeting.discard)
+            now = time.monotonic()
+            try:
+                guest = self.gate.knock(address_of(stream.name), now, lambda: None)
+            except LimitError as error:
+                self.journal.handshake_failed(stream.name, error, now, stage="accept")
+                await _turn_away(stream, error)
+                continue
+            self._start(self._greet(stream, guest))
+            await asyncio.sleep(0)  # it begins before the next is taken, and the loop stays fair in a flood
 
-    async def _greet(self, stream: ByteStream) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._greeting.add(task)
+        task.add_done_callback(self._greeting.discard)
+        return task
+
+    async def _greet(self, stream: ByteStream, guest: Guest) -> None:
         """Read a HELLO, to learn which session the stream belongs to."""
+        task = asyncio.current_task()
+        assert task is not None
+        guest.evict = lambda: bool(task.cancel())
         received = bytearray()
-        buffer = memoryview(bytearray(_HELLO_BYTES))
+        timeout = min(self.config.handshake_timeout, self.config.peer_timeout)
         try:
-            async with asyncio.timeout(self.config.peer_timeout):
+            buffer = memoryview(bytearray(_HELLO_BYTES))
+            async with asyncio.timeout(timeout):
                 while (session := hello_session(received)) is None:
                     count = await stream.receive_into(buffer[len(received) :])
                     if count == 0:
-                        await stream.aclose()
-                        return
+                        raise ConnectionClosedError(f"{stream.name} hung up before its HELLO")
                     received += buffer[len(received) : len(received) + count]
         except (LynxError, TimeoutError) as error:
-            _log.warning("%s did not introduce itself: %s", stream.name, error or "no HELLO in time")
+            late = DeadlineError(f"{stream.name} sent no HELLO within {timeout:g} s")
+            failure = late if type(error) is TimeoutError else error
+            self.journal.handshake_failed(stream.name, failure, time.monotonic(), stage="hello")
+            self.gate.leave(guest)
             await stream.aclose()
             return
         except BaseException:
+            if not self.closed:  # evicted
+                full = LimitError("too many strangers at the door; others came later")
+                self.journal.handshake_failed(stream.name, full, time.monotonic(), stage="hello")
+            self.gate.leave(guest)
             await stream.aclose()
             raise
         peer = next((p for p in self.peers if session and p.connection.session == session), None)
+        if peer is not None and not peer.admits(stream):
+            _log.warning("%s asks for a session of %s: refused", stream.name, peer.principal.name)
+            peer = None
         if peer is None:  # a new session; or one that is over, which the new connection will say
-            peer = Peer(self.config, self.workers, self.options, self.offer, self.on_over)
+            peer = Peer(self, gate=self.gate)
             self.peers.add(peer)
-        peer.attach(stream, bytes(received))
+        peer.attach(stream, bytes(received), guest)
 
     def on_over(self, peer: Peer) -> None:
-        if peer.error is not None and not self.closed:
-            _log.info("the session with %s is over: %s", peer.name, peer.error)
         if not self.closed:
-            task = asyncio.get_running_loop().create_task(self._forget(peer))
-            self._greeting.add(task)
-            task.add_done_callback(self._greeting.discard)
+            self._start(self._forget(peer))
 
     async def _forget(self, peer: Peer) -> None:
         await peer.aclose()
@@ -231,6 +270,16 @@ class _Server(_Endpoint):
                 task.cancel()
             await asyncio.gather(*self._greeting, return_exceptions=True)
         await super().shut()
+
+
+async def _turn_away(stream: ByteStream, error: LimitError) -> None:
+    """Close a stream at once; where nothing must be negotiated first, say why."""
+    if not stream.name.startswith("tcps://"):
+        frame = control_frame(Error(code=error.code, text=str(error)))
+        with contextlib.suppress(LynxError, TimeoutError):
+            async with asyncio.timeout(_TURN_AWAY_S):
+                await stream.send([memoryview(frame)])
+    await stream.aclose()
 
 
 class Released:
@@ -267,6 +316,11 @@ class _Transfer:
     def manifest(self) -> Manifest:
         """What it carries."""
         return self._base.manifest
+
+    @property
+    def principal(self) -> Principal:
+        """Who is at the other end."""
+        return self._base.principal
 
     @property
     def stats(self) -> TransferStats:
@@ -484,6 +538,8 @@ def connect(
     allocate: Allocate = allocate_arrays,
     wants: Wants | None = None,
     on_fetch: OnFetch | None = None,
+    authorize: Authorize | None = None,
+    observe: Observe | None = None,
     deadlines: Sequence[Deadline] = (),
     intermediate: bool = False,
     tls: ssl.SSLContext | None = None,
@@ -500,7 +556,7 @@ def connect(
     ``config.session_timeout`` seconds; only what is missing is sent again.
 
     ``tls`` (for ``tcps://``): see :func:`lynxproto.transports.client_context`. ``insecure`` allows
-    plaintext (``tcp://``), which else is for loopback addresses with ``config.secret`` only. ``link`` lies between
+    plaintext (``tcp://``), which else is for loopback addresses with a shared secret only. ``link`` lies between
     this side and its streams: a :class:`~lynxproto.transports.TokenBucket` slows its sending down to a given speed.
     ``stripes``: parallel byte streams. ``threads``: codec threads (default: all CPUs). The others are as in
     :func:`listen`.
@@ -514,6 +570,8 @@ def connect(
         allocate=allocate,
         wants=wants,
         on_fetch=on_fetch,
+        authorize=authorize,
+        observe=observe,
         deadlines=deadlines,
         intermediate=intermediate,
         tls=tls,
@@ -535,6 +593,8 @@ def listen(
     allocate: Allocate = allocate_arrays,
     wants: Wants | None = None,
     on_fetch: OnFetch | None = None,
+    authorize: Authorize | None = None,
+    observe: Observe | None = None,
     deadlines: Sequence[Deadline] = (),
     intermediate: bool = False,
     tls: ssl.SSLContext | None = None,
@@ -549,7 +609,10 @@ def listen(
     of the manifest's dtype, ``[kv_heads, tokens, head_dim]`` with any strides over heads and tokens; it runs on a
     thread, and refuses a transfer by raising a :class:`~lynxproto.errors.LynxError`. ``wants(manifest)`` tells what
     this side lacks (None: everything). ``on_fetch(key, wants)`` returns the :class:`~lynxproto.cachefile.Cache` that a
-    peer asks for, or None; it is sent by ``policy``. ``deadlines``: see :class:`Deadline`. ``intermediate``: decode
+    peer asks for, or None; it is sent by ``policy``. ``authorize(request)`` says whether the peer may push or pull
+    that (:class:`~lynxproto.access.TransferRequest`); it runs on a thread, before anything is allocated or looked up,
+    and False refuses with FORBIDDEN. ``observe(event, fields)``: told what happens, as the log is (on the I/O thread;
+    ``docs/operations.md`` lists the events). ``deadlines``: see :class:`Deadline`. ``intermediate``: decode
     every level as it arrives, not only the first, the last and those that somebody waits for. ``capture`` records what
     crosses the session's streams, unencrypted; the caller closes it after the session. ``tls`` (for ``tcps://``): see
     :func:`lynxproto.transports.server_context`; ``insecure`` as in :func:`connect`.
@@ -559,6 +622,8 @@ def listen(
         allocate=allocate,
         wants=wants,
         on_fetch=on_fetch,
+        authorize=authorize,
+        observe=observe,
         deadlines=deadlines,
         intermediate=intermediate,
         tls=tls,

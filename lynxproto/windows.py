@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lynxproto.errors import ErrorCode, ProtocolError
 
-__all__ = ["ReceiveWindow", "SendWindow"]
+__all__ = ["Budget", "ReceiveWindow", "SendWindow"]
 
 
 class SendWindow:
@@ -84,3 +84,29 @@ class ReceiveWindow:
         """The limit to put into a CREDIT frame; from now on the peer may use it."""
         self.advertised = self.limit
         return self.advertised
+
+
+class Budget:
+    """A token bucket: ``rate`` a second on average, and ``burst`` at once (default: two seconds' worth)."""
+
+    __slots__ = ("_at", "_left", "burst", "rate")
+
+    def __init__(self, rate: float, burst: float | None = None) -> None:
+        self.rate = rate
+        self.burst = 2 * rate if burst is None else burst
+        self._left = self.burst
+        self._at: float | None = None
+
+    def spend(self, amount: float, now: float) -> bool:
+        """Take ``amount``; False if there is not so much."""
+        if self._at is not None:
+            self._left = min(self.burst, self._left + self.rate * max(now - self._at, 0.0))
+        self._at = now
+        if amount > self._left:
+            return False
+        self._left -= amount
+        return True
+
+    def full(self, now: float) -> bool:
+        """Whether nothing of it is in use: it may be forgotten."""
+        return self._at is None or self._left + self.rate * (now - self._at) >= self.burst

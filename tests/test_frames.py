@@ -57,6 +57,7 @@ BODIES = st.one_of(
         session=st.sampled_from([b"", b"s" * 16]),
         token=st.sampled_from([b"", b"t" * 32]),
         alive=st.lists(U16, max_size=3).map(tuple),
+        secret=st.text(max_size=16),
     ),
     st.builds(frames.HelloAck, version=st.just(1), mac=st.binary(min_size=32, max_size=32)),
     st.builds(frames.Open, manifest=st.binary(min_size=1), fetch=st.none() | st.integers(1, (1 << 128) - 1)),

@@ -74,8 +74,8 @@ def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     cert.private_key_pem.write_to_path(folder / "key.pem")
     cert.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
     authority.cert_pem.write_to_path(folder / "ca.pem")
-    server = server_context(certificate=folder / "certificate.pem", key=folder / "key.pem")
-    return server, client_context(ca=folder / "ca.pem")
+    files = {name: folder / f"{name}.pem" for name in ("ca", "certificate", "key")}
+    return server_context(**files), client_context(**files)
 
 
 class Transport:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
 
 from lynxproto.errors import StreamClosedError, TransportError
-from lynxproto.transports.abc import ByteStream, Listener, take
+from lynxproto.transports.abc import ByteStream, Credentials, Listener, take
 
 __all__ = ["SocketListener", "SocketStream"]
 
@@ -21,6 +22,10 @@ __all__ = ["SocketListener", "SocketStream"]
 _BURST = 16
 #: Buffers of one sendmsg; far below Linux's IOV_MAX of 1024.
 _IOV = 64
+
+
+#: The kernel's struct ucred: process, user and group id.
+_UCRED = struct.Struct("3i")
 
 
 class _Waiter:
@@ -84,6 +89,14 @@ class SocketStream(ByteStream):
     def name(self) -> str:
         """The peer's address, for messages."""
         return self._waiter.name
+
+    @property
+    def credentials(self) -> Credentials:
+        """The peer's user id, if the socket is a unix one."""
+        if self._sock.family != socket.AF_UNIX or self._sock.fileno() < 0:
+            return Credentials()
+        _, uid, _ = _UCRED.unpack(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        return Credentials(uid=uid)
 
     async def receive_into(self, buffer: memoryview) -> int:
         """See :meth:`ByteStream.receive_into`."""

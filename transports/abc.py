@@ -18,6 +18,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, Self
 __all__ = [
     "Address",
     "ByteStream",
+    "Credentials",
     "Link",
     "Listener",
     "Setup",
@@ -44,6 +45,16 @@ class _Resource(ABC):
         await self.aclose()
 
 
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a transport has verified of who is at the other end."""
+
+    names: tuple[str, ...] = ()
+    """Of its certificate: URIs, then DNS names, e-mail addresses and the common name."""
+    uid: int | None = None
+    """Of its process, over a unix socket."""
+
+
 class ByteStream(_Resource):
     """A reliable, ordered byte stream. One task may receive while another sends; neither call may overlap itself.
 
@@ -55,6 +66,11 @@ class ByteStream(_Resource):
     @abstractmethod
     def name(self) -> str:
         """The peer's address, for messages."""
+
+    @property
+    def credentials(self) -> Credentials:
+        """Who the peer is; known once bytes have arrived."""
+        return Credentials()
 
     @abstractmethod
     async def receive_into(self, buffer: memoryview) -> int:
@@ -168,6 +184,11 @@ class WrappedStream(ByteStream):
     def name(self) -> str:
         """The peer's address, for messages."""
         return self._stream.name
+
+    @property
+    def credentials(self) -> Credentials:
+        """See :attr:`ByteStream.credentials`."""
+        return self._stream.credentials
 
     async def receive_into(self, buffer: memoryview) -> int:
         """See :meth:`ByteStream.receive_into`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import stat
 from pathlib import Path
@@ -19,7 +20,7 @@ __all__ = ["UNSENT_BYTES", "TCPTransport", "UnixTransport", "connect_tcp", "conn
 #: class already sit in the socket; with this bound an urgent frame waits for about this much, whatever the send buffer.
 UNSENT_BYTES: Final = 128 << 10
 
-_BACKLOG = 64
+_BACKLOG = 512
 _REMEDY: Final = {
     errno.ECONNREFUSED: "nobody listens there; start the receiver first, or check host and port",
     errno.EHOSTUNREACH: "no route to that host; check the address and the network",
@@ -152,6 +153,7 @@ async def listen_unix(path: str) -> Listener:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(Path(path))
+        os.fchmod(sock.fileno(), 0o600)  # of the file that bind makes: for this user only
         sock.bind(path)
         sock.listen(_BACKLOG)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""TLS 1.3 over any byte stream, by the standard library's ``ssl``; mutual when both sides are given a ``ca``."""
+"""TLS 1.3 over any byte stream, by the standard library's ``ssl``; mutual unless the listener is told otherwise."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, Final, cast
 
-from lynxproto.errors import AuthenticationError, ConfigError, TransportError
-from lynxproto.transports.abc import Address, ByteStream, Listener, Setup, Transport
+from lynxproto.errors import AuthenticationError, ConfigError, LynxError, TransportError
+from lynxproto.transports.abc import Address, ByteStream, Credentials, Listener, Setup, Transport
 from lynxproto.transports.tcp import connect_tcp, listen_tcp
 
 __all__ = ["TLSListener", "TLSStream", "TLSTransport", "client_context", "server_context"]
@@ -18,20 +18,53 @@ __all__ = ["TLSListener", "TLSStream", "TLSTransport", "client_context", "server
 _RECORDS = 64 << 10
 
 
+#: Bytes of a handshake at most: certificate chains have a few kilobytes.
+_HANDSHAKE_BYTES: Final = 256 << 10
+#: After a refusal: how long to wait for the peer to have read why, and what it may have sent meanwhile.
+_LINGER_S: Final = 1.0
+_LINGER_BYTES: Final = 64 << 10
+
+_EXPIRED = "has expired; renew it, or check the clocks"
+_UNSIGNED = "is not signed by an authority that {side} trusts; --ca (ca=) there must name the file that signed it"
+#: Why this side refuses the peer's certificate: OpenSSL's verification codes.
+_REFUSED: Final = {
+    9: "the certificate is not valid yet; check the clocks",
+    10: f"the certificate {_EXPIRED}",
+    **dict.fromkeys((2, 18, 19, 20, 21), f"the certificate {_UNSIGNED.format(side='this side')}"),
+    **dict.fromkeys((62, 64), "connect by a name that the certificate holds, or issue one that names this host"),
+}
+#: Why the peer refuses this side's: what TLS alerts stand for.
+_ALERTS: Final = {
+    "CERTIFICATE_EXPIRED": f"this side's certificate {_EXPIRED}",
+    "UNKNOWN_CA": f"this side's certificate {_UNSIGNED.format(side='the peer')}",
+    "CERTIFICATE_REQUIRED": "it wants a certificate of this side; give --certificate and --key",
+    "BAD_CERTIFICATE": "this side's certificate is broken, or does not hold the name that the peer connected to",
+    "CERTIFICATE_UNKNOWN": "it refuses this side's certificate; its log says why",
+    "UNSUPPORTED_CERTIFICATE": "this side's certificate is not for this use",
+}
+
+
+def _no_password() -> str:
+    raise ConfigError("the key is encrypted; lynxproto asks for no passphrase: decrypt it (`openssl pkey`)")
+
+
 def _context(
     protocol: int, certificate: str | Path | None, key: str | Path | None, ca: str | Path | None
 ) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    loading: str | Path | None = certificate
+    loading = f"{certificate}" + (f" with key {key}" if key else "")
     try:
         if certificate is not None:
-            context.load_cert_chain(certificate, key)
-        loading = ca
+            context.load_cert_chain(certificate, key, _no_password)
+        loading = str(ca)
         if ca is not None:
             context.load_verify_locations(ca)
     except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"cannot load {loading}: {error.strerror or error}; it must be a PEM file") from error
+        remedy = "it must be a PEM file"
+        if "MISMATCH" in (getattr(error, "reason", None) or ""):
+            remedy = "the key belongs to another certificate"
+        raise ConfigError(f"cannot load {loading}: {error.strerror or error}; {remedy}") from error
     return context
 
 
@@ -49,17 +82,34 @@ def client_context(
 
 
 def server_context(
-    *, certificate: str | Path, key: str | Path | None = None, ca: str | Path | None = None
+    *,
+    certificate: str | Path,
+    key: str | Path | None = None,
+    ca: str | Path | None = None,
+    client_certificates: bool = True,
 ) -> ssl.SSLContext:
-    """A context with this side's ``certificate`` and ``key`` (PEM files).
+    """A context with this side's ``certificate`` and ``key`` (PEM files), for clients with certificates by ``ca``.
 
-    With ``ca``, clients must present a certificate that it signed (mutual authentication). Raises
+    ``client_certificates=False`` lets in clients without one; prove who they are by a shared secret then. Raises
     :class:`~lynxproto.errors.ConfigError`.
     """
+    if client_certificates and ca is None:
+        raise ConfigError(
+            "clients must show a certificate: give the ca that signs theirs (--ca), or let them in without "
+            "(client_certificates=False, --any-client) and ask for a shared secret"
+        )
     context = _context(ssl.PROTOCOL_TLS_SERVER, certificate, key, ca)
-    if ca is not None:
+    if client_certificates:
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _check_version(context: ssl.SSLContext) -> None:
+    if context.minimum_version < ssl.TLSVersion.TLSv1_3:
+        raise ConfigError(
+            f"the TLS context allows {context.minimum_version.name}: set minimum_version = TLSv1_3, or make it with "
+            "client_context() or server_context()"
+        )
 
 
 class TLSStream(ByteStream):
@@ -77,8 +127,9 @@ class TLSStream(ByteStream):
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_hostname is None, server_hostname=server_hostname
         )
-        self._received = memoryview(bytearray(256 << 10))
+        self._received = memoryview(bytearray(16 << 10))  # a stranger gets no more
         self._shaken = False
+        self._left = _HANDSHAKE_BYTES
         self._shaking = asyncio.Lock()
         self._flushing = asyncio.Lock()  # receiving may have to answer (key update) while another task sends
 
@@ -89,11 +140,13 @@ class TLSStream(ByteStream):
                 try:
                     self._tls.do_handshake()
                     self._shaken = True
+                    self._received = memoryview(bytearray(256 << 10))
                 except ssl.SSLWantReadError:
                     await self._flush()
                     if not await self._fill():
                         raise TransportError(
-                            f"{self.name} hung up during the TLS handshake; does it speak TLS (tcps://)?"
+                            f"{self.name} hung up during the TLS handshake; does it speak TLS (tcps://)? Its log tells "
+                            "whether it refused this side"
                         ) from None
                 except ssl.SSLError as error:
                     await self._last_words()
@@ -147,8 +200,23 @@ class TLSStream(ByteStream):
         """See :meth:`ByteStream.aclose`."""
         await self._stream.aclose()
 
+    @property
+    def credentials(self) -> Credentials:
+        """The names in the peer's certificate."""
+        certificate: dict[str, Any] = (self._tls.getpeercert() if self._shaken else None) or {}
+        names = list(certificate.get("subjectAltName", ()))
+        for part in certificate.get("subject", ()):
+            names += [("CN", value) for kind, value in part if kind == "commonName"]
+        order = ("URI", "DNS", "IP Address", "email", "CN")
+        names = sorted((pair for pair in names if pair[0] in order), key=lambda pair: order.index(pair[0]))
+        return Credentials(names=tuple(dict.fromkeys(name for _, name in names)))
+
     async def _fill(self) -> bool:
         count = await self._stream.receive_into(self._received)
+        if not self._shaken:
+            self._left -= count
+            if self._left < 0:
+                raise TransportError(f"{self.name}: a TLS handshake of more than {_HANDSHAKE_BYTES} bytes")
         if count:
             self._incoming.write(self._received[:count])
         return count > 0
@@ -161,17 +229,33 @@ class TLSStream(ByteStream):
                     await self._stream.send([memoryview(data)])
 
     def _explain(self, error: ssl.SSLError) -> AuthenticationError | TransportError:
+        reason = error.reason or str(error)
         if isinstance(error, ssl.SSLCertVerificationError):
-            return AuthenticationError(f"{self.name} is not trusted: {error.verify_message}; check the ca")
-        if "CERTIFICATE" in (error.reason or ""):
-            return AuthenticationError(f"{self.name} does not trust this side: {error.reason}; check the certificate")
-        return TransportError(f"no TLS 1.3 with {self.name}: {error.reason or error}; does it speak TLS (tcps://)?")
+            text = error.verify_message.rstrip(".")
+            return AuthenticationError(
+                f"{self.name} is not trusted: {text}; {_REFUSED.get(error.verify_code, 'check its certificate')}"
+            )
+        if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+            return AuthenticationError(
+                f"{self.name} showed no certificate, and this side lets nobody in without; the peer must give "
+                "--certificate and --key"
+            )
+        if "ALERT" in reason:
+            for alert, meaning in _ALERTS.items():
+                if alert in reason:
+                    return AuthenticationError(f"{self.name} does not trust this side ({reason}): {meaning}")
+        return TransportError(f"no TLS 1.3 with {self.name}: {reason}; does it speak TLS (tcps://)?")
 
     async def _last_words(self) -> None:
-        """Tell the peer why (a TLS alert), if the link still takes it."""
+        """Tell the peer why (a TLS alert), if the link still takes it, and let it read that before the link ends."""
         try:
-            await self._flush()
-        except (TransportError, OSError):
+            async with asyncio.timeout(_LINGER_S):
+                await self._flush()
+                await self._stream.send_eof()
+                left = _LINGER_BYTES  # closing with unread bytes would reset the link, and the alert be lost
+                while left > 0 and (count := await self._stream.receive_into(self._received)):
+                    left -= count
+        except (LynxError, OSError, TimeoutError):
             pass
 
 
@@ -204,8 +288,15 @@ class TLSTransport(Transport):
 
     async def connect(self, address: Address, setup: Setup) -> ByteStream:
         """See :meth:`Transport.connect`."""
+        context = setup.tls or client_context()
+        _check_version(context)
+        if context.verify_mode != ssl.CERT_REQUIRED and not setup.insecure:
+            raise ConfigError(
+                "the TLS context does not verify the server: anybody could pose as it; make it with client_context(), "
+                "or say that you want that (insecure=True, --insecure)"
+            )
         link = setup.stream_through_link(await connect_tcp(address.host, address.port))
-        stream = TLSStream(link, setup.tls or client_context(), server_hostname=address.host)
+        stream = TLSStream(link, context, server_hostname=address.host)
         try:
             await stream.handshake()
         except BaseException:
@@ -219,4 +310,5 @@ class TLSTransport(Transport):
             raise ConfigError(
                 "listening with TLS (tcps://) needs a certificate; pass tls=server_context(certificate=...)"
             )
+        _check_version(setup.tls)
         return TLSListener(setup.listener_through_link(await listen_tcp(address.host, address.port)), setup.tls)
