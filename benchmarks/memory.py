@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lynxproto.cachefile import Cache, CacheFileWriter, load_cache, save_cache
-from lynxproto.cli import BitRate
+from lynxproto.commands.options import BitRate
 from lynxproto.manifest import Identity, Manifest
 from lynxproto.session import connect, listen
 from lynxproto.transports import TokenBucket

@@ -156,6 +156,7 @@ class Incoming:
         self._peer = peer
         self._intermediate = options.intermediate
         self._codecs = [get_codec(config) for config in manifest.codecs]
+        self._levels = max((codec.levels for codec in self._codecs), default=0)
         self._words: dict[tuple[int, Part], NDArray[Any]] = {}
         for layer in manifest.layers:
             for part in layer.parts:
@@ -169,6 +170,7 @@ class Incoming:
         self._plans: dict[int, list[_Tile]] = {}
         self._behind: dict[int, Counter[int]] = {}  # layer -> level -> tiles that have not reached it
         self._awaited: Counter[tuple[int, int | None]] = Counter()
+        self._told = -1  # levels up to this one are known to be ready
         self._result: Result | None = None
         loop = asyncio.get_running_loop()
         self._timers = [loop.call_later(d.seconds, self._on_deadline, d) for d in options.deadlines]
@@ -504,3 +506,8 @@ class Incoming:
         stop = MAX_LEVELS if level == tile.last else level + 1
         self._behind[tile.layer.index].subtract(range(tile.shown + 1, stop))
         tile.shown = level
+        while self._told + 1 < self._levels and not self._behind[tile.layer.index][self._told + 1]:
+            if not self.is_ready(self._told + 1, None):
+                break
+            self._told += 1
+            self._peer.journal.level_ready(self, self._peer.name, self._told, time.monotonic())

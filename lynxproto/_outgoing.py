@@ -109,6 +109,7 @@ class Outgoing:
         self.accepted = False
         self.released = False
         self.complete = False
+        self.final: int | None = None  # levels above it were cancelled
         self.encoding = 0
         self.changed = Signal()
         self._peer = peer

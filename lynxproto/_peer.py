@@ -28,6 +28,7 @@ from lynxproto.errors import (
     LimitError,
     LocalError,
     LynxError,
+    PeerError,
     RejectedError,
     RemoteError,
     StreamClosedError,
@@ -108,6 +109,7 @@ class Peer:
         self.error: LynxError | None = None
         self.established = False
         self.over = False
+        self.draining = False
         self.bytes_sent = 0
         self.bytes_received = 0
         self.changed = Signal()
@@ -401,10 +403,14 @@ class Peer:
             case events.TransferComplete():
                 self._incoming_of(event.transfer, lambda transfer: transfer.on_complete())
             case events.LevelsCancelled():
+                if event.transfer in self.outgoing:
+                    self.outgoing[event.transfer].final = event.level
                 self._incoming_of(event.transfer, lambda transfer: transfer.on_levels_cancelled(event.level))
             case events.TransferOffered():
                 self._offered.add(event.transfer)
                 self._track(self._consider(event))
+            case events.TransferRefused():
+                self._tell_refused(event.transfer, event.error)
             case events.TransferAccepted():
                 self.outgoing[event.transfer].on_accepted(event.wants)
             case events.TransferRejected():
@@ -501,7 +507,7 @@ class Peer:
         if nbytes is not None and self._gate is not None:
             self._gate.close_transfer(self.principal.name, nbytes)
 
-    def _tell_refused(self, transfer: int, manifest: Manifest, error: Exception) -> None:
+    def _tell_refused(self, transfer: int, error: Exception, request_id: str = "") -> None:
         self.journal.tell(
             logging.WARNING,
             "transfer_refused",
@@ -509,7 +515,7 @@ class Peer:
             transfer=f"{transfer:032x}",
             peer=self.name,
             principal=self.principal.name,
-            request_id=manifest.request_id,
+            request_id=request_id,
             reason=reason_of(error),
             error=str(error),
         )
@@ -520,7 +526,10 @@ class Peer:
         self._plans = {key: tiles for key, tiles in self._plans.items() if key[0] != transfer}
         if side is not None:
             await side.release(complete)
+            direction = "out" if isinstance(side, Outgoing) else "in"
+            self.journal.transfer_closed(direction, side, self.name, time.monotonic())
         self._let_go(transfer)
+        self.changed.notify()
 
     def _end(self, error: LynxError | None) -> None:
         """The session is over."""
@@ -551,6 +560,11 @@ class Peer:
         self.changed.notify()
         self._on_over(self)
 
+    async def drained(self) -> None:
+        """Return when no transfer is open; new ones are refused from now on."""
+        self.draining = True
+        await self.changed.until(lambda: self.over or not (self._offered or self.outgoing or self.incoming))
+
     async def aclose(self) -> None:
         """Close in order: no transfer touches its user's memory, and no task is left, when this returns."""
         self.connection.close(time.monotonic())
@@ -575,6 +589,7 @@ class Peer:
         manifest = replace(manifest, codecs=policy.codecs, lossy=policy.lossy)
         transfer = self.connection.open(manifest, time.monotonic(), deadline=deadline, fetch=fetch)
         outgoing = self.outgoing[transfer] = Outgoing(self, transfer, manifest, policy)
+        self.journal.transfer_opened("out", outgoing, self.name)
         self.pump()
         return outgoing
 
@@ -597,6 +612,8 @@ class Peer:
         waiting = self._fetches.get(event.fetch) if event.fetch is not None else None
         refused: Exception | None = None
         try:
+            if self.draining:
+                raise PeerError("this side is shutting down; send it to another", ErrorCode.SHUTDOWN)
             if waiting is None:  # what this side asked for needs no permission
                 self._hold(transfer, event.manifest.nbytes)
                 await self._authorize(TransferRequest(action="push", principal=self.principal, manifest=event.manifest))
@@ -609,12 +626,15 @@ class Peer:
             refused = error
         if refused is not None:
             self._let_go(transfer)
-            self._tell_refused(transfer, event.manifest, refused)
+            self._tell_refused(transfer, refused, event.manifest.request_id)
+            if not isinstance(refused, LynxError):
+                _log.error("what refused it is a mistake of this program", exc_info=refused)
             text = str(refused) if isinstance(refused, LynxError) else "the receiver has no memory for it"
-            code = refused.code if isinstance(refused, ForbiddenError | LimitError) else ErrorCode.INTERNAL
+            code = refused.code if isinstance(refused, PeerError | LimitError) else ErrorCode.INTERNAL
             self.connection.reject(transfer, code, text, time.monotonic())
         else:
             self.incoming[transfer] = incoming
+            self.journal.transfer_opened("in", incoming, self.name)
             self.connection.accept(transfer, time.monotonic(), wants)
         if waiting is not None:
             if waiting.done():  # nobody waits any more
@@ -631,7 +651,9 @@ class Peer:
         """Let the user look the key up (on a thread), then send what it found."""
         on_fetch = self._options.on_fetch
         cache, code, text = None, ErrorCode.NOT_FOUND, ""
-        if on_fetch is not None:
+        if self.draining:
+            code, text = ErrorCode.SHUTDOWN, "this side is shutting down; ask another"
+        elif on_fetch is not None:
             try:
                 await self._authorize(TransferRequest(action="pull", principal=self.principal, key=event.key))
                 cache = await asyncio.to_thread(on_fetch, event.key, event.wants)

@@ -39,6 +39,7 @@ from lynxproto.events import (
     TransferComplete,
     TransferFailed,
     TransferOffered,
+    TransferRefused,
     TransferReleased,
 )
 from lynxproto.frames import LayerStatus, TileKey, TileStatus
@@ -295,6 +296,7 @@ class Receiver:
             codecs = self._check_manifest(manifest)
         except ProtocolError as error:
             self._tombstone(transfer, frames.Reject(code=error.code, text=str(error)), Counters())
+            self.ctx.events.append(TransferRefused(transfer=transfer, error=error))
             return
         self.transfers[transfer] = Incoming(transfer, manifest, codecs, self.ctx, now)
         self.ctx.events.append(TransferOffered(transfer=transfer, manifest=manifest, fetch=body.fetch))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["LevelStats", "Progress", "Result", "TransferStats"]
+from lynxproto.config import MAX_LEVELS
+from lynxproto.counters import Counters
+
+__all__ = ["LevelStats", "Progress", "Result", "Snapshot", "TransferStats"]
 
 
 @dataclass(slots=True)
@@ -81,3 +84,21 @@ class Result:
 
     first_token: int
     logit_gap: float | None = None
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """An endpoint at one moment, all its peers together."""
+
+    counters: Counters = field(default_factory=Counters)
+    """Since it was opened."""
+    handshakes: int = 0
+    """Byte streams whose peers have not yet proved who they are."""
+    sessions: int = 0
+    outgoing: int = 0
+    """Transfers that are open."""
+    incoming: int = 0
+    credit: list[int] = field(default_factory=lambda: [0] * MAX_LEVELS)
+    """Bytes that peers still allow this side to send, by class."""
+    unapplied: list[int] = field(default_factory=lambda: [0] * MAX_LEVELS)
+    """Bytes that were received and wait to be decoded, by class."""

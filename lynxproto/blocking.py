@@ -16,7 +16,7 @@ from lynxproto import session
 from lynxproto._incoming import Incoming
 from lynxproto._io import IOThread
 from lynxproto._outgoing import Outgoing, borrow
-from lynxproto._stats import Progress, Result, TransferStats
+from lynxproto._stats import Progress, Result, Snapshot, TransferStats
 from lynxproto.access import Principal
 from lynxproto.cachefile import Cache
 from lynxproto.chunk import Part
@@ -185,6 +185,18 @@ class _Session:
         if self._endpoint.io is not None and not self._endpoint.closed:
             self._endpoint.io.submit(self._endpoint.shut()).result()
             self._endpoint.stop()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no new transfers, and let those under way finish; False if some are left after ``timeout`` seconds."""
+        try:
+            _wait(self._endpoint.thread(), self._endpoint.drain(), timeout)
+        except DeadlineError:
+            return False
+        return True
+
+    def snapshot(self) -> Snapshot:
+        """Counters and gauges now; see :meth:`lynxproto.session.Receiver.snapshot`."""
+        return self._endpoint.thread().call(self._endpoint.snapshot)
 
     def __iter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ A dump is a plain safetensors file (https://huggingface.co/docs/safetensors) tha
 | key | value |
 |---|---|
 | ``format`` | ``lynxproto.cache/1`` |
-| ``manifest`` | JSON: ``identity``, ``dtype``, ``prompt_tokens``, ``layers`` (the fields of ``LayerSpec``) |
+| ``manifest`` | JSON: ``identity``, ``dtype``, ``prompt_tokens``, ``layers`` (of ``LayerSpec``), ``request_id`` |
 | ``result`` | JSON, optional: ``first_token``, ``logit_gap`` |
 
 The format is read here and not with the safetensors package because a cache must not be copied: its arrays are views
@@ -21,6 +21,7 @@ import mmap
 import os
 import secrets
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -165,6 +166,7 @@ def _read_manifest(path: Path, metadata: dict[str, Any]) -> Manifest:
             dtype=fields["dtype"],
             layers=layers,
             prompt_tokens=fields["prompt_tokens"],
+            request_id=str(fields.get("request_id", "")),
         )
     except (LynxError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheFileError(f"{path}: its manifest is broken ({type(error).__name__}: {error})") from error
@@ -190,13 +192,14 @@ class CacheFileWriter:
     before any work is done. ``path`` appears only with ``commit``, whole. As a context manager it discards the file
     unless it was committed.
 
-    Raises :class:`~lynxproto.errors.CacheFileError` when the file cannot be made or ``path`` exists.
+    Raises :class:`~lynxproto.errors.CacheFileError` when the file cannot be made, or ``path`` exists (with ``replace``
+    the new file takes the old one's place at once).
     """
 
-    def __init__(self, path: str | Path, manifest: Manifest) -> None:
+    def __init__(self, path: str | Path, manifest: Manifest, *, replace: bool = False) -> None:
         self.path = Path(path)
         self.manifest = manifest
-        if self.path.exists():
+        if self.path.exists() and not replace:
             raise CacheFileError(f"{self.path} exists; remove it, or choose another name")
         words = DTYPES[manifest.dtype]
         self._header: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "manifest": _manifest_json(manifest)}}
@@ -223,6 +226,8 @@ class CacheFileWriter:
             reason = getattr(error, "strerror", None) or error
             size = (self._start + offset) / 1e6
             raise CacheFileError(f"cannot make {self.path} ({size:.1f} MB): {reason}; is there room?") from error
+        #: Bytes of the file.
+        self.nbytes = self._start + offset
         #: ``(layer, part)`` -> words ``[kv_heads, tokens, head_dim]``, writable, zero at first.
         self.arrays: Arrays = {
             key: np.frombuffer(self._map, words, shape[0] * shape[1] * shape[2], self._start + begin).reshape(shape)
@@ -272,13 +277,14 @@ def _manifest_json(manifest: Manifest) -> str:
         "identity": asdict(manifest.identity),
         "dtype": manifest.dtype,
         "prompt_tokens": manifest.prompt_tokens,
+        **({"request_id": manifest.request_id} if manifest.request_id else {}),
         "layers": [asdict(layer) for layer in manifest.layers],
     }
     return _json(fields).decode()
 
 
-def save_cache(path: str | Path, cache: Cache) -> Path:
-    """Dump ``cache``; return the path.
+def save_cache(path: str | Path, cache: Cache, *, on_progress: Callable[[int, int], object] | None = None) -> Path:
+    """Dump ``cache``; return the path. ``on_progress(done, total)`` is called with bytes after each array.
 
     Raises :class:`~lynxproto.errors.CacheFileError` if its arrays (words) do not match its manifest, if ``path``
     exists, or if the file cannot be made.
@@ -286,9 +292,13 @@ def save_cache(path: str | Path, cache: Cache) -> Path:
     with CacheFileWriter(path, cache.manifest) as writer:
         if set(cache.arrays) != set(writer.arrays):
             raise CacheFileError(f"the arrays given for {path} are not those that the manifest names")
+        done = 0
         for key, target in writer.arrays.items():
             source = cache.arrays[key]
             if source.shape != target.shape or source.dtype.itemsize != target.dtype.itemsize:
                 raise CacheFileError(f"array {key} is {source.dtype} {source.shape}, not {target.dtype} {target.shape}")
             target[...] = source.view(target.dtype)
+            done += target.nbytes
+            if on_progress is not None:
+                on_progress(done, cache.manifest.nbytes)
         return writer.commit(first_token=cache.first_token, logit_gap=cache.logit_gap)

@@ -206,6 +206,14 @@ class Connection:
         """What went over the wire so far, of the whole session. Live: read it, do not change it."""
         return self._ctx.counters
 
+    def credit(self) -> list[int]:
+        """Bytes that may still be sent, by class, as far as the session's windows go."""
+        return [max(0, w.limit - w.charged - w.reserved) for w in self._sender.windows]
+
+    def unapplied(self) -> list[int]:
+        """Bytes that were received and are not yet applied, by class."""
+        return [w.charged - w.released for w in self._receiver.windows]
+
     def transfer_counters(self, transfer: int) -> Counters:
         """The same of one transfer, its control frames included; kept for a while after its release."""
         for half in (self._sender, self._receiver):
@@ -969,6 +977,7 @@ class Connection:
             case frames.Ack():
                 sender.on_status(t, body, now)
             case frames.Nack():
+                self._ctx.counters.nacks += len(body.items)
                 sender.on_nack(t, body)
             case frames.Cancel():
                 sender.cancel(t, now, body.above, body.code, body.text, by_peer=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lynxproto.config import MAX_LEVELS
 
@@ -28,6 +28,8 @@ class Counters:
     control_bytes_received: int = 0
     resends: int = 0
     """Chunks sent again: asked for by the peer, or lost with a stripe."""
+    nacks: int = 0
+    """Chunks that a peer asked for again because they had arrived corrupt."""
     corrupt: int = 0
     """Payloads that arrived with a wrong CRC32C."""
     duplicates: int = 0
@@ -36,3 +38,10 @@ class Counters:
     """Chunks that arrived too late, cancelled or for a transfer that is over."""
     dropped_bytes: int = 0
     """Payload bytes of duplicates and dropped chunks."""
+
+    def add(self, other: Counters) -> None:
+        """Add another's figures to these."""
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            total = [a + b for a, b in zip(mine, theirs, strict=True)] if isinstance(mine, list) else mine + theirs
+            setattr(self, item.name, total)

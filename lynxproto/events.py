@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lynxproto.chunk import Tile
-from lynxproto.errors import ErrorCode, RemoteError
+from lynxproto.errors import ErrorCode, ProtocolError, RemoteError
 from lynxproto.manifest import FetchKey, Manifest, Want
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "TransferComplete",
     "TransferFailed",
     "TransferOffered",
+    "TransferRefused",
     "TransferRejected",
     "TransferReleased",
     "UnknownFrame",
@@ -102,6 +103,14 @@ class TransferOffered:
     manifest: Manifest
     fetch: int | None
     """The request that this answers, if the peer opened it because of ``fetch``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferRefused:
+    """OPEN arrived and was answered by REJECT: identity, limits, codecs or tables rule it out."""
+
+    transfer: int
+    error: ProtocolError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +272,7 @@ Event = (
     | ConnectionClosed
     | UnknownFrame
     | TransferOffered
+    | TransferRefused
     | PlanReceived
     | ChunkReceived
     | LayerEnded

@@ -24,7 +24,7 @@ from lynxproto._journal import Journal, Observe
 from lynxproto._options import Allocate, Deadline, OnFetch, Options, Wants, allocate_arrays
 from lynxproto._outgoing import Outgoing, borrow
 from lynxproto._peer import Peer
-from lynxproto._stats import LevelStats, Progress, Result, TransferStats
+from lynxproto._stats import LevelStats, Progress, Result, Snapshot, TransferStats
 from lynxproto.access import Authorize, Principal, address_of
 from lynxproto.admission import Gate, Guest
 from lynxproto.cachefile import Cache
@@ -32,9 +32,11 @@ from lynxproto.capture import CaptureWriter
 from lynxproto.chunk import Part
 from lynxproto.config import Config
 from lynxproto.connection import hello_session
+from lynxproto.counters import Counters
 from lynxproto.errors import (
     ConnectionClosedError,
     DeadlineError,
+    ErrorCode,
     LimitError,
     LynxError,
     StreamClosedError,
@@ -55,6 +57,7 @@ __all__ = [
     "Released",
     "Result",
     "Sender",
+    "Snapshot",
     "TransferStats",
     "connect",
     "listen",
@@ -78,6 +81,8 @@ class _Endpoint:
         self.io: IOThread | None = None
         self.peers: set[Peer] = set()
         self.closed = False
+        self.draining = False
+        self.finished = Counters()  # of sessions that are forgotten
         self.journal = Journal(options.observe)
         self._offers: deque[Incoming] = deque()
         self._changed: Signal
@@ -127,6 +132,28 @@ class _Endpoint:
     def exhausted(self) -> bool:
         """Whether no more transfers can come."""
         return self.closed
+
+    async def drain(self) -> None:
+        """Refuse new sessions and transfers, and return when no transfer is open. Sessions may still resume."""
+        self.draining = True
+        await asyncio.gather(*(peer.drained() for peer in self.peers))
+
+    def snapshot(self) -> Snapshot:
+        """Counters and gauges now."""
+        total = Snapshot(handshakes=self.handshakes(), sessions=sum(not peer.over for peer in self.peers))
+        total.counters.add(self.finished)
+        for peer in self.peers:
+            total.counters.add(peer.connection.counters)
+            total.outgoing += len(peer.outgoing)
+            total.incoming += len(peer.incoming)
+            if not peer.over:
+                total.credit = [a + b for a, b in zip(total.credit, peer.connection.credit(), strict=True)]
+                total.unapplied = [a + b for a, b in zip(total.unapplied, peer.connection.unapplied(), strict=True)]
+        return total
+
+    def handshakes(self) -> int:
+        """Byte streams whose peers have not yet proved who they are."""
+        return 0
 
     async def shut(self) -> None:
         """Close the peers (on the I/O thread)."""
@@ -204,7 +231,10 @@ class _Server(_Endpoint):
                 guest = self.gate.knock(address_of(stream.name), now, lambda: None)
             except LimitError as error:
                 self.journal.handshake_failed(stream.name, error, now, stage="accept")
-                await _turn_away(stream, error)
+                if stream.name.startswith("tcps://"):  # it could be told only after a handshake
+                    await stream.aclose()
+                else:
+                    await _turn_away(stream, error.code, str(error))
                 continue
             self._start(self._greet(stream, guest))
             await asyncio.sleep(0)  # it begins before the next is taken, and the loop stays fair in a flood
@@ -248,6 +278,10 @@ class _Server(_Endpoint):
         if peer is not None and not peer.admits(stream):
             _log.warning("%s asks for a session of %s: refused", stream.name, peer.principal.name)
             peer = None
+        if self.draining and (peer is None or peer.over):
+            await _turn_away(stream, ErrorCode.SHUTDOWN, "this side is shutting down; connect to another")
+            self.gate.leave(guest)
+            return
         if peer is None:  # a new session; or one that is over, which the new connection will say
             peer = Peer(self, gate=self.gate)
             self.peers.add(peer)
@@ -259,7 +293,12 @@ class _Server(_Endpoint):
 
     async def _forget(self, peer: Peer) -> None:
         await peer.aclose()
-        self.peers.discard(peer)
+        if peer in self.peers:
+            self.peers.discard(peer)
+            self.finished.add(peer.connection.counters)
+
+    def handshakes(self) -> int:
+        return self.gate.handshakes
 
     async def shut(self) -> None:
         self.closed = True
@@ -272,13 +311,11 @@ class _Server(_Endpoint):
         await super().shut()
 
 
-async def _turn_away(stream: ByteStream, error: LimitError) -> None:
-    """Close a stream at once; where nothing must be negotiated first, say why."""
-    if not stream.name.startswith("tcps://"):
-        frame = control_frame(Error(code=error.code, text=str(error)))
-        with contextlib.suppress(LynxError, TimeoutError):
-            async with asyncio.timeout(_TURN_AWAY_S):
-                await stream.send([memoryview(frame)])
+async def _turn_away(stream: ByteStream, code: ErrorCode, text: str) -> None:
+    """Say why, if the stream takes it at once, and close it."""
+    with contextlib.suppress(LynxError, TimeoutError):
+        async with asyncio.timeout(_TURN_AWAY_S):
+            await stream.send([memoryview(control_frame(Error(code=code, text=text)))])
     await stream.aclose()
 
 
@@ -479,6 +516,24 @@ class _Session:
             return
         await asyncio.shield(asyncio.wrap_future(endpoint.io.submit(endpoint.shut())))
         await asyncio.to_thread(endpoint.stop)
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no new transfers or sessions (peers are told SHUTDOWN), and let those under way finish.
+
+        Returns True when none is left, False if some are after ``timeout`` seconds: closing hands them back to their
+        senders as cancelled.
+        """
+        io = self._endpoint.thread()
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.wrap_future(io.submit(self._endpoint.drain()))
+        except TimeoutError:
+            return False
+        return True
+
+    def snapshot(self) -> Snapshot:
+        """What went over the wire so far and what is under way now, of all its peers together."""
+        return self._endpoint.thread().call(self._endpoint.snapshot)
 
     def __aiter__(self) -> Self:
         return self

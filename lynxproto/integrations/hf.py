@@ -39,7 +39,7 @@ except ImportError as error:
         f"lynxproto.integrations.hf needs torch and transformers 5 ({error}); run: pip install 'lynxproto[hf]'"
     ) from error
 
-__all__ = ["HFEngine", "WordCache", "make_identity", "make_manifest"]
+__all__ = ["HFEngine", "WordCache", "as_array", "as_tensor", "make_identity", "make_manifest"]
 
 _WORDS: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BITS: Final = {2: (torch.int16, np.dtype("<u2")), 4: (torch.int32, np.dtype("<u4"))}
@@ -117,7 +117,7 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
                 values[:, :, start:stop].copy_(words[:, :, start:stop])
         self.resize(stop)
         if self._cache.on_layer is not None:
-            self._cache.on_layer(self._index, *(_as_array(words[0, :, start:stop]) for words in self.word_buffers))
+            self._cache.on_layer(self._index, *(as_array(words[0, :, start:stop]) for words in self.word_buffers))
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -178,7 +178,7 @@ class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
         held: _WordLayer = self.layers[layer]
         if not held.is_initialized:
             raise SpecError(f"layer {layer} holds no tokens yet")
-        return _as_array(held.word_buffers[_part_index(part)][0, :, : held.length])
+        return as_array(held.word_buffers[_part_index(part)][0, :, : held.length])
 
     def allocate(self, manifest: Manifest, model: Any) -> dict[tuple[int, Part], NDArray[Any]]:
         """Views of this cache, ``[kv_heads, tokens, head_dim]`` words, for a receiver to write the prompt into.
@@ -211,7 +211,7 @@ class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
                     f"layer {spec.index}: the manifest's (heads, head_dim) are {shapes}, the cache's {held}"
                 )
             for part, buffer in zip(_PARTS, layer.word_buffers, strict=True):
-                arrays[spec.index, part] = _as_array(buffer[0, :, : spec.tokens])
+                arrays[spec.index, part] = as_array(buffer[0, :, : spec.tokens])
         return arrays
 
     def expect(self, tokens: int) -> None:
@@ -328,12 +328,19 @@ def _part_index(part: Part) -> int:
     return _PARTS.index(part)
 
 
-def _as_array(words: torch.Tensor) -> NDArray[Any]:
+def as_array(words: torch.Tensor) -> NDArray[Any]:
     """View a tensor of words as unsigned integers; CPU only, no copy."""
     if words.device.type != "cpu":
         raise SpecError(f"the cache lives on {words.device}; its words can be viewed on the CPU only")
     integer, unsigned = _BITS[words.element_size()]
     return cast(NDArray[Any], words.detach().view(integer).numpy().view(unsigned))
+
+
+def as_tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
+    """The values of words of a manifest's ``dtype``, as a new tensor."""
+    integer, _ = _BITS[words.dtype.itemsize]
+    signed = words.view(np.int16 if words.dtype.itemsize == 2 else np.int32)
+    return torch.from_numpy(signed.copy()).to(integer).view(_WORDS[dtype])
 
 
 def _hash(value: Any) -> str:

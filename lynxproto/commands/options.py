@@ -1,0 +1,199 @@
+"""Options that all commands with a session share, and what they mean for it."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lynxproto.commands import logs
+from lynxproto.commands.settings import PREFIX, Settings, check_environment, defaults_of, load_file, read_secret, size
+from lynxproto.config import Secret
+
+__all__ = ["COMMANDS", "BitRate", "SessionOptions", "Size", "session_command"]
+
+#: The commands whose options may be set in a file and in the environment, by name.
+COMMANDS: dict[str, click.Command] = {}
+
+
+class BitRate(click.ParamType[float]):
+    """``130M``, ``1.5G``, ``800k`` or a plain number: bits per second."""
+
+    name = "bits/s"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse a rate."""
+        match = re.fullmatch(r"([0-9]*\.?[0-9]+)([kKMG]?)", str(value))
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a rate; examples: 130M, 1.5G, 800k (bits per second)", param, ctx)
+        return float(match[1]) * {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+
+
+class Size(click.ParamType[int]):
+    """``64M``, ``200G`` or a plain number: bytes, powers of 1024."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse a size."""
+        try:
+            return size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _load(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Before any other option: what the file says are the defaults of the others."""
+    check_environment(COMMANDS)
+    content = {} if value is None else load_file(value, COMMANDS)
+    ctx.meta[__name__] = content
+    known = {p.name for p in ctx.command.params if p.name}
+    ctx.default_map = defaults_of(content, ctx.info_name or "", known)
+    return value
+
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_OUT = click.Path(dir_okay=False, path_type=Path)
+
+
+def _shared(log_level: str) -> list[click.Parameter]:
+    return [
+        click.Option(
+            ["--config"], type=FILE, is_eager=True, callback=_load, help="Settings in TOML; see docs/operations.md."
+        ),
+        click.Option(
+            ["--set", "settings"], multiple=True, metavar="TABLE.NAME=VALUE",
+            help="A setting of the session, limits or admission table, e.g. limits.transfers=64.",
+        ),
+        click.Option(["--link"], type=BitRate(), help="Slow this side's sending down to a rate, for example 130M."),
+        click.Option(["--ca"], type=FILE, help="PEM file that signs the peer's certificate (tcps://)."),
+        click.Option(["--certificate"], type=FILE, help="This side's certificate, a PEM file (tcps://)."),
+        click.Option(["--key"], type=FILE, help="Key of the certificate, a PEM file (tcps://)."),
+        click.Option(
+            ["--insecure"], is_flag=True, help="Allow plaintext: tcp:// without a secret or beyond loopback."
+        ),
+        click.Option(["--secret-file"], type=FILE, help="Shared secret that the peer must know: 16 bytes or more."),
+        click.Option(
+            ["--capture"], type=_OUT,
+            help="Record what crosses the session's streams into a file, for `lynxproto inspect`.",
+        ),
+        click.Option(["--metrics"], metavar="HOST:PORT", help="Serve Prometheus metrics there."),
+        click.Option(["--log-format"], type=click.Choice(["text", "json"]), default="text", show_default=True),
+        click.Option(
+            ["--log-level"], type=click.Choice(["debug", "info", "warning", "error"]), default=log_level,
+            show_default=True,
+        ),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print each outcome as one line of JSON on stdout."),
+        click.Option(["--quiet", "-q"], is_flag=True, help="No progress on stderr."),
+    ]  # fmt: skip
+
+
+def _of_servers() -> list[click.Parameter]:
+    return [
+        click.Option(["--any-client"], is_flag=True, help="Let in clients without a certificate (tcps://)."),
+        click.Option(
+            ["--drain-timeout"], type=click.FloatRange(min=0), default=30.0, show_default=True,
+            help="Seconds that transfers have to finish after SIGTERM.",
+        ),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOptions:
+    """The shared options of one command, as given."""
+
+    config: Path | None
+    settings: tuple[str, ...]
+    link: float | None
+    ca: Path | None
+    certificate: Path | None
+    key: Path | None
+    insecure: bool
+    secret_file: Path | None
+    capture: Path | None
+    metrics: str | None
+    log_format: str
+    log_level: str
+    as_json: bool
+    quiet: bool
+    any_client: bool = False
+    drain_timeout: float = 30.0
+
+    def session(self, url: str, content: Mapping[str, Any], *, server: bool, **fields: Any) -> dict[str, Any]:
+        """Arguments for ``connect`` and ``listen``; ``fields`` are further ones of Config."""
+        from lynxproto.transports import TokenBucket
+
+        settings = Settings(content, self.config, self.settings)
+        secrets = settings.secrets()
+        if self.secret_file is not None:
+            secrets = (*secrets, Secret(key=read_secret(self.secret_file)))
+        return {
+            "config": settings.config(secrets=secrets, **fields),
+            "tls": self._tls(url, server=server),
+            "insecure": self.insecure,
+            "link": None if self.link is None else TokenBucket(self.link),
+        }
+
+    def _tls(self, url: str, *, server: bool) -> ssl.SSLContext | None:
+        from lynxproto.transports import client_context, parse_url, server_context
+
+        if parse_url(url).scheme != "tcps":
+            if self.ca or self.certificate or self.key:
+                raise click.UsageError(f"--ca, --certificate and --key need a tcps:// URL, not {url}")
+            return None
+        if not server:
+            return client_context(ca=self.ca, certificate=self.certificate, key=self.key)
+        if self.certificate is None:
+            raise click.UsageError("receiving on tcps:// needs --certificate (and --key, unless that file holds both)")
+        return server_context(
+            certificate=self.certificate, key=self.key, ca=self.ca, client_certificates=not self.any_client
+        )
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """A writer for ``--capture``, or None."""
+        from lynxproto.capture import CaptureWriter
+
+        return nullcontext() if self.capture is None else CaptureWriter(self.capture)
+
+    @contextmanager
+    def measuring(self) -> Iterator[Any]:
+        """Metrics that are served, or None."""
+        if self.metrics is None:
+            yield None
+            return
+        from lynxproto.metrics import Metrics
+
+        metrics = Metrics()
+        stop = metrics.serve(self.metrics)
+        try:
+            yield metrics
+        finally:
+            stop()
+
+
+def session_command(
+    name: str, *params: click.Parameter, server: bool = False, log_level: str = "warning"
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a command of a function that takes ``params``, ``options``, and ``content`` (of the settings file)."""
+
+    def make(function: Callable[..., None]) -> click.Command:
+        def call(**given: Any) -> None:
+            shared = {key: given.pop(key) for key in SessionOptions.__dataclass_fields__ if key in given}
+            options = SessionOptions(**shared)
+            logs.set_up(options.log_format, options.log_level)
+            function(options=options, content=click.get_current_context().meta[__name__], **given)
+
+        everything = [*params, *(_of_servers() if server else ()), *_shared(log_level)]
+        for param in everything:
+            if param.name != "settings":
+                param.envvar = f"{PREFIX}{param.name}".upper()
+        command = COMMANDS[name] = click.Command(name, params=everything, callback=call, help=function.__doc__)
+        return command
+
+    return make

@@ -1,0 +1,154 @@
+"""``lynxproto recv``: take one cache. ``lynxproto fetch``: ask for one."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lynxproto.commands.options import SessionOptions, session_command
+from lynxproto.errors import LynxError
+
+if TYPE_CHECKING:
+    from lynxproto.commands.stopping import Stopping
+
+__all__ = ["fetch", "recv"]
+
+_OUTPUT = click.Path(file_okay=False, path_type=Path)
+
+
+@session_command(
+    "recv",
+    click.Argument(["url"]),
+    click.Option(["-o", "--output"], type=_OUTPUT, required=True, help="Directory for the dump; made if need be."),
+    click.Option(["--model"], help="Accept only caches of this model."),
+    click.Option(["--revision"], default="", help="Accept only this revision of the model."),
+    server=True,
+)
+def recv(options: SessionOptions, content: Mapping[str, Any], url: str, **own: Any) -> None:
+    """Receive one KV cache on URL, e.g. tcps://0.0.0.0:7411 (port 0: any free one), and dump it into a directory."""
+    from lynxproto.commands import stopping
+
+    stopping.run(lambda stop: _recv(stop, options, content, url, **own), signal.SIGTERM)
+
+
+async def _recv(
+    stop: Stopping,
+    options: SessionOptions,
+    content: Mapping[str, Any],
+    url: str,
+    *,
+    output: Path,
+    model: str | None,
+    revision: str,
+) -> int:
+    from lynxproto.commands.folder import Folder
+    from lynxproto.commands.progress import Watch, summarize
+    from lynxproto.commands.stopping import UNFINISHED
+    from lynxproto.manifest import Identity, Manifest
+    from lynxproto.session import IncomingTransfer, listen
+
+    folder = Folder(output, limit=1)
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()  # there is no room
+
+    def no_room(error: LynxError) -> None:
+        if not over.done():
+            over.set_exception(error)
+
+    def allocate(manifest: Manifest) -> Any:
+        try:
+            return folder.allocate(manifest)
+        except LynxError as error:
+            if folder.empty:
+                loop.call_soon_threadsafe(no_room, error)
+            raise
+
+    arguments = options.session(
+        url, content, server=True, identity=None if model is None else Identity(model=model, revision=revision)
+    )
+    taken: list[IncomingTransfer] = []
+
+    async def take() -> None:
+        first = asyncio.ensure_future(anext(receiver))
+        waiting: list[asyncio.Future[Any]] = [first, over]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if over.done():
+                over.result()
+            taken.append(await first)
+        finally:
+            first.cancel()
+
+    try:
+        with options.recording() as recording, options.measuring() as metrics:
+            observe = None if metrics is None else metrics.observe
+            async with listen(url, **arguments, allocate=allocate, capture=recording, observe=observe) as receiver:
+                if metrics is not None:
+                    metrics.watch(receiver.snapshot)
+                if not options.quiet:
+                    click.echo(f"listening on {receiver.url}", err=True)
+                if not await stop.first_of(take()):
+                    return 0  # asked to stop before anything came
+                (transfer,) = taken
+                async with Watch(transfer, quiet=options.quiet):
+                    landing = asyncio.ensure_future(folder.land(transfer))
+                    if not await stop.first_of(asyncio.shield(landing)):
+                        await asyncio.wait([landing], timeout=options.drain_timeout)
+                        if not landing.done():
+                            landing.cancel()
+                            await asyncio.gather(landing, return_exceptions=True)
+                            return UNFINISHED
+                    path = await landing
+    finally:
+        over.cancel()
+    summarize("recv", transfer, as_json=options.as_json, path=path)
+    return 0
+
+
+@session_command(
+    "fetch",
+    click.Argument(["url"]),
+    click.Argument(["request_id"]),
+    click.Option(["-o", "--output"], type=_OUTPUT, required=True, help="Directory for the dump; made if need be."),
+    click.Option(["--model"], required=True, help="Whose cache it is."),
+    click.Option(["--revision"], default="", help="Revision of the model, if the peer should insist on it."),
+)
+def fetch(options: SessionOptions, content: Mapping[str, Any], url: str, **own: Any) -> None:
+    """Ask the `lynxproto serve` at URL for the cache that it knows by REQUEST_ID, and dump it into a directory."""
+    from lynxproto.commands import stopping
+
+    stopping.run(lambda stop: _fetch(options, content, url, **own), signal.SIGTERM)
+
+
+async def _fetch(
+    options: SessionOptions,
+    content: Mapping[str, Any],
+    url: str,
+    *,
+    request_id: str,
+    output: Path,
+    model: str,
+    revision: str,
+) -> int:
+    from lynxproto.commands.folder import Folder, request_key
+    from lynxproto.commands.progress import Watch, summarize
+    from lynxproto.manifest import Identity
+    from lynxproto.session import connect
+
+    folder, identity = Folder(output), Identity(model=model, revision=revision)
+    arguments = options.session(url, content, server=False, identity=identity)
+    with options.recording() as recording, options.measuring() as metrics:
+        observe = None if metrics is None else metrics.observe
+        async with connect(url, **arguments, allocate=folder.allocate, capture=recording, observe=observe) as session:
+            if metrics is not None:
+                metrics.watch(session.snapshot)
+            transfer = await session.fetch(request_key(request_id, identity))
+            async with Watch(transfer, quiet=options.quiet):
+                path = await folder.land(transfer)
+    summarize("fetch", transfer, as_json=options.as_json, path=path)
+    return 0

@@ -1,0 +1,120 @@
+"""``lynxproto send``: ship dumped caches."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lynxproto.commands.options import SessionOptions, session_command
+from lynxproto.errors import CalibrationError, ConfigError
+
+if TYPE_CHECKING:
+    from lynxproto.cachefile import Cache
+    from lynxproto.calibration import Calibration
+    from lynxproto.commands.stopping import Stopping
+    from lynxproto.policy import Policy
+
+__all__ = ["send"]
+
+
+@session_command(
+    "send",
+    click.Argument(["cache"], type=click.Path(path_type=Path)),
+    click.Argument(["url"]),
+    click.Option(
+        ["--policy"], type=click.Choice(["lynx", "bf16", "int8", "int4"]), default="lynx", show_default=True,
+        help="How to cut and encode the cache; all but lynx are baselines of one level, int8 and int4 lossy.",
+    ),
+    click.Option(
+        ["--preset"], type=click.Choice(["fast", "balanced", "dense"]), default="balanced", show_default=True,
+        help="Of policy lynx: speed of coding against size of the anchor.",
+    ),
+    click.Option(
+        ["--calibration"], type=click.Path(dir_okay=False, path_type=Path),
+        help="Of policy lynx: what `lynxproto calibrate` measured of the cache's model.",
+    ),
+    click.Option(["--request-id"], help="What the receiver knows the cache by (default: its file's name)."),
+    click.Option(["--model"], help="Model of a saved DynamicCache (.pt), which does not say itself."),
+    click.Option(["--revision"], default="", help="Revision of that model."),
+)  # fmt: skip
+def send(options: SessionOptions, content: Mapping[str, Any], cache: Path, url: str, **own: Any) -> None:
+    """Send CACHE to URL, e.g. tcps://decode:7411.
+
+    CACHE is a dumped KV cache (a file that `recv` or lynxproto.cachefile made), a DynamicCache of transformers that
+    torch.save wrote (.pt), or a directory of such files, which are sent one after the other.
+    """
+    from lynxproto.commands import stopping
+
+    stopping.run(lambda stop: _send(stop, options, content, cache, url, **own), signal.SIGTERM)
+
+
+async def _send(
+    stop: Stopping,
+    options: SessionOptions,
+    content: Mapping[str, Any],
+    path: Path,
+    url: str,
+    *,
+    policy: Any,
+    preset: str,
+    calibration: Path | None,
+    request_id: str | None,
+    model: str | None,
+    revision: str,
+) -> int:
+    from lynxproto.commands.caches import SUFFIXES, open_cache
+    from lynxproto.commands.folder import find_caches
+    from lynxproto.commands.progress import Watch, summarize
+    from lynxproto.commands.stopping import UNFINISHED
+    from lynxproto.session import connect
+
+    paths = find_caches(path, SUFFIXES)
+    if request_id is not None and len(paths) > 1:
+        raise ConfigError(f"--request-id names one cache; {path} holds {len(paths)}")
+    caches = [(one, open_cache(one, model, revision)) for one in paths]  # mistakes show before anything is sent
+    chosen = [_policy(policy, preset, calibration, cache) for _, cache in caches]
+    arguments = options.session(url, content, server=False)
+    with options.recording() as recording, options.measuring() as metrics:
+        observe = None if metrics is None else metrics.observe
+        async with connect(url, **arguments, capture=recording, observe=observe) as session:
+            if metrics is not None:
+                metrics.watch(session.snapshot)
+            for (one, cache), how in zip(caches, chosen, strict=True):
+                if stop.asked.is_set():
+                    return UNFINISHED
+                name = request_id or cache.manifest.request_id or one.stem
+                transfer = session.open(replace(cache.manifest, request_id=name), how)
+                async with Watch(transfer, quiet=options.quiet):
+                    await transfer.send(cache)
+                summarize("send", transfer, as_json=options.as_json, path=one)
+    return 0
+
+
+def _policy(policy: Any, preset: str, calibration: Path | None, cache: Cache) -> Policy:
+    from lynxproto.policy import Policy
+
+    if policy == "lynx":
+        return Policy.lynx(preset, _calibration(calibration, cache))
+    if calibration is not None:
+        raise ConfigError(f"--calibration is for the policy lynx, not {policy}")
+    return Policy.named(policy)
+
+
+def _calibration(path: Path | None, cache: Cache) -> Calibration | None:
+    """The calibration of the cache's model, from a file; another model's is refused."""
+    from lynxproto.calibration import Calibration
+
+    if path is None:
+        return None
+    calibration, identity = Calibration.load(path), cache.manifest.identity
+    if (calibration.model, calibration.revision or identity.revision) != (identity.model, identity.revision):
+        raise CalibrationError(
+            f"{path} was measured on {calibration.model} {calibration.revision}, the cache is of {identity.model}"
+            f" {identity.revision}; run `lynxproto calibrate` on the cache's model"
+        )
+    return calibration
