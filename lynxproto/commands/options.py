@@ -89,7 +89,7 @@ def _shared(log_level: str) -> list[click.Parameter]:
             ["--log-level"], type=click.Choice(["debug", "info", "warning", "error"]), default=log_level,
             show_default=True,
         ),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print each outcome as one line of JSON on stdout."),
+        click.Option(["--json"], is_flag=True, help="Print each outcome as one line of JSON on stdout."),
         click.Option(["--quiet", "-q"], is_flag=True, help="No progress on stderr."),
     ]  # fmt: skip
 
@@ -120,7 +120,7 @@ class SessionOptions:
     metrics: str | None
     log_format: str
     log_level: str
-    as_json: bool
+    json: bool
     quiet: bool
     any_client: bool = False
     drain_timeout: float = 30.0

@@ -106,7 +106,7 @@ async def _recv(
                     path = await landing
     finally:
         over.cancel()
-    summarize("recv", transfer, as_json=options.as_json, path=path)
+    summarize("recv", transfer, as_json=options.json, path=path)
     return 0
 
 
@@ -150,5 +150,5 @@ async def _fetch(
             transfer = await session.fetch(request_key(request_id, identity))
             async with Watch(transfer, quiet=options.quiet):
                 path = await folder.land(transfer)
-    summarize("fetch", transfer, as_json=options.as_json, path=path)
+    summarize("fetch", transfer, as_json=options.json, path=path)
     return 0

@@ -91,7 +91,7 @@ async def _send(
                 transfer = session.open(replace(cache.manifest, request_id=name), how)
                 async with Watch(transfer, quiet=options.quiet):
                     await transfer.send(cache)
-                summarize("send", transfer, as_json=options.as_json, path=one)
+                summarize("send", transfer, as_json=options.json, path=one)
     return 0
 
 

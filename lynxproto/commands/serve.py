@@ -97,7 +97,7 @@ async def _serve(
         def observe(event: str, fields: Mapping[str, Any]) -> None:
             if metrics is not None:
                 metrics.observe(event, fields)
-            if options.as_json and event == "transfer_closed" and fields["direction"] == "out":
+            if options.json and event == "transfer_closed" and fields["direction"] == "out":
                 _tell("sent", fields)
 
         async with listen(
@@ -116,7 +116,7 @@ async def _serve(
 
             async def take() -> None:
                 async for transfer in receiver:
-                    task = asyncio.ensure_future(_land(folder, transfer, as_json=options.as_json))
+                    task = asyncio.ensure_future(_land(folder, transfer, as_json=options.json))
                     landing.add(task)
                     task.add_done_callback(landing.discard)
 
