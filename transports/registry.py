@@ -1,6 +1,6 @@
 """Which transport serves which URL scheme.
 
-Built in: ``tcp``, ``tcps``, ``unix``, ``memory``. Others register through the entry point group
+Built in: ``tcp``, ``tcps``, ``unix``, ``memory``, ``ucx``. Others register through the entry point group
 ``lynxproto.transports`` (name = scheme, value = the :class:`~lynxproto.transports.abc.Transport` subclass); a class is
 imported when it is first asked for.
 """
@@ -24,6 +24,7 @@ _BUILT_IN = {
     "tcps": "tls:TLSTransport",
     "unix": "tcp:UnixTransport",
     "memory": "memory:MemoryTransport",
+    "ucx": "ucx:UCXTransport",
 }
 _transports: dict[str, Transport] = {}
 

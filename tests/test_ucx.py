@@ -1,0 +1,235 @@
+"""What is particular to ucx://: peers that die or stop, memory after a close, hostile peers, the missing extra."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lynxproto.errors import ConfigError, StreamClosedError, TransportError
+from lynxproto.transports import ByteStream, open_listener, open_stream, parse_url
+
+needs_ucxx = pytest.mark.skipif(find_spec("ucxx") is None, reason="needs the extra `ucx`, which CI installs")
+
+#: Sends for ever in megabytes, or receives one byte and waits.
+PEER = """
+import asyncio, sys
+from lynxproto.transports import open_stream
+async def main():
+    stream = await open_stream(sys.argv[1], insecure=True)
+    await stream.send([memoryview(b"!")])
+    while sys.argv[2] == "send":
+        await stream.send([memoryview(bytes(1 << 20))])
+    await asyncio.sleep(1000)
+asyncio.run(main())
+"""
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(60):
+            return await coroutine
+
+    return asyncio.run(bounded())
+
+
+@pytest.fixture(params=["tcp", "sm"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("UCX_TLS", request.param)
+    return str(request.param)
+
+
+@asynccontextmanager
+async def peer(does: str) -> AsyncIterator[tuple[ByteStream, subprocess.Popen[bytes]]]:
+    """A stream to another process, which has said a byte."""
+    async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+        process = subprocess.Popen([sys.executable, "-c", PEER, listener.url, does])
+        try:
+            async with await listener.accept() as stream:
+                assert await stream.receive_into(memoryview(bytearray(1))) == 1
+                yield stream, process
+        finally:
+            process.kill()
+            process.wait()
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+def test_a_killed_peer_ends_sending_and_receiving() -> None:
+    async def main() -> None:
+        async with peer("wait") as (stream, process):
+
+            async def fill() -> None:
+                while True:
+                    await stream.send([memoryview(bytes(1 << 20))])
+
+            sending = asyncio.ensure_future(fill())
+            receiving = asyncio.ensure_future(stream.receive_into(memoryview(bytearray(10))))
+            await asyncio.sleep(0.05)  # its window is full: the peer does not read
+            assert not sending.done()
+            process.send_signal(signal.SIGKILL)
+            with pytest.raises(TransportError, match="broke"):
+                await sending
+            try:
+                assert await receiving == 0
+            except TransportError:
+                pass
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+def test_a_peer_killed_while_it_sends() -> None:
+    async def main() -> None:
+        async with peer("send") as (stream, process):
+            buffer = memoryview(bytearray(1 << 20))
+            for _ in range(5):
+                assert await stream.receive_into(buffer)
+            process.send_signal(signal.SIGKILL)
+            try:
+                while await stream.receive_into(buffer):
+                    pass
+            except TransportError:
+                pass
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+def test_closing_does_not_wait_for_a_peer_that_stopped() -> None:
+    """With a body under way in each direction; afterwards nobody writes to the receiver's memory."""
+
+    async def main() -> None:
+        async with peer("send") as (stream, process):
+            target = bytearray(1 << 20)
+            receiving = asyncio.ensure_future(stream.receive_into(memoryview(target)))
+            sending = asyncio.ensure_future(stream.send([memoryview(bytes(8 << 20))]))
+            await asyncio.sleep(0)
+            process.send_signal(signal.SIGSTOP)
+            loop = asyncio.get_running_loop()
+            while (await asyncio.wait((receiving,), timeout=0.1))[0]:  # whole bodies that came before the signal
+                receiving = asyncio.ensure_future(stream.receive_into(memoryview(target)))
+            before = loop.time()
+            await stream.aclose()
+            assert loop.time() - before < 2
+            for waiting in (receiving, sending):
+                with pytest.raises(StreamClosedError):
+                    await waiting
+            target[:] = bytes([7]) * len(target)
+            process.send_signal(signal.SIGCONT)
+            await asyncio.sleep(0.1)
+            assert target == bytes([7]) * len(target)
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+def test_a_cancelled_receive_leaves_the_memory_alone() -> None:
+    async def main() -> None:
+        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+            dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
+            server = await listener.accept()
+            await server.send([])  # a server's stream is set up on first use
+            client = await dialling
+            target = np.zeros(1 << 20, np.uint8)
+            sending = asyncio.ensure_future(client.send([memoryview(os.urandom(1 << 20))]))
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0):  # while the body is on its way, or before
+                    await server.receive_into(memoryview(target))
+            kept = target.copy()
+            await asyncio.sleep(0.05)
+            await server.aclose()
+            assert np.array_equal(target, kept)
+            await client.aclose()
+            with pytest.raises((TransportError, StreamClosedError)):
+                await sending
+
+    run(main())
+
+
+@needs_ucxx
+def test_a_peer_that_announces_impossible_sizes_is_cut_off() -> None:
+    """Before anything of such a size is allocated."""
+    from lynxproto.transports._ucxx import Worker
+
+    async def main(inline: int, body: int, end: int) -> None:
+        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+            worker = Worker()
+            control = await open_stream(f"tcp://127.0.0.1:{parse_url(listener.url).port}", insecure=True)
+            hello = struct.pack("<8sQI", b"LYNXUCX1", 4, len(worker.address)) + worker.address
+            await control.send([memoryview(hello)])
+            async with await listener.accept() as server:
+                receiving = asyncio.ensure_future(server.receive_into(memoryview(bytearray(10))))
+                reply = bytearray(struct.calcsize("<8sQI"))
+                assert await control.receive_into(memoryview(reply)) == len(reply)
+                _, tag, nbytes = struct.unpack("<8sQI", reply)
+                address = bytearray(nbytes)
+                assert await control.receive_into(memoryview(address)) == nbytes
+                endpoint = worker.connect(bytes(address))
+                head = struct.pack("<III500x", inline, body, end)
+                endpoint.send(memoryview(head), tag)
+                while not receiving.done():
+                    worker.progress()
+                    await asyncio.wait((receiving,), timeout=0.01)
+                with pytest.raises(TransportError, match="impossible sizes"):
+                    receiving.result()
+            endpoint.close()
+            worker.close()
+            await control.aclose()
+
+    for sizes in ((501, 0, 0), (0, (1 << 20) + 1, 0), (0, 0, 2)):
+        run(main(*sizes))
+
+
+@needs_ucxx
+def test_a_stranger_on_the_control_port() -> None:
+    async def main() -> None:
+        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+            port = parse_url(listener.url).port
+            async with (
+                await open_stream(f"tcp://127.0.0.1:{port}", insecure=True) as stranger,
+                await listener.accept() as server,
+            ):
+                await stranger.send([memoryview(b"GET / HTTP/1.1\r\nHost: lynx\r\n\r\n")])
+                with pytest.raises(TransportError, match="does not speak ucx://"):
+                    await server.receive_into(memoryview(bytearray(10)))
+        async with await open_listener("tcp://127.0.0.1:0", insecure=True) as listener:
+            port = parse_url(listener.url).port
+            dialling = asyncio.ensure_future(open_stream(f"ucx://127.0.0.1:{port}", insecure=True))
+            async with await listener.accept():
+                pass
+            with pytest.raises(TransportError, match=r"does it speak ucx://|broke"):
+                await dialling
+
+    run(main())
+
+
+@needs_ucxx
+def test_it_is_not_encrypted_and_says_so() -> None:
+    for call in (open_stream("ucx://127.0.0.1:1"), open_listener("ucx://127.0.0.1:0")):
+        with pytest.raises(ConfigError, match=r"insecure=True"):
+            run(call)
+
+
+def test_without_the_extra() -> None:
+    script = (
+        "import sys, asyncio; sys.modules['ucxx'] = None\n"
+        "from lynxproto.transports import open_listener\n"
+        "asyncio.run(open_listener('ucx://127.0.0.1:0', insecure=True))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "MissingDependencyError" in done.stderr
+    assert "pip install 'lynxproto[ucx]'" in done.stderr
