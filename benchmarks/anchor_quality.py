@@ -2,15 +2,17 @@
 
     python benchmarks/anchor_quality.py --calibration smollm2.json --budgets 2:2.5,2.5:3
 
-``--budgets`` are mean widths of keys and values. Anchors are simulated in floating point (lynxproto.calibration), so
-that widths can be tried on any model that transformers runs; their bytes are widths plus the parameters that the real
-codec writes for the same words. ``--policies`` measures real codecs. Results print as a table, and with ``--json`` as
-schema lynxproto.bench.quality/1.
+``--budgets`` are mean widths of keys and values. ``--weights`` gives key channels widths by what each tile shows, as
+the codec does without a calibration, with other weights to try: exponents of range^2, of size^2, and of size^2 of the
+channel's partner. Anchors are simulated in floating point (lynxproto.calibration), so that widths can be tried on any
+model that transformers runs; their bytes are widths plus the parameters that the real codec writes for the same words.
+``--policies`` measures real codecs. Results print as a table, and with ``--json`` as schema lynxproto.bench.quality/1.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from lynxproto import quality
-from lynxproto.calibration import Calibration, Widths, anchor_keys, anchor_values, from_ranges
+from lynxproto.calibration import Calibration, Widths, anchor_keys, anchor_values
 from lynxproto.chunk import ChunkSpec, Part
 from lynxproto.codecs import get_codec
 from lynxproto.demo.model import MODEL, cache_folder
@@ -30,7 +32,7 @@ from lynxproto.frames import HEADER_SIZE
 from lynxproto.integrations.hf import make_identity
 from lynxproto.integrations.loading import open_model, use_threads
 from lynxproto.manifest import LayerSpec
-from lynxproto.policy import Policy
+from lynxproto.policy import GROUP_TOKENS, Policy
 
 FINE_BITS = 8
 
@@ -48,14 +50,15 @@ def _words(floats: Any) -> NDArray[Any]:
 
 
 class Simulated:
-    """Sinks exact, the last ``recent`` tokens at 8 bits, the rest as anchors of ``widths``.
-
-    ``widths`` is a function of all words of a layer's part for the calibration-free case, else fixed.
-    """
+    """Sinks exact, the last ``recent`` tokens at 8 bits, the rest as anchors of ``widths``."""
 
     def __init__(self, widths: Widths, sinks: int = 4, recent: int = 32) -> None:
         self.widths, self.sinks, self.recent = widths, sinks, recent
         self._flat = [get_codec("hq", anchor_bits=bits, levels=1) for bits in (4, 5)]
+
+    def chosen(self, layer: int, part: Part, body: Any) -> NDArray[Any]:
+        """Widths of key channels, or of value heads; ``body``: the values that get them."""
+        return (self.widths.keys if part == "key" else self.widths.values)[layer]
 
     def __call__(self, layer: LayerSpec, part: Part, words: NDArray[Any]) -> tuple[NDArray[Any], float]:
         import torch
@@ -63,7 +66,7 @@ class Simulated:
         values = _floats(words)
         heads, tokens, dim = words.shape
         fine = tokens - self.recent
-        chosen = (self.widths.keys if part == "key" else self.widths.values)[layer.index]
+        chosen = self.chosen(layer.index, part, values[:, self.sinks : fine])
         nbytes = heads * dim * self.sinks * 2.0 + HEADER_SIZE * (self.sinks > 0)
         anchor = anchor_keys if part == "key" else anchor_values
         for span, bits in ((slice(self.sinks, fine), chosen), (slice(fine, tokens), np.full_like(chosen, FINE_BITS))):
@@ -76,6 +79,28 @@ class Simulated:
             # A bit more for all values costs the difference; what is left without any bits is parameters and headers.
             nbytes += HEADER_SIZE + four + (float(bits.mean()) - 4) * (five - four)
         return _words(values), nbytes
+
+
+class Weighed(Simulated):
+    """Without a calibration: key channels weighed by their tile's ranges and sizes; spec/codec-hq.md, section 4.2."""
+
+    def __init__(self, weights: Sequence[float], key_bits: float, value_bits: int, recent: int = 32) -> None:
+        super().__init__(Widths((), ()), recent=recent)
+        self.weights, self.key_bits, self.value_bits = weights, key_bits, value_bits
+
+    def chosen(self, layer: int, part: Part, body: Any) -> NDArray[Any]:
+        if part == "value":
+            return np.full(body.shape[0], self.value_bits, np.uint8)
+        groups = body[:, : body.shape[1] // GROUP_TOKENS * GROUP_TOKENS].unflatten(1, (-1, GROUP_TOKENS))
+        ranges = (groups.amax(2) - groups.amin(2)).mean(1)
+        sizes = groups.abs().amax(2).mean(1)
+        shown = (ranges, sizes, sizes.roll(sizes.shape[1] // 2, 1))
+        logs = (2 * weight * x.clamp(min=2**-60).log2() for weight, x in zip(self.weights, shown, strict=True))
+        import torch
+
+        importance = (16 * sum(logs)).round().to(torch.int16).numpy()
+        none = np.zeros(len(importance), np.int16)
+        return Calibration(model="", method="", keys=(importance,), values=(none,)).widths(self.key_bits, 3).keys[0]
 
 
 def int4_with_sinks(layer: LayerSpec, part: Part, words: NDArray[Any]) -> tuple[NDArray[Any], float]:
@@ -112,14 +137,16 @@ def _budget(text: str) -> tuple[float, float]:
 @click.option(
     "--calibration", "files", type=click.Path(exists=True, path_type=Path), multiple=True, help="Side file; repeatable."
 )
-@click.option("--ranges", is_flag=True, help="Also widths from the first window's ranges alone.")
+@click.option(
+    "--weights", default="", help="Without a calibration: range:size:partner, ...; the codec's: .375:.375:.375"
+)
 @click.option("--budgets", default="2:2.5,2.5:3", show_default=True, help="Mean key bits:value bits, ...")
 @click.option("--recent", default="32", show_default=True, help="Recent tokens at 8 bits: one or more counts, 16,32")
 @click.option("--policies", default="", help="Real policies to measure: bf16,int8,int4,lynx")
 @click.option("--threads", type=int)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 def main(
-    *, source: str, text: str, windows: int, context: int, scored: int, files: tuple[Path, ...], ranges: bool,
+    *, source: str, text: str, windows: int, context: int, scored: int, files: tuple[Path, ...], weights: str,
     budgets: str, recent: str, policies: str, threads: int | None, json_path: Path | None,
 ) -> None:  # fmt: skip
     """Measure."""
@@ -141,15 +168,16 @@ def main(
         for name in filter(None, policies.split(",")):
             methods[name] = quality.CodecMethod(Policy.named(name))  # type: ignore[arg-type]  # it refuses unknown names
         calibrations = {path.stem: Calibration.load(path) for path in files}
-        if ranges:
-            arrays = cut[0].cache.arrays
-            parts = [[_floats(arrays[i, p]) for i in range(len(arrays) // 2)] for p in ("key", "value")]
-            calibrations["ranges"] = from_ranges(*parts)
         for name, calibration in calibrations.items():
             for budget in budgets.split(","):
                 for count in recent.split(","):
                     label = f"{name} K{budget.replace(':', ' V')} r{count}"
                     methods[label] = Simulated(calibration.widths(*_budget(budget)), recent=int(count))
+        for text_weights in filter(None, weights.split(",")):
+            for budget in budgets.split(","):
+                key_bits, value_bits = _budget(budget)
+                triple = [float(weight) for weight in text_weights.split(":")]
+                methods[f"{text_weights} K{budget.replace(':', ' V')}"] = Weighed(triple, key_bits, int(value_bits))
         scores = quality.evaluate(opened.model, cut, methods, show)
     table = Table("method", "bits", "top-1", "KL", "paired KL to INT4", "perplexity")
     for score in scores:

@@ -31,7 +31,7 @@ __all__ = ["HQ", "PRESETS"]
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "fast": {"key_bits": 3, "value_bits": 3, "widths": "ranges", "fold": False, "scaling": True},
     "balanced": {"key_bits": 3, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
-    "dense": {"key_bits": 2.5, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
+    "dense": {"key_bits": 2.6, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
 }
 #: What presets with a calibration are content with: a predicted KL, in nats. It decides how many bits a model needs.
 _CALIBRATED: Final = {"fast": 0.0034, "balanced": 0.0034, "dense": 0.0075}
@@ -45,6 +45,7 @@ _MAX_BYTES: Final = 1 << 31  # of a tile: sizes in payloads have 32 bits
 _SECTIONS: Final = ("parameters", "codes", "ranks", "anchor planes")
 #: What a key channel gains with its bit 0, 1, ..., in units of 1/64 octave of KL: spec/codec-hq.md, "Widths by range".
 _GAINS: Final = np.array([-315, -392, -475, -614, -756, -891, -1022])
+_MIDDLE: Final = 22000  # of weights, 9216 .. 36576
 _MAX_TABLE: Final = 1 << 22  # entries of a table of widths
 
 
@@ -433,11 +434,11 @@ class HQ(Codec):
         names = self._side_tables(spec)
         tables = {}
         if names:
-            spreads, biases = _spreads(spec, words)
+            ranges, sizes, biases = _spreads(spec, words)
             if "widths" in names:
-                tables["widths"] = _widths_by_range(spreads, self._key_bits)
+                tables["widths"] = _widths_by_range(_weights(ranges, sizes), self._key_bits)
             if "exponents" in names:
-                tables["exponents"] = _exponents(spreads)
+                tables["exponents"] = _exponents(sizes)
             if "biases" in names:
                 tables["biases"] = (biases + 8).astype(np.uint8)
         return self._build(spec, tables)
@@ -612,38 +613,44 @@ def _nibbles(values: NDArray[np.uint8]) -> bytes:
     return (padded[::2] | padded[1::2] << 4).tobytes()
 
 
-def _spreads(spec: ChunkSpec, words: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """How large the tile's channels are, 128 an octave, and their biases; both ``[heads, head_dim]``."""
-    spreads = np.empty((spec.heads, spec.head_dim), np.uint16)
-    biases = np.empty(spreads.shape, np.int8)
-    tile = _tile(_PARTS[spec.part], _DTYPES[spec.dtype], spec.shape, False, b"", bytes(spreads.size))
+def _spreads(spec: ChunkSpec, words: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8]]:
+    """Ranges and sizes of the tile's channels, 128 an octave, and their biases; all ``[heads, head_dim]``."""
+    ranges, sizes = np.empty((2, spec.heads, spec.head_dim), np.uint16)
+    biases = np.empty(sizes.shape, np.int8)
+    tile = _tile(_PARTS[spec.part], _DTYPES[spec.dtype], spec.shape, False, b"", bytes(sizes.size))
     source, memory = address(words, "const uint16_t *"), scratch()
     code = lib.lynx_hq_spreads(
         tile.c,
         source,
         *_strides(words),
-        address(spreads, "uint16_t *"),
+        address(ranges, "uint16_t *"),
+        address(sizes, "uint16_t *"),
         address(biases, "int8_t *"),
         address(memory),
     )
     if code != lib.LYNX_OK:
         raise CodecError(f"hq: {error_text(code)}")
-    return spreads.astype(np.int64), biases
+    return ranges.astype(np.int64), sizes.astype(np.int64), biases
 
 
-def _widths_by_range(spreads: NDArray[np.int64], mean: float) -> NDArray[np.uint8]:
+def _weights(ranges: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How much the error of a key channel is expected to matter, 64 an octave of KL; ``[heads, head_dim]``."""
+    return 3 * (ranges + sizes + np.roll(sizes, sizes.shape[1] // 2, 1)) >> 3
+
+
+def _widths_by_range(weights: NDArray[np.int64], mean: float) -> NDArray[np.uint8]:
     """Widths 0..7 of mean at most ``mean``: each next bit goes to the channel of the tile that gains most."""
-    gains = (spreads.reshape(-1, 1) + _GAINS).ravel()  # 7170 .. 32453: of 16-bit integers NumPy's sort is linear
+    gains = (weights.reshape(-1, 1) + _GAINS - _MIDDLE).ravel()  # of 16-bit integers NumPy's sort is linear
     chosen = np.zeros(gains.size, bool)
-    chosen[np.argsort((-gains).astype(np.int16), kind="stable")[: int(mean * spreads.size)]] = True
-    widths: NDArray[np.uint8] = chosen.reshape(*spreads.shape, -1).sum(2).astype(np.uint8)
+    chosen[np.argsort((-gains).astype(np.int16), kind="stable")[: int(mean * weights.size)]] = True
+    widths: NDArray[np.uint8] = chosen.reshape(*weights.shape, -1).sum(2).astype(np.uint8)
     return widths
 
 
-def _exponents(spreads: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Exponents that even the spreads of a head's channels out, -8..7, plus 8."""
-    mean = spreads.sum(1, keepdims=True) // spreads.shape[1]
-    shifted: NDArray[np.uint8] = (np.clip((spreads - mean + 64) // 128, -8, 7) + 8).astype(np.uint8)
+def _exponents(sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Exponents that even the sizes of a head's channels out, -8..7, plus 8."""
+    mean = sizes.sum(1, keepdims=True) // sizes.shape[1]
+    shifted: NDArray[np.uint8] = (np.clip((sizes - mean + 64) // 128, -8, 7) + 8).astype(np.uint8)
     return shifted
 
 

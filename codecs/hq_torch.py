@@ -239,9 +239,9 @@ class TorchHQ(HQ):
         chosen = {}
         names = self._side_tables(grid.spec)
         if "widths" in names:
-            chosen["widths"] = _widths_by_range(_spreads(grid, block), self._key_bits)
+            chosen["widths"] = _widths_by_range(*_spreads(grid, block), self._key_bits)
         if "exponents" in names:
-            chosen["exponents"] = _exponents(_spreads(grid, block)) + 8
+            chosen["exponents"] = _exponents(_spreads(grid, block)[-1]) + 8
         if "biases" in names:
             chosen["biases"] = _biases(grid, block) + 8
         return self._tables(grid, chosen), [_nibbles(chosen[name]) for name in names]
@@ -551,36 +551,39 @@ class _Tables(NamedTuple):
     biases: Tensor | None
 
 
-def _spreads(grid: _Grid, block: Tensor) -> Tensor:
-    """Section 4.1, ``[heads, head_dim]``."""
+def _spreads(grid: _Grid, block: Tensor) -> tuple[Tensor, ...]:
+    """Section 4.1: of keys ranges and sizes, of values sizes; ``[heads, head_dim]``."""
     heads, tokens, dim = grid.spec.shape
     form = grid.format
     magnitude = block & 0x7FFF
-    if grid.spec.part == "key":
-        low, high = _extremes(block, grid.valid, 1)
-        size = _ceil_word8(*_span(form, low, high))
-    else:
-        size = magnitude.amax(1)  # scaling is for bfloat16, whose words these are
     good = ~(magnitude >= form.special).any(1)
-    size = size.clamp(min=_LEAST_SPREAD).masked_fill(~good, 0)
     down = -(-tokens // grid.rows)
-    total = size.reshape(heads, down, -1).sum(1)[:, :dim]
     count = good.reshape(heads, down, -1).sum(1)[:, :dim]
-    return torch.where(count == 0, _LEAST_SPREAD, total // count.clamp(min=1))
+
+    def mean(words: Tensor) -> Tensor:
+        counted = words.clamp(min=_LEAST_SPREAD).masked_fill(~good, 0)
+        total = counted.reshape(heads, down, -1).sum(1)[:, :dim]
+        return torch.where(count == 0, _LEAST_SPREAD, total // count.clamp(min=1))
+
+    sizes = mean(_ceil_word8(*_integers(form, magnitude.amax(1))))
+    if grid.spec.part == "value":
+        return (sizes,)
+    return mean(_ceil_word8(*_span(form, *_extremes(block, grid.valid, 1)))), sizes
 
 
-def _widths_by_range(spreads: Tensor, mean: float) -> Tensor:
+def _widths_by_range(ranges: Tensor, sizes: Tensor, mean: float) -> Tensor:
     """Section 4.2, ``[heads, head_dim]``. A channel's gains fall, so the largest of all are a prefix of each's."""
-    gains = spreads.reshape(-1, 1) + torch.tensor(_GAINS, device=spreads.device)
+    weights = 3 * (ranges + sizes + sizes.roll(sizes.shape[1] // 2, 1)) >> 3
+    gains = weights.reshape(-1, 1) + torch.tensor(_GAINS, device=weights.device)
     chosen = torch.zeros_like(gains.reshape(-1))
-    chosen[torch.sort(-gains.reshape(-1), stable=True).indices[: int(mean * spreads.numel())]] = 1
-    return chosen.reshape(*spreads.shape, -1).sum(2).to(torch.int32)
+    chosen[torch.sort(-gains.reshape(-1), stable=True).indices[: int(mean * weights.numel())]] = 1
+    return chosen.reshape(*weights.shape, -1).sum(2).to(torch.int32)
 
 
-def _exponents(spreads: Tensor) -> Tensor:
+def _exponents(sizes: Tensor) -> Tensor:
     """Section 4.3, ``[heads, head_dim]``."""
-    mean = spreads.sum(1, keepdim=True) // spreads.shape[1]
-    return ((spreads - mean + 64) >> 7).clamp(-8, 7).to(torch.int32)
+    mean = sizes.sum(1, keepdim=True) // sizes.shape[1]
+    return ((sizes - mean + 64) >> 7).clamp(-8, 7).to(torch.int32)
 
 
 def _biases(grid: _Grid, block: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from lynxproto.errors import CalibrationError, ConfigError
 
-__all__ = ["Calibration", "Widths", "anchor_keys", "anchor_values", "calibrate", "from_ranges"]
+__all__ = ["Calibration", "Widths", "anchor_keys", "anchor_values", "calibrate"]
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -292,26 +292,6 @@ def _key_groups(keys: Any, group: int) -> Any:
     missing = -keys.shape[1] % group
     padded = torch.cat([keys, keys[:, -1:].expand(-1, missing, -1)], 1) if missing else keys
     return padded.unflatten(1, (-1, group))
-
-
-def from_ranges(keys: Sequence[Any], values: Sequence[Any], *, model: str = "", revision: str = "") -> Calibration:
-    """The calibration-free default: importances from the ranges of one cache alone.
-
-    ``keys`` and ``values`` are torch tensors ``[kv_heads, tokens, head_dim]``, one a layer, in any float type. Channels
-    are weighed by E[range^2], all layers and all value heads alike.
-    """
-    key_parts, value_parts = [], []
-    for k, v in zip(keys, values, strict=True):
-        squares = _square_range(_key_groups(k.float(), _GROUP), 2).mean(1)
-        key_parts.append((squares / squares.sum()).double().cpu().numpy())
-        value_parts.append(np.ones(v.shape[0]))
-    return Calibration(
-        model=model,
-        revision=revision,
-        method="ranges of one cache",
-        keys=tuple(map(_units, key_parts)),
-        values=tuple(map(_units, value_parts)),
-    )
 
 
 # Anchors in floating point: what calibration perturbs the model with, on any device. The codec's integers differ from

@@ -153,35 +153,42 @@ def rescaled(words: NDArray[np.uint16], exponents: NDArray[np.int8]) -> NDArray[
     return (np.where(inside, moved, magnitude) | (words & 0x8000)).astype(np.uint16)
 
 
-def spreads(part: str, dtype: str, words: NDArray[np.uint16]) -> NDArray[np.int64]:
-    """Mean bfloat16 word of each channel's range (keys) or largest magnitude (values), over blocks."""
+def spreads(dtype: str, words: NDArray[np.uint16]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Mean bfloat16 words of each channel's range and largest magnitude, over blocks."""
     heads, tokens, dim = words.shape
-    out = np.zeros((heads, dim), np.int64)
+    out = np.zeros((2, heads, dim), np.int64)
     for h, c in np.ndindex(heads, dim):
-        found = []
+        found: tuple[list[int], list[int]] = [], []
         for t in range(0, tokens, BLOCK):
             block = words[h, t : t + BLOCK, c]
             if ((block & 0x7FFF) >= FORMATS[dtype].special).any():
                 continue
             x = numbers(dtype, block).astype(np.float32)
-            size = np.float32(x.max()) - np.float32(x.min()) if part == "key" else np.abs(x).max()
-            word = (int(np.float32(size).view(np.uint32)) + 0xFFFF) >> 16
-            found.append(max(word, 0x2000))
-        out[h, c] = sum(found) // len(found) if found else 0x2000
-    return out
+            for kind, spread in zip(found, (np.float32(x.max()) - np.float32(x.min()), np.abs(x).max()), strict=True):
+                word = (int(np.float32(spread).view(np.uint32)) + 0xFFFF) >> 16
+                kind.append(max(word, 0x2000))
+        out[:, h, c] = [sum(kind) // len(kind) if kind else 0x2000 for kind in found]
+    return out[0], out[1]
 
 
 GAINS = (-315, -392, -475, -614, -756, -891, -1022)
 
 
-def widths_by_range(spread: NDArray[np.int64], mean: float) -> NDArray[np.uint8]:
+def weights(ranges: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Three eighths of a channel's range, its size and that of its partner in position encoding."""
+    dim = sizes.shape[1]
+    partners = [(c - dim // 2) % dim for c in range(dim)]
+    return (ranges + sizes + sizes[:, partners]) * 3 // 8
+
+
+def widths_by_range(weight: NDArray[np.int64], mean: float) -> NDArray[np.uint8]:
     """Each next bit to the channel that gains most, the first of those that gain the same."""
-    widths = np.zeros(spread.size, np.uint8)
-    flat = spread.ravel()
-    for _ in range(min(int(mean * spread.size), 7 * spread.size)):
+    widths = np.zeros(weight.size, np.uint8)
+    flat = weight.ravel()
+    for _ in range(min(int(mean * weight.size), 7 * weight.size)):
         gains = [int(flat[i]) + GAINS[b] if b < 7 else -(10**9) for i, b in enumerate(widths)]
         widths[int(np.argmax(gains))] += 1
-    return widths.reshape(spread.shape)
+    return widths.reshape(weight.shape)
 
 
 def biases_of(words: NDArray[np.uint16]) -> NDArray[np.int8]:
@@ -191,8 +198,8 @@ def biases_of(words: NDArray[np.uint16]) -> NDArray[np.int8]:
     return np.clip(np.floor(15 * excess / tokens + 0.5), -8, 7).astype(np.int8)
 
 
-def exponents_of(spread: NDArray[np.int64]) -> NDArray[np.int8]:
-    rows = [[min(max((int(x) - int(row.sum()) // row.size + 64) // 128, -8), 7) for x in row] for row in spread]
+def exponents_of(sizes: NDArray[np.int64]) -> NDArray[np.int8]:
+    rows = [[min(max((int(x) - int(row.sum()) // row.size + 64) // 128, -8), 7) for x in row] for row in sizes]
     return np.array(rows, np.int8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from numpy.typing import NDArray
 
 from lynxproto import calibration
 from lynxproto.calibration import KEY_ERROR, VALUE_ERROR, Calibration, Widths
+from lynxproto.chunk import ChunkSpec
 from lynxproto.cli import main
 from lynxproto.codecs import get_codec
 from lynxproto.errors import CalibrationError, ConfigError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from lynxproto.integrations.hf import HFEngine, WordCache  # noqa: E402 - it needs torch and transformers
 
 
 @st.composite
@@ -272,15 +276,42 @@ def test_measuring_is_reproducible_and_reports_progress(
     assert seen[-1][0] == seen[-1][1]
 
 
-def test_sliding_windows_can_be_measured() -> None:
+SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+KINDS = {
+    "sliding": ("Mistral", {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 48}),
+    "head_dim 256, one head, local and global": (
+        "Gemma3",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "head_dim 128, normalised keys": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 128}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_attention(kind: str) -> None:
+    name, sizes = KINDS[kind]
     torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, sliding_window=48,
-    )  # fmt: skip
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**SMALL, **sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     tokens = np.random.default_rng(0).integers(0, 50, 180)
-    result = calibration.calibrate(transformers.MistralForCausalLM(config).eval(), [tokens], name="w", scored=16)
-    assert result.shapes == ((1, 16),) * 2
+    measured = calibration.calibrate(model, [tokens], name="w", scored=16)
+    heads, dim = sizes["num_key_value_heads"], sizes["head_dim"]
+    assert measured.shapes == ((heads, dim),) * 3
+    cache = WordCache(config, 180)
+    HFEngine(model, cache).prefill(tokens.tolist())
+    for preset, by in itertools.product(("fast", "balanced", "dense"), (None, measured)):
+        codec = get_codec("hq", preset=preset, calibration=by)
+        for layer, part in itertools.product(range(3), ("key", "value")):
+            words = cache.words(layer, part)
+            spec = ChunkSpec(part, "bfloat16", heads, len(tokens), dim, layer=layer)
+            out = np.empty_like(words)
+            codec.decode(spec, codec.encode(spec, words), out)
+            np.testing.assert_array_equal(out, words)
 
 
 def test_windows_that_are_too_short_are_refused(model: Any) -> None:
@@ -288,16 +319,6 @@ def test_windows_that_are_too_short_are_refused(model: Any) -> None:
         calibration.calibrate(model, [np.zeros(100, np.int64)], name="tiny")
     with pytest.raises(ConfigError, match="at least"):
         calibration.calibrate(model, [], name="tiny")
-
-
-def test_ranges_alone_give_widths() -> None:
-    torch.manual_seed(0)
-    keys = torch.randn(2, 130, 16)
-    keys[:, :, 3] *= 30
-    c = calibration.from_ranges([keys, keys], [keys, keys], model="m")
-    widths = c.widths(2, 3)
-    assert all(w[:, 3].min() > np.delete(w, 3, 1).max() for w in widths.keys)
-    assert {int(w) for layer in widths.values for w in layer} == {3}
 
 
 class _Characters:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from reference_hq import Sections, Tile, biases_of, exponents_of, nibbles, payloads, spreads, widths_by_range
+from reference_hq import Sections, Tile, biases_of, exponents_of, nibbles, payloads, spreads, weights, widths_by_range
 
 from lynxproto import ChunkSpec, get_codec
 from lynxproto.codecs._library import (
@@ -125,12 +125,12 @@ def reference_of(config: dict[str, Any], part: str, dtype: str, words: Words) ->
     heads, _, dim = words.shape
     exponents, biases, side = None, None, b""
     if part == "key" and config.get("widths") == "ranges":
-        widths = widths_by_range(spreads(part, dtype, words), config["key_bits"])
+        widths = widths_by_range(weights(*spreads(dtype, words)), config["key_bits"])
         side = nibbles(widths)
     else:
         widths = np.full((heads, dim), config[f"{part}_bits"], np.uint8)
     if part == "value" and config.get("scaling") and dtype == "bfloat16":
-        exponents = exponents_of(spreads(part, dtype, words))
+        exponents = exponents_of(spreads(dtype, words)[1])
         side = nibbles(exponents + 8)
     if part == "value" and config.get("fold"):
         biases = biases_of(words)
@@ -510,15 +510,14 @@ def test_bad_tables_are_refused(table: dict[str, Any]) -> None:
         get_codec("hq", widths=table)
 
 
-def test_widths_by_range_follow_the_ranges() -> None:
+def test_widths_by_range_follow_the_weights() -> None:
     words = make("channels", "bfloat16", (2, 200, 64), 5)
     codec = get_codec("hq", key_bits=2.5, value_bits=3, widths="ranges")
     spec = specification("key", "bfloat16", words.shape)
     packed = np.frombuffer(codec.encode(spec, words)[0], np.uint8)[8 : 8 + 64]
     widths = np.stack([packed & 15, packed >> 4], 1).ravel()
     assert widths.sum() == int(2.5 * 128)
-    spread = spreads("key", "bfloat16", words).ravel()
-    order = np.argsort(spread)
+    order = np.argsort(weights(*spreads("bfloat16", words)).ravel())
     assert (np.diff(widths[order].astype(int)) >= 0).all()
     hostile = bytearray(codec.encode(spec, words)[0])
     hostile[8] = 0x99

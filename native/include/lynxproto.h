@@ -93,11 +93,11 @@ int lynx_hq_measure_range(const lynx_hq_tile *tile, uint64_t first, uint64_t las
 /* Whether the rest section of the tile folds: it has a fold table then. */
 int lynx_hq_folds_rest(const lynx_hq_tile *tile);
 
-/* What an encoder has to know of the channels, [heads][head_dim]: how large they are, as bfloat16 words (the mean over
- * blocks of a key's range or a value's largest magnitude), and how far they lie from zero; spec/codec-hq.md, "Spreads" and
+/* What an encoder has to know of the channels, [heads][head_dim]: their ranges and sizes as bfloat16 words (means over
+ * blocks of the range and of the largest magnitude), and how far they lie from zero; spec/codec-hq.md, "Spreads" and
  * "Folding". `tile->widths` only has to be valid. */
 int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
-                    uint16_t *spreads, int8_t *biases, void *scratch);
+                    uint16_t *ranges, uint16_t *sizes, int8_t *biases, void *scratch);
 
 /* Encode blocks [first, last). Planes and headers point to the first block of the range. Any of `anchor`,
  * `param_headers` (with `params`), `rest`, `rank_table` (with `rank`) may be null: that section is not made. Each section

@@ -479,10 +479,8 @@ static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block 
 
 #define LEAST_SPREAD 0x2000 /* 2^-63 */
 
-static uint32_t spread_word(int dtype, int part, int16_t low, int16_t high) {
-    const float least = word_value(dtype, from_ordered(low)), largest = word_value(dtype, from_ordered(high));
-    const float far = -least > largest ? -least : largest;
-    const uint32_t word = (float_bits(part == LYNX_KEY ? largest - least : far) + 0xffffu) >> 16;
+static uint32_t spread_word(float spread) {
+    const uint32_t word = (float_bits(spread) + 0xffffu) >> 16;
     return word < LEAST_SPREAD || word >= 0x8000 ? LEAST_SPREAD : word; /* 0x8000: nothing but -0 */
 }
 
@@ -518,7 +516,7 @@ static const uint16_t *block_rows(const lynx_kernels *kernels, const lynx_block 
 }
 
 int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
-                    uint16_t *spreads, int8_t *biases, void *scratch) {
+                    uint16_t *ranges, uint16_t *sizes, int8_t *biases, void *scratch) {
     if (tile_is_bad(tile) || tile->exponents != NULL) {
         return LYNX_ERR_ARGUMENT;
     }
@@ -528,7 +526,7 @@ int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t h
     const int16_t limit = LYNX_DTYPES[tile->dtype].special;
     for (uint32_t head = 0; head < tile->heads; head++) {
         for (uint32_t channel = 0; channel < tile->head_dim; channel += ROW) {
-            uint64_t sum[ROW] = {0}, count[ROW] = {0};
+            uint64_t range[ROW] = {0}, size[ROW] = {0}, count[ROW] = {0};
             uint32_t negative[ROW] = {0};
             lynx_block block = {.head = head, .channel = channel};
             for (; block.token < tile->tokens; block.token += ROW) {
@@ -547,15 +545,18 @@ int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t h
                 for (int c = 0; c < block.channels; c++) {
                     negative[c] += signs[c];
                     if (s->high[c] < limit && s->low[c] >= -limit) {
-                        sum[c] += spread_word(tile->dtype, tile->part, s->low[c], s->high[c]);
+                        const float low = word_value(tile->dtype, from_ordered(s->low[c]));
+                        const float high = word_value(tile->dtype, from_ordered(s->high[c]));
+                        range[c] += spread_word(high - low);
+                        size[c] += spread_word(-low > high ? -low : high);
                         count[c]++;
                     }
                 }
             }
             for (int c = 0; c < block.channels; c++) {
-                const uint64_t mean = count[c] == 0 ? LEAST_SPREAD : sum[c] / count[c];
                 const uint64_t at = (uint64_t)head * tile->head_dim + channel + (uint64_t)c;
-                spreads[at] = (uint16_t)mean;
+                ranges[at] = (uint16_t)(count[c] == 0 ? LEAST_SPREAD : range[c] / count[c]);
+                sizes[at] = (uint16_t)(count[c] == 0 ? LEAST_SPREAD : size[c] / count[c]);
                 biases[at] = bias_of(tile->tokens, negative[c]);
             }
         }
