@@ -120,22 +120,54 @@ class Outgoing:
         #: (layer, its tiles, their digests as far as they are known) until the layer is ended
         self._digests: dict[int, tuple[tuple[Tile, ...], dict[Tile, bytes]]] = {}
         self._wants: Sequence[Want] | None = None
+        self._planning = 0
         self._counted: list[int] = []
         self._finishing = False
 
     # --- called by the user, on the I/O thread
 
-    def write(self, index: int, words: dict[Part, NDArray[Any]]) -> None:
+    def write(self, index: int, words: dict[Part, NDArray[Any]], importance: Any = None) -> None:
         """Take the words of layer ``index`` (see :func:`borrow`) and let them be asked for."""
         self._check()
         layer = self.manifest.layer(index)
         if layer.index in self._written:
             raise LocalError(f"layer {layer.index} of transfer {self.id:032x} was written before")
-        tiles = self._policy.tiles(self.manifest.dtype, layer)
-        self._peer.connection.plan(self.id, layer.index, tiles, time.monotonic())
+        attention = self._policy.attention(layer, importance)
+        dtype, policy = self.manifest.dtype, self._policy
+        tiles = None
+        if policy.tiers is None:
+            tiles = policy.tiles(dtype, layer)
+            self._peer.connection.plan(self.id, layer.index, tiles, time.monotonic())
         self._written.add(layer.index)
         for part, array in words.items():
             self._words[layer.index, part] = array
+        if tiles is not None:
+            self._planned(layer, tiles)
+            return
+        self._planning += 1  # it takes some milliseconds
+        self._peer.work(
+            self,
+            (0, layer.index),
+            lambda: policy.tiles(dtype, layer, policy.score(dtype, layer, words, attention)),
+            lambda future: self._tiered(layer, future),
+        )
+
+    def _tiered(self, layer: LayerSpec, future: Future[tuple[Tile, ...]]) -> None:
+        error = future.exception()
+        if error is not None:
+            self._break(error)
+            return
+        self._planning -= 1
+        try:
+            self._peer.connection.plan(self.id, layer.index, future.result(), time.monotonic())
+        except LocalError as refused:  # beyond the peer's limits
+            self._break(refused)
+            return
+        self._planned(layer, future.result())
+        self._try_finish()
+
+    def _planned(self, layer: LayerSpec, tiles: tuple[Tile, ...]) -> None:
+        """Count the tiles of a layer whose plan is out, and tell or compute their digests."""
         for tile in tiles:
             self.stats.plan(self._codecs[tile.codec].levels)
         if self.manifest.lossy:
@@ -305,7 +337,7 @@ class Outgoing:
             self._try_finish()
 
     def _try_finish(self) -> None:
-        if self._finishing and not self._digests:
+        if self._finishing and not self._planning and not self._digests:
             self._peer.connection.finish(self.id, time.monotonic())
             self._peer.pump()
 

@@ -586,6 +586,7 @@ class Peer:
         if self.over:
             raise self.error or StreamClosedError("the session was closed by this side")
         policy = policy or self._options.policy
+        policy.require(manifest.identity)
         manifest = replace(manifest, codecs=policy.codecs, lossy=policy.lossy)
         transfer = self.connection.open(manifest, time.monotonic(), deadline=deadline, fetch=fetch)
         outgoing = self.outgoing[transfer] = Outgoing(self, transfer, manifest, policy)

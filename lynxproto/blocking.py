@@ -92,9 +92,12 @@ class _Transfer(Generic[SideT]):
 class OutgoingTransfer(_Transfer[Outgoing]):
     """See :class:`lynxproto.session.OutgoingTransfer`."""
 
-    def write(self, layer: int, *arrays: Any, copy: bool = False) -> None:
-        """Send one layer; the arrays are borrowed until :attr:`released`, unless ``copy``."""
-        self._io.call(self._side.write, layer, borrow(self._side.manifest, layer, arrays, copy=copy))
+    def write(self, layer: int, *arrays: Any, importance: Any = None, copy: bool = False) -> None:
+        """Send one layer; the arrays are borrowed until :attr:`released`, unless ``copy``.
+
+        ``importance``: how much each token was attended to, for a policy that ranks tokens by it.
+        """
+        self._io.call(self._side.write, layer, borrow(self._side.manifest, layer, arrays, copy=copy), importance)
 
     def result(self, first_token: int, logit_gap: float | None = None) -> None:
         """Tell the receiver the first token."""

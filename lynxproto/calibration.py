@@ -16,7 +16,6 @@ docs/codec.md, "Calibration", has the measurements behind these choices.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -515,28 +514,17 @@ def _numpy(tensor: Any) -> NDArray[np.float64]:
 
 @contextmanager
 def _queries(model: Any) -> Iterator[dict[int, NDArray[np.float64]]]:
-    """Record E[q^2] after position encoding, summed over the queries that share a KV head: ``[kv_heads, key_dim]``.
-
-    Works through transformers' table of attention functions, which all models with caches of this kind consult.
-    """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    """Record E[q^2] after position encoding, summed over the queries that share a KV head: ``[kv_heads, key_dim]``."""
+    from lynxproto.integrations.attention import watch_attention
 
     recorded: dict[int, NDArray[np.float64]] = {}
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    registered = ALL_ATTENTION_FUNCTIONS.get(implementation)
 
-    def record(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        squares = query[0].float().square().mean(1)
-        recorded[module.layer_idx] = _numpy(squares.unflatten(0, (key.shape[1], -1)).sum(1))
-        # "eager" is in no table: each model's module has its own.
-        attend = registered or sys.modules[type(module).__module__].eager_attention_forward
-        return attend(module, query, key, value, *args, **kwargs)
+    def record(layer: int, query: Any, key: Any, mask: Any, options: dict[str, Any]) -> None:
+        squares = query.float().square().mean(1)
+        recorded[layer] = _numpy(squares.unflatten(0, (key.shape[0], -1)).sum(1))
 
-    ALL_ATTENTION_FUNCTIONS[implementation] = record
-    try:
+    with watch_attention(model, record):
         yield recorded
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 def _finite_differences(

@@ -12,6 +12,7 @@ from enum import IntEnum
 __all__ = [
     "AuthenticationError",
     "BenchmarkError",
+    "BudgetError",
     "CacheFileError",
     "CalibrationError",
     "CaptureError",
@@ -31,6 +32,7 @@ __all__ = [
     "NotFoundError",
     "PayloadError",
     "PeerError",
+    "PolicyError",
     "ProtocolError",
     "RejectedError",
     "RemoteError",
@@ -100,6 +102,14 @@ class CacheFileError(LocalError):
 
 class CaptureError(LocalError):
     """A file that is no capture of frames, or a capture that cannot be written."""
+
+
+class BudgetError(LocalError, ValueError):
+    """A budget of bytes that cannot hold what it is for."""
+
+
+class PolicyError(LocalError, ValueError):
+    """A policy file that is broken, or that was made for another model or revision."""
 
 
 class CalibrationError(LocalError, ValueError):

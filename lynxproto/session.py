@@ -375,18 +375,19 @@ class OutgoingTransfer(_Transfer):
         super().__init__(io, side)
         self._side = side
 
-    async def write(self, layer: int, *arrays: Any, copy: bool = False) -> None:
+    async def write(self, layer: int, *arrays: Any, importance: Any = None, copy: bool = False) -> None:
         """Send one layer: its keys and its values (in general: one array for each part in the manifest's order).
 
         Arrays have shape ``[kv_heads, tokens, head_dim]`` and hold words, or values of the manifest's dtype (NumPy,
         ml_dtypes, torch on the CPU). They are borrowed, not copied: leave them alone until :attr:`released` fires, or
-        pass ``copy=True``. Returns at once; layers may come in any order, while prefill still runs.
+        pass ``copy=True``. Returns at once; layers may come in any order, while prefill still runs. ``importance``: how
+        much each token was attended to, ``[kv_heads, tokens]`` or ``[tokens]``, for a policy that ranks tokens by it.
 
         Raises :class:`~lynxproto.errors.SpecError` for arrays that do not match the manifest, and the transfer's own
         error if it is over (:class:`~lynxproto.errors.RejectedError`...).
         """
         words = borrow(self._side.manifest, layer, arrays, copy=copy)
-        self._io.call(self._side.write, layer, words)
+        self._io.call(self._side.write, layer, words, importance)
 
     def result(self, first_token: int, logit_gap: float | None = None) -> None:
         """Tell the receiver the first token (and the gap between its two largest logits): prefill knows it already."""
