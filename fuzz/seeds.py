@@ -1,0 +1,77 @@
+"""First inputs of the fuzz targets, from the vectors of the specification and from a recorded session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+from lynxproto import capture
+from lynxproto.frames import HEADER_SIZE, FrameType, Header
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from links import World, cache
+
+_SCRIPTS = 200
+
+
+def write_seeds(folder: Path) -> None:
+    """Make ``folder``/TARGET for each target that can use more than nothing to begin with."""
+    frames = _genuine_frames()
+    inputs = {
+        "frames": [_as_body(frame) for frame in frames if frame[6] != FrameType.DATA]
+        + [b"\0" + frame for frame in frames],
+        "capture": _captures(frames),
+        "connection": _scripts(1),
+        "codecs": _scripts(2),
+        "hq": _scripts(3),
+        "bitplane": _scripts(4),
+    }
+    for target, seeds in inputs.items():
+        (folder / target).mkdir(parents=True, exist_ok=True)
+        for i, seed in enumerate(seeds):
+            (folder / target / f"{i:04}").write_bytes(seed)
+
+
+def _genuine_frames() -> list[bytes]:
+    """What two honest sides say in a whole transfer."""
+    world = World()
+    pipe = world.pipes[0]
+    said: list[bytes] = []
+    deliver = pipe.deliver
+
+    def record(side: int, frame: bytes) -> None:
+        said.append(frame)
+        deliver(side, frame)
+
+    pipe.deliver = record  # type: ignore[method-assign]  # a recorder of this one pipe
+    world.client.send(cache(layers=1, heads=1, tokens=8, dim=2), world.now, step=4)
+    world.settle()
+    world.client.connection.close(world.now)
+    world.settle()
+    return said
+
+
+def _as_body(frame: bytes) -> bytes:
+    header = Header.unpack(frame[:HEADER_SIZE])
+    return bytes([header.type & 0xFF]) + frame[HEADER_SIZE:]
+
+
+def _captures(frames: list[bytes]) -> list[bytes]:
+    """A capture file, and a raw stream."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "seed.lynx"
+        with capture.CaptureWriter(path) as writer:
+            stripe = writer.opened("seed")
+            for i, frame in enumerate(frames[:40]):
+                writer.data(stripe, list(capture.Direction)[i % 2], [frame])
+            writer.closed(stripe)
+        return [path.read_bytes(), b"".join(frames[:20]), *frames[:20]]
+
+
+def _scripts(seed: int) -> list[bytes]:
+    """Decisions drawn at random: most are allowed, and coverage keeps those that lead further."""
+    random = Random(seed)
+    return [random.randbytes(random.randrange(8, 400)) for _ in range(_SCRIPTS)]
