@@ -26,7 +26,8 @@ def write_seeds(folder: Path) -> None:
         "capture": _captures(frames),
         "connection": _scripts(1),
         "codecs": _scripts(2),
-        "hq": _scripts(3),
+        "hq_decode": _scripts(3),
+        "hq_encode": _scripts(5),
         "bitplane": _scripts(4),
     }
     for target, seeds in inputs.items():
