@@ -100,7 +100,7 @@ class _Endpoint:
 
     def check_url(self) -> None:
         """Raise :class:`~lynxproto.errors.ConfigError` for a URL that is none, or plaintext that nobody asked for."""
-        check_plaintext(self.url, insecure=self.options.insecure, secret=bool(self.config.accepted_secrets))
+        check_plaintext(self.url, insecure=self.options.insecure)
 
     def thread(self) -> IOThread:
         """The I/O thread. Raises :class:`~lynxproto.errors.StreamClosedError` outside ``with``."""
@@ -612,7 +612,7 @@ def connect(
     ``config.session_timeout`` seconds; only what is missing is sent again.
 
     ``tls`` (for ``tcps://``): see :func:`lynxproto.transports.client_context`. ``insecure`` allows
-    plaintext (``tcp://``), which else is for loopback addresses with a shared secret only. ``link`` lies between
+    plaintext (``tcp://``) beyond loopback addresses. ``link`` lies between
     this side and its streams: a :class:`~lynxproto.transports.TokenBucket` slows its sending down to a given speed.
     ``stripes``: parallel byte streams. ``threads``: codec threads (default: all CPUs). The others are as in
     :func:`listen`.

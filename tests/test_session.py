@@ -1040,15 +1040,12 @@ def test_plaintext_must_be_asked_for(tmp_path: Path) -> None:
     secret = Config(secret=b"0123456789abcdef")
 
     async def main() -> None:
-        async with lynxproto.listen("tcp://127.0.0.1:0", secret) as receiver:  # on loopback a secret is enough
-            async with lynxproto.connect(receiver.url, secret):
-                pass
-            with pytest.raises(ConfigError, match="insecure=True"):
-                await lynxproto.connect(receiver.url).__aenter__()
-        for url, config in (("tcp://127.0.0.1:0", None), ("tcp://0.0.0.0:0", secret), ("tcp://decode:1", secret)):
-            with pytest.raises(ConfigError, match=r"plaintext.*tcps://.*--insecure"):
-                await lynxproto.listen(url, config).__aenter__()
-        for url in (f"unix://{tmp_path}/socket", "memory://kept-inside"):  # nobody else is on the way
+        for url, config in (("tcp://0.0.0.0:0", None), ("tcp://0.0.0.0:0", secret), ("tcp://decode:1", secret)):
+            for make in (lynxproto.listen, lynxproto.connect):
+                with pytest.raises(ConfigError, match=r"plaintext.*tcps://.*--insecure"):
+                    await make(url, config).__aenter__()
+        # Nobody else is on the way.
+        for url in ("tcp://127.0.0.1:0", "tcp://[::1]:0", f"unix://{tmp_path}/socket", "memory://kept-inside"):
             async with lynxproto.listen(url) as receiver, lynxproto.connect(receiver.url):
                 pass
 

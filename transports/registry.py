@@ -100,24 +100,21 @@ def parse_url(url: str) -> Address:
     raise ConfigError(f"{url!r}: expected {scheme}://{form}{example}")
 
 
-def check_plaintext(url: str, *, insecure: bool, secret: bool) -> None:
+def check_plaintext(url: str, *, insecure: bool) -> None:
     """Refuse ``url`` if strangers could read or reach what it carries and nobody asked for that.
 
-    A transport that is not :attr:`~lynxproto.transports.Transport.secure` needs ``insecure``; so does ``tcp://``,
-    except on a loopback address with a shared ``secret``: only root can listen in there, and who connects must know
-    the secret.
+    A transport that is not :attr:`~lynxproto.transports.Transport.secure` needs ``insecure``, unless it stays on this
+    machine: on a loopback address only root can listen in. (Other users of the machine can connect there: give both
+    sides a shared secret where there are any.)
 
     Raises :class:`~lynxproto.errors.ConfigError`, which says what to do.
     """
     address = parse_url(url)
-    if insecure or get_transport(address.scheme).secure:
-        return
-    if secret and address.scheme == "tcp" and _is_loopback(address.host):
+    if insecure or get_transport(address.scheme).secure or (address.scheme == "tcp" and _is_loopback(address.host)):
         return
     raise ConfigError(
         f"{url!r} is plaintext: whoever is on the way can read and change what it carries; use tcps:// with "
-        "certificates, or say that you want plaintext (insecure=True, --insecure); for tcp:// on a loopback address a "
-        "shared secret is enough"
+        "certificates, or say that you want plaintext (insecure=True, --insecure)"
     )
 
 

@@ -75,9 +75,7 @@ def _shared(log_level: str) -> list[click.Parameter]:
         click.Option(["--ca"], type=FILE, help="PEM file that signs the peer's certificate (tcps://)."),
         click.Option(["--certificate"], type=FILE, help="This side's certificate, a PEM file (tcps://)."),
         click.Option(["--key"], type=FILE, help="Key of the certificate, a PEM file (tcps://)."),
-        click.Option(
-            ["--insecure"], is_flag=True, help="Allow plaintext: tcp:// without a secret or beyond loopback."
-        ),
+        click.Option(["--insecure"], is_flag=True, help="Allow plaintext: tcp:// beyond loopback."),
         click.Option(["--secret-file"], type=FILE, help="Shared secret that the peer must know: 16 bytes or more."),
         click.Option(
             ["--capture"], type=_OUT,
