@@ -11,10 +11,13 @@ import crc32c as _crc32c
 import xxhash
 
 from lynxproto.chunk import ChunkSpec, as_words
+from lynxproto.codecs._library import ffi, lib
 
 __all__ = ["DIGEST_SIZE", "Digest", "crc32c", "tile_digest"]
 
 DIGEST_SIZE: Final = 16
+#: From here on the native kernel is faster than the package, whose calls are cheaper (and keep Python's lock).
+_LONG: Final = 16 << 10
 
 #: A tile's digest, made piece by piece: ``update(bytes)``, ``digest()`` (canonical, big-endian).
 Digest = xxhash.xxh3_128
@@ -22,7 +25,9 @@ Digest = xxhash.xxh3_128
 
 def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
     """CRC32C of ``data``, 32 bits; ``crc32c(b"123456789") == 0xE3069283``. ``value``: that of the bytes before it."""
-    return cast(int, _crc32c.crc32c(data, value))
+    if memoryview(data).nbytes < _LONG:
+        return cast(int, _crc32c.crc32c(data, value))
+    return cast(int, lib.lynx_crc32c(value, ffi.from_buffer(data), memoryview(data).nbytes))
 
 
 def tile_digest(spec: ChunkSpec, array: Any) -> bytes:

@@ -40,6 +40,9 @@ int lynx_isa_best(void);
 int lynx_isa(void);
 int lynx_isa_select(int isa);
 
+/* CRC32C (Castagnoli) of `size` bytes that follow on others with the CRC32C `crc`; 0 if there are none. */
+uint32_t lynx_crc32c(uint32_t crc, const void *data, size_t size);
+
 /* --- bitplane -------------------------------------------------------------------------------------------------
  * `rows` rows of `row_words` words of `word_bytes` (1, 2 or 4) bytes, `row_stride` bytes apart. Plane p holds bit
  * (8 * word_bytes - 1 - p) of each word, 8 words a byte, least significant bit first; planes [first, last) are
