@@ -47,6 +47,8 @@ class Context:
 
     config: Config
     random: Random
+    grease: Random = field(default_factory=Random)
+    """For what has to be varied and not secret."""
     events: deque[Event] = field(default_factory=deque)
     counters: Counters = field(default_factory=Counters)
     control: deque[tuple[bytes, int]] = field(default_factory=deque)
@@ -74,7 +76,7 @@ class Context:
 
     def encode(self, body: Body, transfer: int = 0) -> bytes:
         """A control frame, perhaps greased."""
-        return control_frame(body, transfer, self.random if self.config.grease else None)
+        return control_frame(body, transfer, self.grease if self.config.grease else None)
 
 
 class Backoff:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from lynxproto.cachefile import Cache
 from lynxproto.chunk import ChunkSpec, Part, Tile, as_words
 from lynxproto.codecs import Codec, get_codec
 from lynxproto.connection import ChunkRequest
-from lynxproto.digest import Digest, crc32c, tile_digest
+from lynxproto.digest import crc32c, tile_digest
 from lynxproto.errors import (
     ErrorCode,
     LocalError,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Outgoing", "borrow", "part_words", "tile_view"]
 
-#: Bytes that stay in a core's cache.
-_PIECE = 256 << 10
 #: Urgency of codec work: anchors first, then digests, then residuals by level.
 _DIGEST_URGENCY = 1
 
@@ -71,26 +69,13 @@ def tile_view(words: NDArray[Any], layer: LayerSpec, tile: Tile) -> NDArray[Any]
     return heads[:, np.asarray(tile.tokens.positions) - layer.token_start]
 
 
-class _Encoded(NamedTuple):
-    """A payload, its CRC32C, and the tile's digest where the payload is the tile's words."""
-
-    payload: memoryview
-    crc: int
-    digest: bytes | None
-
-
-def _encode(codec: Codec, spec: ChunkSpec, words: NDArray[Any], layer: LayerSpec, request: ChunkRequest) -> _Encoded:
-    """On a worker. The payload of a verbatim codec lies in the caller's memory if its words are contiguous there."""
+def _encode(
+    codec: Codec, spec: ChunkSpec, words: NDArray[Any], layer: LayerSpec, request: ChunkRequest
+) -> tuple[memoryview, int]:
+    """On a worker: a payload and its CRC32C."""
     (encoded,) = codec.encode(spec, tile_view(words, layer, request.tile), levels=[request.level])
     payload = memoryview(encoded).cast("B")
-    if not codec.verbatim:
-        return _Encoded(payload, crc32c(payload), None)
-    digest, crc = Digest(), 0
-    for start in range(0, payload.nbytes, _PIECE):  # both checksums of a piece while the cache has it
-        piece = payload[start : start + _PIECE]
-        crc = crc32c(piece, crc)
-        digest.update(piece)
-    return _Encoded(payload, crc, digest.digest())
+    return payload, crc32c(payload)
 
 
 def _digest(manifest: Manifest, layer: LayerSpec, tile: Tile, words: NDArray[Any]) -> bytes:
@@ -110,8 +95,8 @@ class Outgoing:
         self.released = False
         self.complete = False
         self.final: int | None = None  # levels above it were cancelled
-        self.encoding = 0
         self.changed = Signal()
+        self._encoding = 0  # chunks at the codec threads
         self._peer = peer
         self._policy = policy
         self._codecs = [get_codec(config) for config in manifest.codecs]
@@ -236,20 +221,30 @@ class Outgoing:
     # --- called by the peer
 
     def encode(self, request: ChunkRequest) -> None:
-        """Encode a chunk on a worker and hand it to the connection."""
+        """Encode a chunk on a worker and hand it to the connection; words that go as they are need no worker."""
         tile = request.tile
         layer = self.manifest.layer(tile.layer)
-        spec = tile.spec(self.manifest.dtype, layer.head_dim(tile.part))
         words = self._words[tile.layer, tile.part]
         codec = self._codecs[tile.codec]
+        if codec.verbatim:
+            view = np.ascontiguousarray(tile_view(words, layer, tile))
+            payload = view.reshape(-1).view(np.uint8).data
+            self._peer.connection.chunk_encoded(self.id, tile, request.level, payload, time.monotonic())
+            return
+        spec = tile.spec(self.manifest.dtype, layer.head_dim(tile.part))
         urgency = (0 if request.level == 0 else _DIGEST_URGENCY + request.level, tile.layer)
-        self.encoding += 1
+        self._encoding += 1
+        self._peer.encoding += 1
         self._peer.work(
             self,
             urgency,
             lambda: _encode(codec, spec, words, layer, request),
             lambda future: self._encoded(request, future),
         )
+
+    def on_digested(self, tile: Tile, digest: bytes) -> None:
+        """A tile whose words go as they are was framed."""
+        self._know(tile.layer, {tile: digest})
 
     def count(self) -> None:
         """Bring the statistics up to date."""
@@ -276,6 +271,7 @@ class Outgoing:
         """The connection wants nothing any more: let go of the caller's arrays."""
         self.count()
         await self._peer.workers.drop(self)
+        self._peer.encoding -= self._encoding
         await self._peer.reclaim(self.id)
         self._words.clear()
         self.complete = complete
@@ -285,15 +281,14 @@ class Outgoing:
 
     # --- outcomes of codec work
 
-    def _encoded(self, request: ChunkRequest, future: Future[_Encoded]) -> None:
-        self.encoding -= 1
+    def _encoded(self, request: ChunkRequest, future: Future[tuple[memoryview, int]]) -> None:
+        self._encoding -= 1
+        self._peer.encoding -= 1
         error = future.exception()
         if error is not None:
             self._break(error)
             return
-        payload, crc, digest = future.result()
-        if digest is not None:
-            self._know(request.tile.layer, {request.tile: digest})
+        payload, crc = future.result()
         try:
             now = time.monotonic()
             self._peer.connection.chunk_encoded(self.id, request.tile, request.level, payload, now, crc=crc)

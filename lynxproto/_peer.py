@@ -65,7 +65,7 @@ class Endpoint(Protocol):
 #: What is asked of the connection at once is what the link lately carried in this time, within bounds: a more urgent
 #: frame has to wait for it (and for the kernel's share), and each time costs some CPU.
 _SEND_S: Final = 2e-3
-_SEND_BYTES: Final = (16 << 10, 1 << 20)
+_SEND_BYTES: Final = (16 << 10, 2 << 20)
 #: Protocol timers are looked at so late at most.
 _TIMER_SLACK_S: Final = 5e-3
 #: Seconds that a stream may take to let go of the memory of a transfer that is over.
@@ -132,6 +132,7 @@ class Peer:
         self._redialing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pumping = False
+        self.encoding = 0  # chunks at the codec threads
 
     # --- byte streams
 
@@ -218,8 +219,9 @@ class Peer:
                     rate = nbytes / max(time.monotonic() - started, 1e-9)
                     limit = int(max(low, min(rate * _SEND_S, 2 * limit, high)))
                     self.bytes_sent += nbytes
-                    for transfer in self.outgoing.values():
-                        transfer.count()
+                    for transfer in self.connection.lent(stripe.number):
+                        if transfer in self.outgoing:
+                            self.outgoing[transfer].count()
                     self.pump()
                 elif stripe.closing:
                     await stripe.stream.send_eof()
@@ -335,8 +337,10 @@ class Peer:
             self._crash(error)
         finally:
             self._pumping = False
+        now = time.monotonic()
         for stripe in self._stripes.values():
-            stripe.wake.set()
+            if stripe.closing or self.connection.wants_to_send(now, stripe.number):
+                stripe.wake.set()
         if self._look is None:  # the timer changes with nearly everything: it is not looked up every time
             self._look = self._loop.call_later(_TIMER_SLACK_S, self._set_timer)
 
@@ -380,13 +384,11 @@ class Peer:
         self.workers.run(owner, urgency, work, guarded)
 
     def _encode(self) -> None:
-        encoding = sum(transfer.encoding for transfer in self.outgoing.values())
-        while encoding < self.workers.threads:
+        while self.encoding < self.workers.threads:
             request = self.connection.next_chunk(time.monotonic())
             if request is None:
                 return
             self.outgoing[request.transfer].encode(request)
-            encoding += 1
 
     def _handle(self, event: events.Event) -> None:
         match event:
@@ -413,6 +415,8 @@ class Peer:
                 self._tell_refused(event.transfer, event.error)
             case events.TransferAccepted():
                 self.outgoing[event.transfer].on_accepted(event.wants)
+            case events.TileDigested():
+                self.outgoing[event.transfer].on_digested(event.tile, event.digest)
             case events.TransferRejected():
                 text = f"{self.name} refused transfer {event.transfer:032x}: {event.text}"
                 forbidden = event.code is ErrorCode.FORBIDDEN

@@ -176,7 +176,8 @@ class Receiver:
         #: transfer -> what to answer to its late frames (REJECT), or None; and its counters
         self.tombstones: OrderedDict[int, tuple[frames.Reject | None, Counters]] = OrderedDict()
         self.windows = [ReceiveWindow(ctx.config.limits.session_window) for _ in range(MAX_LEVELS)]
-        self._dirty: dict[int, Incoming] = {}
+        self._dirty: dict[int, Incoming] = {}  # what of these changed is not confirmed yet
+        self._flush_at: float | None = None
 
     # --- the shell's calls
 
@@ -214,7 +215,7 @@ class Receiver:
         has.applied |= 1 << level
         self._release(t, level, has.sizes[level])
         self._judge(t, layer, has)
-        self._touch(t, layer, has)
+        self._touch(t, layer, has, pressing=False)
 
     def tile_verified(self, transfer: int, tile: Tile, now: float) -> None:
         found = self._tile(transfer, tile)
@@ -227,7 +228,7 @@ class Receiver:
             raise LocalError(f"{tile} was verified before all its levels were applied")
         has.verified = True
         self._judge(t, layer, has)
-        self._touch(t, layer, has)
+        self._touch(t, layer, has, pressing=False)
 
     def tile_failed(self, transfer: int, tile: Tile, now: float, code: ErrorCode, text: str) -> None:
         found = self._tile(transfer, tile)
@@ -286,7 +287,7 @@ class Receiver:
             t.heard_at = now
             if t.state is IncomingState.RECEIVING:
                 t.asked = True
-                self._dirty[t.id] = t
+                self._soil(t, pressing=True)
             return
         config = self.ctx.config
         try:
@@ -553,6 +554,7 @@ class Receiver:
         """Put what changed since the last call into ACK and CREDIT frames (one each, however much changed)."""
         if not self.ctx.ready:
             return
+        self._flush_at = None
         for t in self._dirty.values():
             if t.state in (IncomingState.RECEIVING, IncomingState.COMPLETE):
                 if t.asked:
@@ -567,6 +569,11 @@ class Receiver:
         self._dirty.clear()
         if any(window.due for window in self.windows):
             self._emit_session_credit()
+
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`flush` should be called now."""
+        return self._flush_at is not None and self._flush_at <= self.ctx.now
 
     def status_frames(self) -> list[bytes]:
         """ACK frames that say everything of every transfer: the answer to a probe."""
@@ -586,7 +593,7 @@ class Receiver:
 
     def timer(self) -> float | None:
         """When :meth:`handle_timer` has something to do."""
-        times = []
+        times = [] if self._flush_at is None else [self._flush_at]
         for t in self.transfers.values():
             times.append(t.heard_at + self.ctx.config.lease)
             if t.state is not IncomingState.OFFERED and self.ctx.ready:
@@ -667,7 +674,14 @@ class Receiver:
         if level <= t.settled:
             t.windows[level].release(nbytes)
             self.windows[level].release(nbytes)
-            self._dirty[t.id] = t
+            self._soil(t, pressing=t.windows[level].pressing or self.windows[level].pressing)
+
+    def _soil(self, t: Incoming, *, pressing: bool) -> None:
+        """Something of the transfer is to be confirmed: now, or with what else comes soon."""
+        self._dirty[t.id] = t
+        at = self.ctx.now if pressing else self.ctx.now + self.ctx.config.ack_delay
+        if self._flush_at is None or at < self._flush_at:
+            self._flush_at = at
 
     def _settle(self, t: Incoming, level: int, final: int) -> None:
         """No more of this class will come: what it still holds of the session's window is free."""
@@ -721,6 +735,7 @@ class Receiver:
             )
         ):
             t.state = advance(INCOMING, t.state, "complete")
+            self._soil(t, pressing=True)
             self.ctx.events.append(TransferComplete(transfer=t.id))
 
     def _cut(self, t: Incoming, level: int) -> None:
@@ -734,14 +749,14 @@ class Receiver:
                 self._judge(t, layer, has)
         self._touch(t, None)
 
-    def _touch(self, t: Incoming, layer: _Layer | None, has: _Tile | None = None) -> None:
+    def _touch(self, t: Incoming, layer: _Layer | None, has: _Tile | None = None, *, pressing: bool = True) -> None:
         """Something that the sender should know has changed."""
         if layer is not None and has is not None:
             layer.note(has)
         if layer is not None:
             t.changed.add(layer.index)
         t.backoff.reset(self.ctx.now)
-        self._dirty[t.id] = t
+        self._soil(t, pressing=pressing)
 
     def _status_bodies(self, t: Incoming, layers: Sequence[int]) -> list[frames.Ack]:
         """ACK bodies of these layers, each small enough for the peer."""

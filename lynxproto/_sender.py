@@ -17,7 +17,7 @@ from lynxproto.chunk import PARTS, Tile
 from lynxproto.codecs.abc import Codec
 from lynxproto.config import MAX_LEVELS
 from lynxproto.counters import Counters
-from lynxproto.digest import DIGEST_SIZE
+from lynxproto.digest import DIGEST_SIZE, checksums
 from lynxproto.errors import (
     DeadlineError,
     ErrorCode,
@@ -34,6 +34,7 @@ from lynxproto.events import (
     Cancelled,
     ChunksResumed,
     LevelsCancelled,
+    TileDigested,
     TransferAccepted,
     TransferFailed,
     TransferRejected,
@@ -42,11 +43,24 @@ from lynxproto.events import (
 )
 from lynxproto.frames import TileKey
 from lynxproto.manifest import Manifest, Want, wanted_levels
-from lynxproto.scheduler import ChunkQueue, Flow, Share
+from lynxproto.scheduler import ChunkQueue, Fit, Flow, Share
 from lynxproto.state import CHUNK, OUTGOING, ChunkState, OutgoingState, advance
 from lynxproto.windows import SendWindow
 
 __all__ = ["Chunk", "Outgoing", "Sender"]
+
+
+def _max_size(chunk: Chunk) -> int:
+    return chunk.max_size
+
+
+def _charged(chunk: Chunk) -> int:
+    return chunk.charged
+
+
+def _always(chunk: Chunk) -> Fit:
+    return Fit.YES
+
 
 _UNSENT: Final = frozenset({ChunkState.WAITING, ChunkState.ENCODING, ChunkState.READY})
 
@@ -82,8 +96,8 @@ class Chunk:
 
 class _Tile:
     __slots__ = (
-        "applied", "attempt", "chunks", "codec_id", "done", "key", "layer", "levels", "max_sizes", "place", "received",
-        "tile", "transfer", "verified", "want",
+        "applied", "attempt", "chunks", "codec_id", "digested", "done", "key", "layer", "levels", "max_sizes", "place",
+        "received", "tile", "transfer", "verbatim", "verified", "want",
     )  # fmt: skip
 
     def __init__(self, transfer: Outgoing, layer: _Layer, tile: Tile, key: TileKey, codec: Codec) -> None:
@@ -101,6 +115,8 @@ class _Tile:
         self.applied = 0
         self.verified = False
         self.done = False
+        self.verbatim = codec.verbatim
+        self.digested = False
         self.chunks: list[Chunk] = []
 
 
@@ -187,6 +203,7 @@ class Sender:
         self._waiting: ChunkQueue[Chunk] = ChunkQueue(ChunkState.WAITING)
         self._encoded: ChunkQueue[Chunk] = ChunkQueue(ChunkState.READY)
         self._encode_share, self._send_share = Share(), Share()
+        self._urgent: list[Flow] = []
         self._held = [0, 0]  # encoded or promised bytes: anchors, residuals
         self._order = 0
         self.sequence = 0
@@ -285,15 +302,22 @@ class Sender:
     def next_chunk(self, now: float) -> Chunk | None:
         if not self.ctx.ready:
             return None
-        config = self.ctx.config
+        ahead = self.ctx.config.encode_ahead
+        if not self._waiting:
+            return None
 
-        def fits(chunk: Chunk) -> bool:
+        def fits(chunk: Chunk) -> Fit:
+            size = chunk.tile.max_sizes[chunk.level]
             held = self._held[chunk.level > 0]
-            if held and held + chunk.max_size > config.encode_ahead:
-                return False
-            return bool(chunk.charged) or all(window.fits(chunk.max_size) for window in self._windows(chunk))
+            if held and held + size > ahead:
+                return Fit.NOTHING
+            if chunk.charged:
+                return Fit.YES
+            if not self.windows[chunk.level].fits(size):
+                return Fit.NOTHING
+            return Fit.YES if chunk.tile.transfer.windows[chunk.level].fits(size) else Fit.NOT_THIS_TRANSFER
 
-        chunk = self._waiting.pick(self._encode_share, self._portion(), fits, lambda c: c.max_size)
+        chunk = self._waiting.pick(self._encode_share, self._portion(), fits, _max_size, self._urgent)
         if chunk is None:
             return None
         self._move(chunk, "requested")
@@ -465,6 +489,7 @@ class Sender:
     def on_urgent(self, t: Outgoing) -> None:
         if not t.flow.urgent:
             t.flow.urgent = True
+            self._urgent.append(t.flow)
             self.ctx.events.append(UrgentReceived(transfer=t.id))
 
     def on_nack(self, t: Outgoing, body: frames.Nack) -> None:
@@ -501,9 +526,16 @@ class Sender:
 
     # --- writing
 
+    @property
+    def waits(self) -> bool:
+        """Whether encoded chunks wait for a stripe."""
+        return bool(self._encoded)
+
     def next_frame(self) -> Chunk | None:
         """The encoded chunk to write next."""
-        chunk = self._encoded.pick(self._send_share, self._portion(), lambda _: True, lambda c: c.charged)
+        if not self._encoded:
+            return None
+        chunk = self._encoded.pick(self._send_share, self._portion(), _always, _charged, self._urgent)
         if chunk is not None:
             self._move(chunk, "started")
             chunk.begun = True
@@ -514,6 +546,11 @@ class Sender:
         """The bytes of a chunk's frame."""
         assert chunk.payload is not None
         tile = chunk.tile
+        if tile.verbatim and chunk.crc is None:
+            chunk.crc, digest = checksums(chunk.payload)
+            if not tile.digested:
+                tile.digested = True
+                self.ctx.events.append(TileDigested(transfer=tile.transfer.id, tile=tile.tile, digest=digest))
         return frames.data_frame(
             tile.transfer.id,
             tile.key,
@@ -657,8 +694,8 @@ class Sender:
         return frames.Closed(level=t.level, end=end, final=final, code=code, text=text)
 
     def _portion(self) -> float:
-        config, flows = self.ctx.config, [t.flow for t in self.transfers.values()]
-        urgent = any(flow.urgent and not flow.anchors for flow in flows)
+        config = self.ctx.config
+        urgent = any(not flow.anchors for flow in self._urgent)
         return config.urgent_share if urgent else config.residual_floor
 
     def _windows(self, chunk: Chunk) -> tuple[SendWindow, SendWindow]:
@@ -682,6 +719,9 @@ class Sender:
         before, chunk.state = chunk.state, advance(CHUNK, chunk.state, signal)
         if chunk.level == 0:
             chunk.flow.anchors += (chunk.state in _UNSENT) - (before in _UNSENT)
+            if not chunk.flow.anchors:
+                self._waiting.anchors_gone(chunk.flow)
+                self._encoded.anchors_gone(chunk.flow)
         if chunk.state is ChunkState.WAITING:
             self._waiting.push(chunk)
         elif chunk.state is ChunkState.READY:
@@ -795,6 +835,8 @@ class Sender:
                         self.ctx.take_over(chunk)
         self._waiting.forget(t.flow)
         self._encoded.forget(t.flow)
+        if t.flow.urgent:
+            self._urgent.remove(t.flow)
         del self.transfers[t.id]
         self.tombstones[t.id] = (replace(last_word, text=last_word.text[:256]), t.counters)
         while len(self.tombstones) > self.ctx.config.tombstones:

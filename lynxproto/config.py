@@ -180,6 +180,8 @@ class Config:
     """Longest such wait."""
     resends: int = 3
     """How often a chunk that arrived corrupt is asked for again."""
+    ack_delay: float = 2e-3
+    """Receiver: what was applied is confirmed so late at most, unless credit runs short: one ACK for many chunks."""
     tombstones: int = 4096
     """Closed transfers that are remembered, to answer late frames."""
     control_rate: float = 20_000.0
@@ -194,6 +196,8 @@ class Config:
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"Config.{name} must be positive, not {getattr(self, name)!r}")
+        if not self.ack_delay >= 0:
+            raise ConfigError(f"Config.ack_delay must not be negative, not {self.ack_delay!r}")
         for name in ("residual_floor", "urgent_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"Config.{name} must be in [0, 1), not {getattr(self, name)!r}")

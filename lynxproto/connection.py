@@ -162,7 +162,7 @@ class Connection:
             raise LocalError("secrets that expire need unix_offset")
         self._unix_offset = unix_offset or 0.0
         self._principal = ""
-        self._ctx = ctx = Context(config, random or SystemRandom())
+        self._ctx = ctx = Context(config, random or SystemRandom(), Random(random and random.random()))
         ctx.stripe_alive = self._is_alive
         ctx.take_over = self._take_over
         ctx.land = land
@@ -301,6 +301,14 @@ class Connection:
             if not found.out:
                 self._frame_written(found)
         return chunks
+
+    def wants_to_send(self, now: float, stripe: int = 0) -> bool:
+        """Whether :meth:`data_to_send` may have something. Cheap."""
+        self._ctx.now = now
+        found = self._stripe(stripe)
+        if found.out or found.control or found.pongs or found.probed:
+            return True
+        return found.ready and (bool(self._ctx.control) or self._receiver.due or self._sender.waits)
 
     def lent(self, stripe: int = 0) -> frozenset[int]:
         """The transfers whose payloads are among what :meth:`data_to_send` gave out last for ``stripe``."""
@@ -895,7 +903,7 @@ class Connection:
             return True
         if not stripe.ready:
             return False
-        if not self._ctx.control:
+        if not self._ctx.control and self._receiver.due:
             self._receiver.flush()  # not before: while frames wait, more changes fit into the same ACK
         if self._ctx.control:
             self._start_control(stripe, *self._ctx.control.popleft())
@@ -903,8 +911,8 @@ class Connection:
             chunk = self._sender.next_frame()
             if chunk is None:
                 return False
-            if self._ctx.config.grease and self._ctx.random.random() < _GREASE_RATE:
-                self._start_control(stripe, frames.grease_frame(self._ctx.random), 0)
+            if self._ctx.config.grease and self._ctx.grease.random() < _GREASE_RATE:
+                self._start_control(stripe, frames.grease_frame(self._ctx.grease), 0)
             parts = self._sender.frame(chunk)
             stripe.writing = chunk
             stripe.lender = chunk.tile.transfer.id

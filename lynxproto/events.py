@@ -27,6 +27,7 @@ __all__ = [
     "ResultReceived",
     "StripeClosed",
     "StripeReady",
+    "TileDigested",
     "TransferAccepted",
     "TransferComplete",
     "TransferFailed",
@@ -143,6 +144,15 @@ class ChunkReceived:
     """Whether this is the tile's last level."""
     landed: bytes | None = None
     """The tile's digest, if ``payload`` is the memory that the shell gave for its words: nothing is left to decode."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileDigested:
+    """Sender: a tile whose codec is ``verbatim`` was framed for the first time, and this is its digest, for END."""
+
+    transfer: int
+    tile: Tile
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +286,7 @@ Event = (
     | PlanReceived
     | ChunkReceived
     | LayerEnded
+    | TileDigested
     | ResultReceived
     | TransferComplete
     | LevelsCancelled

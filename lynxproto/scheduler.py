@@ -4,18 +4,22 @@ A class is a level. Anchors (class 0) come first, except that residuals keep a f
 transfer is urgent); a transfer's own anchors always come before its residuals. Among residuals urgent transfers come
 first, then lower levels, then the transfer that was served least. The same order is applied twice: to chunks to
 encode, and to encoded chunks to send.
+
+What a pick costs does not grow with the number of transfers: each class is a heap of transfers, and of each transfer's
+chunks. Entries that have become wrong are put right when they come up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from heapq import heappop, heappush
+from collections.abc import Callable, Collection
+from enum import Enum
+from heapq import heapify, heappop, heappush
 from typing import Any, Generic, Protocol, TypeVar
 
 from lynxproto.config import MAX_LEVELS
 from lynxproto.state import ChunkState
 
-__all__ = ["ChunkQueue", "Flow", "Schedulable", "Share"]
+__all__ = ["ChunkQueue", "Fit", "Flow", "Schedulable", "Share"]
 
 
 class Flow:
@@ -32,6 +36,14 @@ class Flow:
         self.deadline = deadline
         self.urgent = False
         self.anchors = 0
+
+
+class Fit(Enum):
+    """Whether a chunk may go now."""
+
+    YES = "yes"
+    NOT_THIS_TRANSFER = "not this transfer"  # its own credit is short: others may go
+    NOTHING = "nothing"  # what all share is short: a smaller chunk must not overtake, or large ones would starve
 
 
 class Schedulable(Protocol):
@@ -68,83 +80,170 @@ class Share:
             self.owed -= nbytes
 
 
+class _Class(Generic[C]):
+    """The chunks of one class: per transfer a heap by place, and a heap of the transfers by :meth:`_rank`."""
+
+    def __init__(self, state: ChunkState, level: int) -> None:
+        self._state = state
+        self._level = level
+        self._chunks: dict[int, list[tuple[tuple[int, int], int, C]]] = {}
+        self._ranks: dict[int, Any] = {}  # as the transfer stands in the heap now
+        self._heap: list[tuple[Any, int]] = []
+        self._aside: set[int] = set()  # transfers that are not in the heap: their own anchors come first
+        self._served: dict[int, float] = {}
+        self._pushes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._chunks)
+
+    def push(self, chunk: C) -> None:
+        """Add a chunk."""
+        order = chunk.flow.order
+        chunks = self._chunks.get(order)
+        if chunks is None:  # one that was idle has no claim on the time it missed
+            chunks = self._chunks[order] = []
+            if self._level and self._heap:
+                self._served[order] = max(self._served.get(order, 0.0), self._heap[0][0])
+        self._pushes += 1
+        heappush(chunks, (chunk.place, self._pushes, chunk))
+        if order not in self._aside:
+            self._enter(order, chunks[0][2])
+
+    def forget(self, order: int) -> None:
+        """Drop all chunks of a transfer."""
+        for known in (self._chunks, self._ranks, self._served):
+            known.pop(order, None)
+        self._aside.discard(order)
+
+    def serve(self, order: int, nbytes: int) -> None:
+        """``nbytes`` of a transfer went: fairness counts them."""
+        self._served[order] = self._served.get(order, 0.0) + nbytes
+
+    def recall(self, order: int | None = None) -> None:
+        """A transfer (or all of them) that was set aside is wanted again."""
+        for other in list(self._aside) if order is None else [order] if order in self._aside else []:
+            self._aside.discard(other)
+            top = self.top(other)
+            if top is not None:
+                self._enter(other, top)
+
+    def top(self, order: int) -> C | None:
+        """The first chunk of a transfer."""
+        chunks = self._chunks.get(order)
+        while chunks:
+            if chunks[0][2].state is self._state:
+                return chunks[0][2]
+            heappop(chunks)
+        if chunks is not None:  # emptied
+            del self._chunks[order]
+            self._ranks.pop(order, None)
+            self._aside.discard(order)
+        return None
+
+    def first(self, fits: Callable[[C], Fit], *, behind_anchors: bool) -> C | None:
+        """The first chunk that fits; ``behind_anchors``: of a transfer none of whose anchors wait."""
+        blocked: list[tuple[Any, int]] = []
+        found = None
+        while self._heap:
+            rank, order = self._heap[0]
+            chunk = self.top(order) if self._ranks.get(order) == rank else None
+            if chunk is None:
+                heappop(self._heap)
+                continue
+            now = self._rank(chunk)
+            if now != rank:
+                heappop(self._heap)
+                self._enter(order, chunk)
+            elif behind_anchors and chunk.flow.anchors:
+                heappop(self._heap)
+                del self._ranks[order]
+                self._aside.add(order)
+            else:
+                fit = fits(chunk)
+                if fit is Fit.NOT_THIS_TRANSFER:
+                    blocked.append(heappop(self._heap))
+                    continue
+                found = chunk if fit is Fit.YES else None
+                break
+        for entry in blocked:
+            heappush(self._heap, entry)
+        return found
+
+    def _enter(self, order: int, chunk: C) -> None:
+        rank = self._rank(chunk)
+        if self._ranks.get(order) != rank:
+            self._ranks[order] = rank
+            heappush(self._heap, (rank, order))
+            if len(self._heap) > 64 + 2 * len(self._ranks):  # mostly entries that are wrong
+                self._heap = [(rank, order) for order, rank in self._ranks.items()]
+                heapify(self._heap)
+
+    def _rank(self, chunk: C) -> Any:
+        if self._level:
+            return self._served.get(chunk.flow.order, 0.0)
+        return chunk.place[0], chunk.flow.deadline
+
+
 class ChunkQueue(Generic[C]):
     """Chunks in one state, in priority order. A chunk leaves by changing its state; its entry is then skipped."""
 
     def __init__(self, state: ChunkState) -> None:
-        self._state = state
-        #: level -> flow order -> heap of (place, tie-break, chunk)
-        self._heaps: list[dict[int, list[tuple[tuple[int, int], int, C]]]] = [{} for _ in range(MAX_LEVELS)]
-        self._flows: dict[int, Flow] = {}
-        self._served: list[dict[int, float]] = [{} for _ in range(MAX_LEVELS)]
-        self._pushes = 0
+        self._classes: list[_Class[C]] = [_Class(state, level) for level in range(MAX_LEVELS)]
+
+    def __bool__(self) -> bool:
+        """Whether there may be a chunk."""
+        return any(self._classes)
 
     def push(self, chunk: C) -> None:
         """Add a chunk that has just entered this queue's state."""
-        order, served = chunk.flow.order, self._served[chunk.level]
-        heaps = self._heaps[chunk.level]
-        if order not in heaps:  # one that was idle has no claim on the time it missed
-            heaps[order] = []
-            floor = min((served.get(other, 0.0) for other in heaps if other != order), default=0.0)
-            served[order] = max(served.get(order, 0.0), floor)
-            self._flows[order] = chunk.flow
-        self._pushes += 1
-        heappush(heaps[order], (chunk.place, self._pushes, chunk))
+        self._classes[chunk.level].push(chunk)
 
     def forget(self, flow: Flow) -> None:
         """Drop all chunks of a transfer that is over."""
-        self._flows.pop(flow.order, None)
-        for level in range(MAX_LEVELS):
-            self._heaps[level].pop(flow.order, None)
-            self._served[level].pop(flow.order, None)
+        for class_ in self._classes:
+            class_.forget(flow.order)
 
-    def served(self, chunk: C, nbytes: int) -> None:
-        """``nbytes`` of ``chunk``'s transfer and class went: fairness counts them."""
-        served = self._served[chunk.level]
-        served[chunk.flow.order] = served.get(chunk.flow.order, 0.0) + nbytes
+    def anchors_gone(self, flow: Flow) -> None:
+        """None of the transfer's anchors waits any more."""
+        for class_ in self._classes[1:]:
+            class_.recall(flow.order)
 
-    def _top(self, level: int, order: int) -> C | None:
-        heap = self._heaps[level].get(order)
-        while heap:
-            if heap[0][2].state is self._state:
-                return heap[0][2]
-            heappop(heap)
-        if heap is not None:  # emptied
-            del self._heaps[level][order]
-        return None
-
-    def anchor(self, fits: Callable[[C], bool]) -> C | None:
-        """The first anchor chunk that ``fits`` (credit, budget)."""
-        best: tuple[Any, C] | None = None
-        for order in list(self._heaps[0]):
-            chunk = self._top(0, order)
-            if chunk is not None:
-                key = (chunk.place[0], chunk.flow.deadline, order)
-                if (best is None or key < best[0]) and fits(chunk):
-                    best = (key, chunk)
-        return best[1] if best else None
-
-    def residual(self, fits: Callable[[C], bool]) -> C | None:
-        """The first residual chunk that ``fits``."""
-        urgent = [flow.order for flow in self._flows.values() if flow.urgent]
-        for orders in (urgent, None) if urgent else (None,):
-            for level in range(1, MAX_LEVELS):
-                served = self._served[level]
-                candidates = list(self._heaps[level]) if orders is None else orders
-                for order in sorted(candidates, key=lambda o: (served.get(o, 0.0), o)):
-                    chunk = self._top(level, order)
-                    if chunk is not None and fits(chunk):
+    def _residual(self, fits: Callable[[C], Fit], urgent: Collection[Flow], *, behind_anchors: bool) -> C | None:
+        residuals = [class_ for class_ in self._classes[1:] if class_]
+        if not behind_anchors:
+            for class_ in residuals:
+                class_.recall()
+        for flow in urgent:
+            if not (behind_anchors and flow.anchors):
+                for class_ in residuals:
+                    chunk = class_.top(flow.order)
+                    if chunk is not None and fits(chunk) is Fit.YES:
                         return chunk
+        for class_ in residuals:
+            chunk = class_.first(fits, behind_anchors=behind_anchors)
+            if chunk is not None:
+                return chunk
         return None
 
-    def pick(self, share: Share, portion: float, fits: Callable[[C], bool], size: Callable[[C], int]) -> C | None:
-        """The chunk that goes next, accounted for in ``share`` and in the fairness of its class."""
-        anchor = self.anchor(fits)
+    def pick(
+        self,
+        share: Share,
+        portion: float,
+        fits: Callable[[C], Fit],
+        size: Callable[[C], int],
+        urgent: Collection[Flow] = (),
+    ) -> C | None:
+        """The chunk that goes next, accounted for in ``share`` and in the fairness of its class.
+
+        ``urgent``: the transfers that asked for that, in the order they are served.
+        """
+        anchors = self._classes[0]
+        anchor = anchors.first(fits, behind_anchors=False) if anchors else None
         # The floor is for other transfers: a residual is worth nothing to one whose own anchor still waits.
-        residual = self.residual(fits if anchor is None else lambda chunk: not chunk.flow.anchors and fits(chunk))
+        residual = self._residual(fits, urgent, behind_anchors=anchor is not None)
         chunk = anchor if residual is None or (anchor and not share.residual_is_due(size(residual))) else residual
         if chunk is not None:
             contended = anchor is not None and residual is not None
             share.account(chunk.level, size(chunk), portion, contended=contended)
-            self.served(chunk, size(chunk))
+            self._classes[chunk.level].serve(chunk.flow.order, size(chunk))
         return chunk

@@ -28,7 +28,13 @@ __all__ = [
 ]
 
 
-class SessionState(Enum):
+class _State(Enum):
+    """A state is itself and nothing else: it is looked up by identity, which is fast."""
+
+    __hash__ = object.__hash__
+
+
+class SessionState(_State):
     """One session with one peer."""
 
     CONNECTING = "connecting"  # no handshake has been completed yet
@@ -37,7 +43,7 @@ class SessionState(Enum):
     CLOSED = "closed"
 
 
-class StripeState(Enum):
+class StripeState(_State):
     """One byte stream."""
 
     HELLO = "hello"  # waits for the peer's HELLO
@@ -46,7 +52,7 @@ class StripeState(Enum):
     CLOSED = "closed"
 
 
-class OutgoingState(Enum):
+class OutgoingState(_State):
     """A transfer at its sender."""
 
     OFFERED = "offered"  # OPEN sent, no answer yet
@@ -54,7 +60,7 @@ class OutgoingState(Enum):
     CLOSED = "closed"  # CLOSED sent; a tombstone repeats it
 
 
-class IncomingState(Enum):
+class IncomingState(_State):
     """A transfer at its receiver."""
 
     OFFERED = "offered"  # the shell decides
@@ -64,7 +70,7 @@ class IncomingState(Enum):
     CLOSED = "closed"
 
 
-class ChunkState(Enum):
+class ChunkState(_State):
     """A chunk at its sender."""
 
     IDLE = "idle"  # not wanted

@@ -75,6 +75,11 @@ class ReceiveWindow:
         return self.released + self.size
 
     @property
+    def pressing(self) -> bool:
+        """Whether the peer may soon be short of credit: a quarter of the window can be given back."""
+        return self.released + self.size - self.advertised >= self.size // 4
+
+    @property
     def due(self) -> bool:
         """Whether the peer should be told: a quarter of the window is free, or all of it (never wait for more)."""
         gain = self.limit - self.advertised

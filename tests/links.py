@@ -65,7 +65,7 @@ class Sliced(Codec):
 def small_config(**kw: Any) -> Config:
     """A configuration with windows of a few chunks, so that credit matters."""
     limits = kw.pop("limits", None) or Limits(session_window=2048, transfer_window=1024, transfers=8, layers=16)
-    defaults: dict[str, Any] = {"codecs": ("raw", "test-sliced"), "encode_ahead": 600}
+    defaults: dict[str, Any] = {"codecs": ("raw", "test-sliced"), "encode_ahead": 600, "ack_delay": 0.0}
     return Config(**{**defaults, **kw}, limits=limits)
 
 

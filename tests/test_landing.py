@@ -156,8 +156,8 @@ def test_memory_can_be_reused_as_soon_as_cancel_returns(url: str) -> None:
         link = TokenBucket(cache_.manifest.nbytes * 8 / 2.0, 4096)
         name = next(_names) if url == "memory://" else url
         async with (
-            listen(name, allocate=allocate) as receiver,
-            connect(receiver.url, policy=policy, link=link) as sender,
+            listen(name, allocate=allocate, insecure=True) as receiver,
+            connect(receiver.url, policy=policy, link=link, insecure=True) as sender,
         ):
             lent = {key: array.copy() for key, array in cache_.arrays.items()}
             outgoing = sender.open(cache_.manifest)

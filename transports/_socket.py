@@ -150,10 +150,14 @@ class SocketStream(ByteStream):
 
 
 class SocketListener(Listener):
-    """A listener over a bound, listening socket, which it owns; ``setup`` prepares each accepted socket."""
+    """A listener over a bound, listening socket, which it owns; ``setup`` makes a stream of each accepted socket."""
 
     def __init__(
-        self, sock: socket.socket, url: str, setup: Callable[[socket.socket], str], on_close: Callable[[], None]
+        self,
+        sock: socket.socket,
+        url: str,
+        setup: Callable[[socket.socket], SocketStream],
+        on_close: Callable[[], None],
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -179,7 +183,7 @@ class SocketListener(Listener):
                 raise TransportError(f"{self._url} cannot accept: {error.strerror or error}") from error
             else:
                 try:
-                    return SocketStream(sock, self._setup(sock))
+                    return self._setup(sock)
                 except OSError:  # the peer is gone already
                     sock.close()
 

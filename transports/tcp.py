@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
 import stat
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +25,19 @@ __all__ = ["UNSENT_BYTES", "TCPTransport", "UnixTransport", "connect_tcp", "conn
 #: Bytes that the kernel may hold unsent. A strict queue in user space is worth nothing if megabytes of the lowest
 #: class already sit in the socket; with this bound an urgent frame waits for about this much, whatever the send buffer.
 UNSENT_BYTES: Final = 128 << 10
+#: The same once the link's speed is known: what it carries in this time, within bounds.
+_UNSENT_S: Final = 1e-3
+_UNSENT: Final = (64 << 10, 4 << 20)
+#: Bytes in flight beyond 1.5 round trips: what the link carries in this time. Timers fire up to 2 ms late.
+_QUEUE_S: Final = 3e-3
+_QUEUE_BYTES: Final = 64 << 10
+#: The link's speed is measured over at least so long, and the largest of the last so many measurements counts.
+_MEASURE_S: Final = 10e-3
+_MEASUREMENTS: Final = 32
+#: Loopback loses nothing and has no queue but the sockets': congestion control that paces (BBR) only slows it down.
+_LOOPBACK_CONGESTION: Final = b"reno"
+#: tcpi_snd_mss, tcpi_unacked, tcpi_rtt, tcpi_bytes_acked, tcpi_notsent_bytes, tcpi_min_rtt of linux/tcp.h
+_TCP_INFO: Final = struct.Struct("=16xI4xI40xI48xQ16xII")
 
 _BACKLOG = 512
 _REMEDY: Final = {
@@ -44,10 +63,70 @@ def _authority(address: tuple[object, ...]) -> str:
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
-def _tune(sock: socket.socket) -> str:
+def _stream(sock: socket.socket) -> SocketStream:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    peer = sock.getpeername()
+    name = "tcp://" + _authority(peer)
+    loopback = peer[0] == "::1" or peer[0].removeprefix("::ffff:").startswith("127.")
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-    return "tcp://" + _authority(sock.getpeername())
+    if sys.platform != "linux":
+        return SocketStream(sock, name)
+    if not loopback:
+        return TCPStream(sock, name)
+    with contextlib.suppress(OSError):  # a system may not permit the choice
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _LOOPBACK_CONGESTION)
+    return SocketStream(sock, name)
+
+
+class TCPStream(SocketStream):
+    """A TCP connection that keeps little in flight, so that what is sent next arrives soon.
+
+    The kernel's congestion control may fill the queue of a router on the way: tens of milliseconds of bytes that a more
+    urgent frame cannot overtake. This stream measures what its peer acknowledges, and lets no more than that link's
+    bandwidth times 1.5 round trips and 3 ms be under way (BBR's idea, in user space,
+    whatever the kernel's algorithm). It grows by half in each measurement while the link carries more.
+    """
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        super().__init__(sock, name)
+        self._rates: deque[float] = deque(maxlen=_MEASUREMENTS)
+        self._acked = 0
+        self._since = 0.0
+        self._busy = False  # the link had something to do since then
+        self._unsent = UNSENT_BYTES
+
+    async def send(self, buffers: Sequence[memoryview]) -> None:
+        """See :meth:`ByteStream.send`."""
+        while (wait := self._measure()) > 0:
+            await asyncio.sleep(wait)
+        await super().send(buffers)
+
+    def _measure(self) -> float:
+        """Look at the link; seconds until it has room for more."""
+        self._waiter.check_open()
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        mss, unacked, rtt, acked, notsent, min_rtt = _TCP_INFO.unpack(info)
+        under_way = unacked * mss + notsent
+        now = time.monotonic()
+        elapsed = now - self._since
+        if not self._busy or not under_way:
+            self._since, self._acked, self._busy = now, acked, under_way > 0
+        elif elapsed >= max(_MEASURE_S, 2e-6 * rtt):
+            self._rates.append((acked - self._acked) / elapsed)
+            self._since, self._acked = now, acked
+            self._set_unsent(max(self._rates))
+        if not self._rates:
+            return 0.0
+        rate = max(1.0, *self._rates)
+        over = under_way - max(rate * (1.5e-6 * min(min_rtt, rtt) + _QUEUE_S), _QUEUE_BYTES)
+        return min(over / rate, 0.1)
+
+    def _set_unsent(self, rate: float) -> None:
+        low, high = _UNSENT
+        wanted = int(max(low, min(rate * _UNSENT_S, high)))
+        if not self._unsent / 1.5 <= wanted <= self._unsent * 1.5:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, wanted)
+            self._unsent = wanted
 
 
 async def connect_tcp(host: str, port: int) -> ByteStream:
@@ -71,7 +150,7 @@ async def connect_tcp(host: str, port: int) -> ByteStream:
         try:
             sock.setblocking(False)
             await loop.sock_connect(sock, address)
-            return SocketStream(sock, _tune(sock))
+            return _stream(sock)
         except OSError as error:
             sock.close()
             failure = error
@@ -104,7 +183,8 @@ async def listen_tcp(host: str, port: int) -> Listener:
         if sock is not None:
             sock.close()
         raise _explain(what, error) from error
-    return SocketListener(sock, "tcp://" + _authority(sock.getsockname()), _tune, lambda: None)
+    url = "tcp://" + _authority(sock.getsockname())
+    return SocketListener(sock, url, _stream, lambda: None)
 
 
 def _bound(sock: socket.socket) -> None:
@@ -146,9 +226,9 @@ async def listen_unix(path: str) -> Listener:
     """Listen on a unix socket; its file is removed on close. Raises :class:`~lynxproto.errors.TransportError`."""
     url = f"unix://{path}"
 
-    def setup(sock: socket.socket) -> str:
+    def setup(sock: socket.socket) -> SocketStream:
         _bound(sock)
-        return url
+        return SocketStream(sock, url)
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
