@@ -239,9 +239,9 @@ class TorchHQ(HQ):
         chosen = {}
         names = self._side_tables(grid.spec)
         if "widths" in names:
-            chosen["widths"] = _widths_by_range(*_spreads(grid, block), self._key_bits)
+            chosen["widths"] = _widths_by_range(_ranges(grid, block), _sizes(grid, block), self._key_bits)
         if "exponents" in names:
-            chosen["exponents"] = _exponents(_spreads(grid, block)[-1]) + 8
+            chosen["exponents"] = _exponents(_sizes(grid, block)) + 8
         if "biases" in names:
             chosen["biases"] = _biases(grid, block) + 8
         return self._tables(grid, chosen), [_nibbles(chosen[name]) for name in names]
@@ -551,24 +551,24 @@ class _Tables(NamedTuple):
     biases: Tensor | None
 
 
-def _spreads(grid: _Grid, block: Tensor) -> tuple[Tensor, ...]:
-    """Section 4.1: of keys ranges and sizes, of values sizes; ``[heads, head_dim]``."""
+def _ranges(grid: _Grid, block: Tensor) -> Tensor:
+    """Section 4.1, ``[heads, head_dim]``."""
+    return _mean_spread(grid, block, _ceil_word8(*_span(grid.format, *_extremes(block, grid.valid, 1))))
+
+
+def _sizes(grid: _Grid, block: Tensor) -> Tensor:
+    """Section 4.1, ``[heads, head_dim]``."""
+    return _mean_spread(grid, block, _ceil_word8(*_integers(grid.format, (block & 0x7FFF).amax(1))))
+
+
+def _mean_spread(grid: _Grid, block: Tensor, words: Tensor) -> Tensor:
     heads, tokens, dim = grid.spec.shape
-    form = grid.format
-    magnitude = block & 0x7FFF
-    good = ~(magnitude >= form.special).any(1)
+    good = ~((block & 0x7FFF) >= grid.format.special).any(1)
     down = -(-tokens // grid.rows)
+    counted = words.clamp(min=_LEAST_SPREAD).masked_fill(~good, 0)
+    total = counted.reshape(heads, down, -1).sum(1)[:, :dim]
     count = good.reshape(heads, down, -1).sum(1)[:, :dim]
-
-    def mean(words: Tensor) -> Tensor:
-        counted = words.clamp(min=_LEAST_SPREAD).masked_fill(~good, 0)
-        total = counted.reshape(heads, down, -1).sum(1)[:, :dim]
-        return torch.where(count == 0, _LEAST_SPREAD, total // count.clamp(min=1))
-
-    sizes = mean(_ceil_word8(*_integers(form, magnitude.amax(1))))
-    if grid.spec.part == "value":
-        return (sizes,)
-    return mean(_ceil_word8(*_span(form, *_extremes(block, grid.valid, 1)))), sizes
+    return torch.where(count == 0, _LEAST_SPREAD, total // count.clamp(min=1))
 
 
 def _widths_by_range(ranges: Tensor, sizes: Tensor, mean: float) -> Tensor:
