@@ -97,6 +97,9 @@ class Journal:
         """A transfer was offered to the peer (out), or accepted from it (in)."""
         fields = _about(direction, side, peer)
         text = f"transfer {fields['transfer']} {'to' if direction == 'out' else 'from'} {peer} opened"
+        if side.stats.policy:
+            fields |= {"policy": side.stats.policy, "reason": side.stats.reason}
+            text += f"; policy {side.stats.policy}: {side.stats.reason}"
         self.tell(logging.INFO, "transfer_opened", text, **fields, cache_bytes=side.manifest.nbytes)
 
     def level_ready(self, side: Side, peer: str, level: int, now: float) -> None:

@@ -16,6 +16,7 @@ from lynxproto.capture import CaptureWriter
 from lynxproto.chunk import DTYPES, Part
 from lynxproto.config import MAX_LEVELS
 from lynxproto.errors import ConfigError
+from lynxproto.linkpolicy import AutoPolicy
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
 from lynxproto.transports import Link
@@ -63,7 +64,7 @@ class Deadline:
 class Options:
     """Everything of a session that is not protocol; :func:`lynxproto.listen` and ``connect`` say what each means."""
 
-    policy: Policy = field(default_factory=Policy)
+    policy: Policy | AutoPolicy = field(default_factory=Policy)
     allocate: Allocate = allocate_arrays
     wants: Wants | None = None
     on_fetch: OnFetch | None = None

@@ -35,6 +35,8 @@ __all__ = ["Outgoing", "borrow", "part_words", "tile_view"]
 
 #: Urgency of codec work: anchors first, then digests, then residuals by level.
 _DIGEST_URGENCY = 1
+#: A transfer whose layers were all written within this share of its time was not waiting for prefill.
+_PROMPT = 0.1
 
 
 def part_words(manifest: Manifest, layer: LayerSpec, part: Part, array: Any, *, writable: bool = False) -> NDArray[Any]:
@@ -95,6 +97,8 @@ class Outgoing:
         self.released = False
         self.complete = False
         self.final: int | None = None  # levels above it were cancelled
+        self.alone = False
+        """No other transfer has been under way since this one was opened."""
         self.changed = Signal()
         self._encoding = 0  # chunks at the codec threads
         self._peer = peer
@@ -108,6 +112,7 @@ class Outgoing:
         self._planning = 0
         self._counted: list[int] = []
         self._finishing = False
+        self._accepted_at = self._written_at = self.stats.opened
 
     # --- called by the user, on the I/O thread
 
@@ -124,6 +129,7 @@ class Outgoing:
             tiles = policy.tiles(dtype, layer)
             self._peer.connection.plan(self.id, layer.index, tiles, time.monotonic())
         self._written.add(layer.index)
+        self._written_at = time.monotonic()
         for part, array in words.items():
             self._words[layer.index, part] = array
         if tiles is not None:
@@ -256,6 +262,7 @@ class Outgoing:
     def on_accepted(self, wants: Sequence[Want]) -> None:
         """The peer accepted."""
         self.accepted = True
+        self._accepted_at = time.monotonic()
         self._wants = wants
         for index, (tiles, known) in self._digests.items():
             unsent = [tile for tile in tiles if tile not in known and not self._digested_when_sent(tile)]
@@ -276,7 +283,11 @@ class Outgoing:
         self._words.clear()
         self.complete = complete
         self.released = True
-        self.stats.released = time.monotonic()
+        now = self.stats.released = time.monotonic()
+        if complete:
+            took = now - self._accepted_at
+            prompt = self._written_at - self._accepted_at < _PROMPT * took
+            self._peer.link.learn(self, took if self.alone and prompt else None)
         self.changed.notify()
 
     # --- outcomes of codec work

@@ -14,6 +14,7 @@ from lynxproto import events
 from lynxproto._incoming import Incoming
 from lynxproto._io import Signal, Workers
 from lynxproto._journal import Journal, reason_of
+from lynxproto._linkaware import LinkAware
 from lynxproto._options import Options
 from lynxproto._outgoing import Outgoing
 from lynxproto.access import Principal, TransferRequest
@@ -35,6 +36,7 @@ from lynxproto.errors import (
     TransferCancelledError,
     TransportError,
 )
+from lynxproto.linkpolicy import AutoPolicy
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
 from lynxproto.transports import ByteStream
@@ -116,6 +118,7 @@ class Peer:
         self.outgoing: dict[int, Outgoing] = {}
         self.incoming: dict[int, Incoming] = {}
         self._options = endpoint.options
+        self.link = LinkAware(self, self._options.policy)
         self._offer = endpoint.offer
         self._on_over = endpoint.on_over
         self._dial = dial
@@ -172,6 +175,7 @@ class Peer:
         if not self.established:
             raise self.error or ConnectionClosedError(f"{self.name} closed the session during the handshake")
         self._redial()
+        await self.link.get_to_know()
 
     async def _receive(self, stripe: _Stripe) -> None:
         error: RemoteError = ConnectionClosedError(f"{stripe.stream.name} hung up")
@@ -210,9 +214,11 @@ class Peer:
                 data = self.connection.data_to_send(started, stripe.number, limit)
                 if data:
                     stripe.sending = self._loop.create_future()
+                    self.link.meter.begin(time.monotonic())
                     try:
                         await stripe.stream.send(data)
                     finally:
+                        self.link.meter.end(time.monotonic())
                         stripe.sending.set_result(None)
                         stripe.sending = None
                     nbytes = sum(part.nbytes for part in data)
@@ -452,6 +458,8 @@ class Peer:
             case events.ConnectionClosed():
                 text = f": {event.text}" if event.text else ""
                 self._end(ConnectionClosedError(f"{self.name} closed the session{text}") if event.by_peer else None)
+            case events.LinkMeasured():
+                self.link.on_measured(event.ping)
             case events.UnknownFrame():
                 _log.debug("%s sent a frame of unknown type %#x; skipped", self.name, event.type)
             case events.StripeReady():
@@ -585,15 +593,26 @@ class Peer:
 
     # --- transfers
 
-    def open(self, manifest: Manifest, policy: Policy | None, deadline: float, fetch: int | None = None) -> Outgoing:
+    def open(
+        self, manifest: Manifest, policy: Policy | AutoPolicy | None, deadline: float, fetch: int | None = None
+    ) -> Outgoing:
         """Offer a transfer."""
         if self.over:
             raise self.error or StreamClosedError("the session was closed by this side")
-        policy = policy or self._options.policy
-        policy.require(manifest.identity)
-        manifest = replace(manifest, codecs=policy.codecs, lossy=policy.lossy)
+        chosen = policy or self._options.policy
+        choice = None
+        if isinstance(chosen, AutoPolicy):
+            choice = self.link.choose(chosen, manifest)
+            chosen = choice.policy
+        chosen.require(manifest.identity)
+        manifest = replace(manifest, codecs=chosen.codecs, lossy=chosen.lossy)
         transfer = self.connection.open(manifest, time.monotonic(), deadline=deadline, fetch=fetch)
-        outgoing = self.outgoing[transfer] = Outgoing(self, transfer, manifest, policy)
+        for other in self.outgoing.values():
+            other.alone = False
+        outgoing = self.outgoing[transfer] = Outgoing(self, transfer, manifest, chosen)
+        outgoing.alone = len(self.outgoing) == 1
+        if choice is not None:
+            outgoing.stats.policy, outgoing.stats.reason = choice.name, choice.reason
         self.journal.transfer_opened("out", outgoing, self.name)
         self.pump()
         return outgoing
@@ -673,6 +692,7 @@ class Peer:
             self.pump()
             return
         try:
+            await self.link.get_to_know()
             outgoing = self.open(cache.manifest, None, float("inf"), event.request)
             await outgoing.send_cache(cache)
         except LynxError as error:

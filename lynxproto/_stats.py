@@ -36,6 +36,10 @@ class TransferStats:
     released: float | None = None
     """When it was over."""
     levels: dict[int, LevelStats] = field(default_factory=dict)
+    policy: str = ""
+    """Sender, with an automatic policy: the one that was chosen."""
+    reason: str = ""
+    """Why."""
 
     @property
     def bytes(self) -> int:

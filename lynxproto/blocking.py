@@ -22,6 +22,7 @@ from lynxproto.cachefile import Cache
 from lynxproto.chunk import Part
 from lynxproto.config import Config
 from lynxproto.errors import DeadlineError
+from lynxproto.linkpolicy import AutoPolicy
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
 
@@ -219,7 +220,7 @@ class Sender(_Session):
         self._endpoint = self._client = endpoint
 
     def open(
-        self, manifest: Manifest, policy: Policy | None = None, *, deadline: float = float("inf")
+        self, manifest: Manifest, policy: Policy | AutoPolicy | None = None, *, deadline: float = float("inf")
     ) -> OutgoingTransfer:
         """Offer a transfer."""
         io = self._client.thread()

@@ -52,6 +52,7 @@ from lynxproto.events import (
     FetchFailed,
     FetchRequested,
     HandshakeCompleted,
+    LinkMeasured,
     StripeClosed,
     StripeReady,
     UnknownFrame,
@@ -176,6 +177,7 @@ class Connection:
         self._receiver = Receiver(ctx)
         self._alone_since: float | None = None  # without a ready stripe
         self._pings = 0
+        self._measuring: set[int] = set()
         self._handshake_timeout = min(config.handshake_timeout, config.peer_timeout)
         #: Control frames cost no credit; their rate is limited instead. A shell may set budgets that sessions share.
         self.frame_budget = Budget(config.control_rate)
@@ -887,6 +889,22 @@ class Connection:
         for stripe in self._ready_stripes():
             self._ping(stripe, probe=True)
 
+    def measure_link(self, nbytes: int, now: float) -> int:
+        """Send ``nbytes`` bytes that mean nothing, then PING; :class:`~lynxproto.events.LinkMeasured` tells its answer.
+
+        Any peer answers: the bytes are the payload of a reserved frame type. At most the peer's ``control_bytes`` go.
+        Returns the PING's id. Raises :class:`~lynxproto.errors.LocalError` while no stripe is ready.
+        """
+        self._ctx.now = now
+        stripe = next(iter(self._ready_stripes()), None)
+        if stripe is None or self._ctx.peer is None:
+            raise LocalError("a link can be measured once the handshake is over and while it holds")
+        if nbytes:
+            stripe.control.append(frames.ballast_frame(min(nbytes, self._ctx.peer.limits.control_bytes)))
+        self._ping(stripe, probe=False)
+        self._measuring.add(self._pings)
+        return self._pings
+
     def _ping(self, stripe: Stripe, *, probe: bool) -> None:
         self._pings += 1
         stripe.pinged_at = self._ctx.now
@@ -1028,6 +1046,9 @@ class Connection:
         stripe.probed |= body.probe
 
     def _on_pong(self, stripe: Stripe, _: int, body: frames.Pong) -> None:
+        if body.id in self._measuring:
+            self._measuring.discard(body.id)
+            self._ctx.events.append(LinkMeasured(ping=body.id))
         sequence = stripe.probes.pop(body.id, None)
         if sequence is not None:
             self._sender.on_probe_answered(stripe.index, sequence)

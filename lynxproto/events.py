@@ -23,6 +23,7 @@ __all__ = [
     "HandshakeCompleted",
     "LayerEnded",
     "LevelsCancelled",
+    "LinkMeasured",
     "PlanReceived",
     "ResultReceived",
     "StripeClosed",
@@ -81,6 +82,13 @@ class ConnectionClosed:
 
     by_peer: bool
     text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkMeasured:
+    """The answer to a ``measure_link`` is here: everything that was sent before its PING has arrived."""
+
+    ping: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +288,7 @@ Event = (
     | StripeClosed
     | ConnectionFailed
     | ConnectionClosed
+    | LinkMeasured
     | UnknownFrame
     | TransferOffered
     | TransferRefused

@@ -255,6 +255,12 @@ def grease_frame(random: Random) -> bytes:
     return header.pack() + payload
 
 
+def ballast_frame(nbytes: int) -> bytes:
+    """A frame of a reserved type with ``nbytes`` bytes that mean nothing: what measures a link."""
+    payload = bytes(nbytes)
+    return Header(grease_type(Random(0)), 0, nbytes, crc32c(payload)).pack() + payload
+
+
 def data_frame(
     transfer: int,
     key: TileKey,

@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lynxproto import importance as importance_
-from lynxproto.chunk import DTYPES, Part, Tile, TokenSet
+from lynxproto.chunk import DTYPES, ChunkSpec, Part, Tile, TokenSet
 from lynxproto.codecs import get_codec
 from lynxproto.errors import BudgetError, ConfigError, PolicyError, SpecError
-from lynxproto.manifest import Identity, LayerSpec
+from lynxproto.manifest import Identity, LayerSpec, Manifest
 from lynxproto.tiers import LEAST_BUDGET, PARTS, Rule, Tiers
 
 if TYPE_CHECKING:
     from lynxproto.calibration import Calibration
+    from lynxproto.linkpolicy import AutoPolicy
 
 __all__ = ["GROUP_TOKENS", "Importance", "LayerPlan", "Policy", "PolicyName"]
 
@@ -34,7 +35,7 @@ GROUP_TOKENS = 64
 LEAST_TOKENS = 16
 _ATTEMPTS = 4
 
-PolicyName = Literal["lynx", "bf16", "int8", "int4"]
+PolicyName = Literal["lynx", "exact", "raw", "bf16", "int8", "int4"]
 #: What a tiered policy takes a token's importance from.
 Importance = Literal["attention", "key-norms", "position"]
 _Positions = range | NDArray[np.int64]
@@ -105,20 +106,38 @@ class Policy:
 
     @classmethod
     def named(cls, name: PolicyName) -> Policy:
-        """``lynx`` (the default), or a baseline of one level: ``bf16`` (raw words), lossy ``int8`` or ``int4``."""
+        """``lynx`` (the default); ``exact``: coded without an anchor, 8 bits and then the rest; or of one level.
+
+        Of one level are ``raw`` or ``bf16`` (the words) and, lossy, the baselines ``int8`` and ``int4``.
+        """
         if name == "lynx":
             return cls()
-        if name == "bf16":
+        if name == "exact":
+            return cls(body=dict(_FINE), sinks=0, recent=0)
+        if name in ("raw", "bf16"):
             return cls(body=dict(_RAW), sinks=0, recent=0)
         if name in ("int8", "int4"):
             body = {"id": "hq", "anchor_bits": int(name[3:]), "levels": 1}
             return cls(body=body, sinks=0, recent=0)
-        raise ConfigError(f"unknown policy {name!r}; known: lynx, bf16, int8, int4")
+        raise ConfigError(f"unknown policy {name!r}; known: lynx, exact, raw, bf16, int8, int4")
 
     @classmethod
-    def lynx(cls, preset: str = "balanced", calibration: Calibration | None = None) -> Policy:
-        """The default tiers with a preset of hq (``fast``, ``balanced``, ``dense``) and a model's calibration."""
-        return cls(body=get_codec("hq", preset=preset, calibration=calibration).get_config())
+    def lynx(cls, preset: str = "balanced", calibration: Calibration | None = None, *, levels: int = 3) -> Policy:
+        """The default tiers with a preset of hq (``fast``, ``balanced``, ``dense``) and a model's calibration.
+
+        ``levels``: 3 with an 8-bit level between the anchor and the exact words, 2 without.
+        """
+        return cls(body=get_codec("hq", preset=preset, calibration=calibration, levels=levels).get_config())
+
+    @classmethod
+    def auto(cls, calibration: Calibration | None = None, *, exact_weight: float = 1.0) -> AutoPolicy:
+        """The best policy for each transfer, by the link's measured goodput and the codecs' measured speed.
+
+        See :class:`~lynxproto.linkpolicy.AutoPolicy` for ``exact_weight``.
+        """
+        from lynxproto.linkpolicy import AutoPolicy, default_candidates
+
+        return AutoPolicy(default_candidates(calibration), exact_weight)
 
     @classmethod
     def from_file(
@@ -156,6 +175,17 @@ class Policy:
         if self.sinks or self.tiers is not None:
             configs.append(self.exact)
         return tuple(get_codec(config).get_config() for config in configs)
+
+    def supports(self, manifest: Manifest) -> bool:
+        """Whether its codecs can code all parts of this cache."""
+        shapes = {(part, layer.kv_heads, layer.head_dim(part)) for layer in manifest.layers for part in layer.parts}
+        return all(
+            get_codec(config).supports(
+                ChunkSpec(part=part, dtype=manifest.dtype, heads=heads, tokens=GROUP_TOKENS, head_dim=dim)
+            )
+            for config in self.codecs
+            for part, heads, dim in shapes
+        )
 
     @property
     def lossy(self) -> bool:

@@ -43,6 +43,7 @@ from lynxproto.errors import (
     TransportError,
 )
 from lynxproto.frames import Error, control_frame
+from lynxproto.linkpolicy import AutoPolicy
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
 from lynxproto.transports import ByteStream, Link, Listener, check_plaintext, open_listener, open_stream
@@ -553,12 +554,13 @@ class Sender(_Session):
     _endpoint: _Client
 
     def open(
-        self, manifest: Manifest, policy: Policy | None = None, *, deadline: float = float("inf")
+        self, manifest: Manifest, policy: Policy | AutoPolicy | None = None, *, deadline: float = float("inf")
     ) -> OutgoingTransfer:
         """Offer a transfer; write to it at once, while the peer still makes room.
 
-        ``policy`` cuts it into tiles and chooses codecs (default: the session's); the manifest's ``codecs`` and
-        ``lossy`` follow from it. ``deadline`` (``time.monotonic()``) decides between anchors of several transfers.
+        ``policy`` cuts it into tiles and chooses codecs (default: the session's, which may choose for each transfer:
+        :meth:`Policy.auto`); the manifest's ``codecs`` and ``lossy`` follow from it. ``deadline``
+        (``time.monotonic()``) decides between anchors of several transfers.
 
         Raises :class:`~lynxproto.errors.LocalError` for what this side or the handshake rules out, and the session's
         error if it is over.
@@ -590,7 +592,7 @@ def connect(
     url: str,
     config: Config | None = None,
     *,
-    policy: Policy | None = None,
+    policy: Policy | AutoPolicy | None = None,
     allocate: Allocate = allocate_arrays,
     wants: Wants | None = None,
     on_fetch: OnFetch | None = None,
@@ -645,7 +647,7 @@ def listen(
     url: str,
     config: Config | None = None,
     *,
-    policy: Policy | None = None,
+    policy: Policy | AutoPolicy | None = None,
     allocate: Allocate = allocate_arrays,
     wants: Wants | None = None,
     on_fetch: OnFetch | None = None,

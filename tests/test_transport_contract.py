@@ -70,9 +70,9 @@ KINDS = {
 }
 if find_spec("ucxx"):  # the extra `ucx`, which CI installs
     KINDS |= {
-        "ucx-tcp": Kind("ucx://127.0.0.1:0", insecure=True, in_flight=8 << 20, ucx_tls="tcp"),
-        "ucx-sm": Kind("ucx://[::1]:0", insecure=True, in_flight=8 << 20, ucx_tls="sm"),
-        "ucx-self": Kind("ucx://127.0.0.1:0", insecure=True, in_flight=8 << 20, ucx_tls="self,tcp"),
+        "ucx-tcp": Kind("ucx://127.0.0.1:0", in_flight=8 << 20, ucx_tls="tcp"),
+        "ucx-sm": Kind("ucx://[::1]:0", in_flight=8 << 20, ucx_tls="sm"),
+        "ucx-self": Kind("ucx://127.0.0.1:0", in_flight=8 << 20, ucx_tls="self,tcp"),
         "ucx-ticket": Kind("ucx://localhost:0", tls=True, in_flight=8 << 20, ucx_tls="sm,tcp"),
     }
 

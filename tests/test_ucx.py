@@ -217,7 +217,6 @@ def test_a_stranger_on_the_control_port() -> None:
     run(main())
 
 
-@needs_ucxx
 def test_it_is_not_encrypted_and_says_so() -> None:
     for call in (open_stream("ucx://127.0.0.1:1"), open_listener("ucx://127.0.0.1:0")):
         with pytest.raises(ConfigError, match=r"insecure=True"):

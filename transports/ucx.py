@@ -440,7 +440,7 @@ class UCXListener(Listener):
 
 
 class UCXTransport(Transport):
-    """``ucx://host:port``. Not encrypted: needs ``insecure``, or a TLS context to authenticate the peers with."""
+    """``ucx://host:port``. Not encrypted, so it needs ``insecure``; a TLS context authenticates the peers."""
 
     address = "HOST:PORT"
 
@@ -474,9 +474,9 @@ class UCXTransport(Transport):
 
 
 def _check(setup: Setup) -> None:
-    if setup.tls is None and not setup.insecure:
+    if not setup.insecure:
         raise ConfigError(
-            "ucx:// does not encrypt: say that you know (insecure=True), or pass tls=, which authenticates both sides "
-            "over the control connection and leaves the data readable on the way"
+            "UCX does not encrypt: whoever is on the way can read and change what ucx:// carries; use tcps://, or say "
+            "that you want this (insecure=True, --insecure); tls= as well authenticates both sides"
         )
     require_ucxx()

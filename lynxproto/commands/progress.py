@@ -101,9 +101,13 @@ def summarize(command: str, transfer: IncomingTransfer | OutgoingTransfer, *, as
             "seconds": seconds,
             "exact": not transfer.manifest.lossy,
             "levels": levels,
+            "policy": stats.policy,
+            "reason": stats.reason,
         }
         click.echo(json.dumps(summary))
         return
     what = "lossy" if transfer.manifest.lossy else "exact"
     done = f"sent {path}" if command == "send" else f"received {path}"
+    if stats.policy:
+        click.echo(f"policy {stats.policy}: {stats.reason}")
     click.echo(f"{done}: {stats.bytes / 1e6:.2f} MB for a cache of {cache / 1e6:.2f} MB ({what}), {seconds:.3f} s")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lynxproto.cachefile import Cache
     from lynxproto.calibration import Calibration
     from lynxproto.commands.stopping import Stopping
+    from lynxproto.linkpolicy import AutoPolicy
     from lynxproto.policy import Policy
 
 __all__ = ["send"]
@@ -27,8 +28,10 @@ __all__ = ["send"]
     click.Argument(["cache"], type=click.Path(path_type=Path)),
     click.Argument(["url"]),
     click.Option(
-        ["--policy"], type=click.Choice(["lynx", "bf16", "int8", "int4"]), default="lynx", show_default=True,
-        help="How to cut and encode the cache; all but lynx are baselines of one level, int8 and int4 lossy.",
+        ["--policy"], default="lynx", show_default=True,
+        type=click.Choice(["auto", "lynx", "exact", "raw", "bf16", "int8", "int4"]),
+        help="How to cut and encode the cache: lynx is progressive, exact is coded without an anchor, raw (bf16) is not"
+        " coded; auto measures link and codecs and takes the best of these. int8 and int4 are lossy baselines.",
     ),
     click.Option(
         ["--preset"], type=click.Choice(["fast", "balanced", "dense"]), default="balanced", show_default=True,
@@ -36,7 +39,7 @@ __all__ = ["send"]
     ),
     click.Option(
         ["--calibration"], type=click.Path(dir_okay=False, path_type=Path),
-        help="Of policy lynx: what `lynxproto calibrate` measured of the cache's model.",
+        help="Of policies lynx and auto: what `lynxproto calibrate` measured of the cache's model.",
     ),
     click.Option(["--request-id"], help="What the receiver knows the cache by (default: its file's name)."),
     click.Option(["--model"], help="Model of a saved DynamicCache (.pt), which does not say itself."),
@@ -79,6 +82,8 @@ async def _send(
     caches = [(one, open_cache(one, model, revision)) for one in paths]  # mistakes show before anything is sent
     chosen = [_policy(policy, preset, calibration, cache) for _, cache in caches]
     arguments = options.session(url, content, server=False)
+    if policy == "auto":  # one for all: it learns from what they take
+        arguments["policy"] = chosen[0]
     with options.recording() as recording, options.measuring() as metrics:
         observe = None if metrics is None else metrics.observe
         async with connect(url, **arguments, capture=recording, observe=observe) as session:
@@ -88,20 +93,22 @@ async def _send(
                 if stop.asked.is_set():
                     return UNFINISHED
                 name = request_id or cache.manifest.request_id or one.stem
-                transfer = session.open(replace(cache.manifest, request_id=name), how)
+                transfer = session.open(replace(cache.manifest, request_id=name), None if policy == "auto" else how)
                 async with Watch(transfer, quiet=options.quiet):
                     await transfer.send(cache)
                 summarize("send", transfer, as_json=options.json, path=one)
     return 0
 
 
-def _policy(policy: Any, preset: str, calibration: Path | None, cache: Cache) -> Policy:
+def _policy(policy: Any, preset: str, calibration: Path | None, cache: Cache) -> Policy | AutoPolicy:
     from lynxproto.policy import Policy
 
     if policy == "lynx":
         return Policy.lynx(preset, _calibration(calibration, cache))
+    if policy == "auto":
+        return Policy.auto(_calibration(calibration, cache))
     if calibration is not None:
-        raise ConfigError(f"--calibration is for the policy lynx, not {policy}")
+        raise ConfigError(f"--calibration is for the policies lynx and auto, not {policy}")
     return Policy.named(policy)
 
 
