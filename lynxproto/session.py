@@ -121,9 +121,12 @@ class _Endpoint:
     def take(self) -> Incoming | None:
         """The next incoming transfer, if there is one. From any thread: a caller who gives up waiting takes none."""
         try:
-            return self._offers.popleft()
+            taken = self._offers.popleft()
         except IndexError:
             return None
+        if self.draining and self.io is not None:
+            self.io.loop.call_soon_threadsafe(self._changed.notify)
+        return taken
 
     async def offered(self) -> bool:
         """Return when there is something to take; False once nothing will come any more."""
@@ -138,6 +141,7 @@ class _Endpoint:
         """Refuse new sessions and transfers, and return when no transfer is open. Sessions may still resume."""
         self.draining = True
         await asyncio.gather(*(peer.drained() for peer in self.peers))
+        await self._changed.until(lambda: not self._offers)
 
     def snapshot(self) -> Snapshot:
         """Counters and gauges now."""
@@ -521,6 +525,8 @@ class _Session:
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no new transfers or sessions (peers are told SHUTDOWN), and let those under way finish.
+
+        What was accepted already is still to be iterated over.
 
         Returns True when none is left, False if some are after ``timeout`` seconds: closing hands them back to their
         senders as cancelled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from typing import Any
 
 import click
@@ -27,12 +28,13 @@ def config(command: str, arguments: tuple[str, ...], as_json: bool) -> None:
     """
     if command not in COMMANDS:
         raise click.UsageError(f"{command!r} has no settings; known: {', '.join(COMMANDS)}")
-    target = COMMANDS[command]
-    # Arguments that are required may be missing here; everything else is checked as it will be.
-    with target.make_context(command, list(arguments), resilient_parsing=True) as ctx:
+    params = [copy(param) for param in COMMANDS[command].params]
+    for param in params:
+        param.required = False  # they may be missing here; everything else is checked as it will be
+    with click.Command(command, params=params).make_context(command, list(arguments)) as ctx:
         content = ctx.meta[shared.__name__]
         effective: dict[str, dict[str, Any]] = {}
-        for param in target.params:
+        for param in params:
             if param.name and param.name != "settings":
                 source = ctx.get_parameter_source(param.name)
                 effective[param.name.replace("_", "-")] = {
@@ -40,14 +42,13 @@ def config(command: str, arguments: tuple[str, ...], as_json: bool) -> None:
                     "source": _SOURCES.get(source.name if source else "", "default"),
                 }
         settings = Settings(content, ctx.params.get("config"), ctx.params.get("settings") or ())
-        for table, kind in TABLES.items():
+        for table in TABLES:
             for name, item in table_fields(table).items():
                 key = f"{table}.{name}"
                 effective[key] = {
                     "value": settings.values[table].get(name, item.default),
                     "source": settings.sources.get(key, "default"),
                 }
-            del kind
         for secret in settings.secrets():
             life = {"not_before": secret.not_before, "not_after": secret.not_after}
             effective[f"secrets.{secret.id}"] = {"value": {"principal": secret.owner, **life}, "source": "file"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,7 @@ class Folder:
     def _remember(self, path: Path, request_id: str) -> None:
         self._index[xxhash.xxh3_128_digest((request_id or path.stem).encode())] = path
 
-    def allocate(self, manifest: Manifest) -> dict[tuple[int, Part], NDArray[Any]]:
+    def allocate(self, manifest: Manifest) -> _Landing:
         """For a session's ``allocate``: a file of the cache's size, mapped.
 
         Raises :class:`~lynxproto.errors.CacheFileError` or, beyond the quota, :class:`~lynxproto.errors.LimitError`.
@@ -159,9 +161,10 @@ class Folder:
                 await transfer.exact()
             try:
                 result = await transfer.result()
-                path = landing.writer.commit(first_token=result.first_token, logit_gap=result.logit_gap)
+                commit = partial(landing.writer.commit, first_token=result.first_token, logit_gap=result.logit_gap)
             except NotFoundError:  # the sender knew none
-                path = landing.writer.commit()
+                commit = partial(landing.writer.commit)
+            path = await asyncio.to_thread(commit)
         finally:
             self._forget(landing.writer)
         with self._lock:

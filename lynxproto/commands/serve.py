@@ -91,7 +91,7 @@ async def _serve(
     arguments = options.session(
         url, content, server=True, identity=None if model is None else Identity(model=model, revision=revision)
     )
-    landing: set[asyncio.Task[None]] = set()
+    landing: dict[asyncio.Task[None], IncomingTransfer] = {}
     with options.recording() as recording, options.measuring() as metrics:
 
         def observe(event: str, fields: Mapping[str, Any]) -> None:
@@ -117,15 +117,17 @@ async def _serve(
             async def take() -> None:
                 async for transfer in receiver:
                     task = asyncio.ensure_future(_land(folder, transfer, as_json=options.json))
-                    landing.add(task)
-                    task.add_done_callback(landing.discard)
+                    landing[task] = transfer
+                    task.add_done_callback(landing.pop)
 
-            await stop.first_of(take())
+            taking = asyncio.ensure_future(take())  # goes on while others drain: what was accepted is landed
+            await stop.asked.wait()
             drained = await receiver.drain(options.drain_timeout)
             if not drained:
-                open_ = receiver.snapshot()
-                _log.warning("%d transfers did not end in time; handed back", open_.incoming + open_.outgoing)
-        await asyncio.gather(*landing)  # the session is closed: each has its outcome
+                _log.warning("%d transfers did not end in time and are handed back", len(landing))
+                await asyncio.gather(*(transfer.cancel() for transfer in landing.values()))
+            await asyncio.gather(*landing)
+        await taking
     return 0 if drained else UNFINISHED
 
 

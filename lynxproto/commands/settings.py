@@ -144,7 +144,7 @@ class Settings:
         for pair in pairs:
             key, equals, value = pair.partition("=")
             table, _, name = key.strip().partition(".")
-            if not equals or table not in TABLES:
+            if not equals or not name or table not in TABLES:
                 raise ConfigError(f"--set {pair}: expected {'|'.join(TABLES)}.NAME=VALUE, e.g. limits.transfers=64")
             self._set(table, _plain(name), value.strip(), f"flag --set {key}")
 

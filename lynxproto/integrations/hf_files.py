@@ -33,6 +33,8 @@ def cache_of(dynamic: Any, identity: Identity, *, request_id: str = "") -> Cache
         if keys.shape[0] != 1 or keys.shape[:3] != values.shape[:3]:
             raise SpecError(f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} are no sequence")
         dtypes |= {keys.dtype, values.dtype}
+        if not dtypes <= set(_DTYPES):
+            break
         prompt = max(prompt, seen)
         layers.append(
             LayerSpec(
@@ -46,8 +48,10 @@ def cache_of(dynamic: Any, identity: Identity, *, request_id: str = "") -> Cache
             )
         )
         arrays[index, "key"], arrays[index, "value"] = hf.as_array(keys[0]), hf.as_array(values[0])
-    if len(dtypes) != 1 or (dtype := dtypes.pop()) not in _DTYPES:
-        raise SpecError(f"a cache has one dtype of {', '.join(_DTYPES.values())}, not {', '.join(map(str, dtypes))}")
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+        found = ", ".join(sorted(map(str, dtypes))) or "no layers"
+        raise SpecError(f"a cache has one dtype of {', '.join(_DTYPES.values())}, not {found}")
+    (dtype,) = dtypes
     manifest = Manifest(
         identity=identity, dtype=_DTYPES[dtype], layers=tuple(layers), prompt_tokens=prompt, request_id=request_id
     )
