@@ -12,8 +12,9 @@ from lynxproto.codecs import Codec, get_codec
 from lynxproto.errors import LynxError
 
 if TYPE_CHECKING:
+    from lynxproto.access import Principal
     from lynxproto.cachefile import Cache
-    from lynxproto.config import Config
+    from lynxproto.config import Admission, Config, Secret
     from lynxproto.manifest import Identity, LayerSpec, Manifest
     from lynxproto.policy import Policy
     from lynxproto.session import Deadline, Progress, connect, listen
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Admission",
     "Cache",
     "ChunkSpec",
     "Codec",
@@ -32,7 +34,9 @@ __all__ = [
     "LynxError",
     "Manifest",
     "Policy",
+    "Principal",
     "Progress",
+    "Secret",
     "Tile",
     "TokenBucket",
     "TokenSet",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Admission": "config",
     "Cache": "cachefile",
     "Config": "config",
     "Deadline": "session",
@@ -49,7 +54,9 @@ _LAZY = {
     "LayerSpec": "manifest",
     "Manifest": "manifest",
     "Policy": "policy",
+    "Principal": "access",
     "Progress": "session",
+    "Secret": "config",
     "TokenBucket": "transports",
     "connect": "session",
     "listen": "session",

@@ -192,6 +192,9 @@ class Peer:
                     stripe.resume()
                     continue
                 if count == 0:
+                    if not stripe.ready:
+                        text = "hung up during the handshake; its log may say why, or it wants TLS (tcps://)"
+                        error = ConnectionClosedError(f"{stripe.stream.name} {text}")
                     break
                 self.bytes_received += count
                 self.connection.buffer_updated(count, time.monotonic(), stripe.number)
@@ -457,7 +460,8 @@ class Peer:
                 self._end(event.error)
             case events.ConnectionClosed():
                 text = f": {event.text}" if event.text else ""
-                self._end(ConnectionClosedError(f"{self.name} closed the session{text}") if event.by_peer else None)
+                closed = ConnectionClosedError(f"{self.name} closed the session{text}")
+                self._end(closed if event.by_peer else None, orderly=True)
             case events.LinkMeasured():
                 self.link.on_measured(event.ping)
             case events.UnknownFrame():
@@ -543,8 +547,8 @@ class Peer:
         self._let_go(transfer)
         self.changed.notify()
 
-    def _end(self, error: LynxError | None) -> None:
-        """The session is over."""
+    def _end(self, error: LynxError | None, orderly: bool = False) -> None:
+        """The session is over; ``orderly`` if a side closed it."""
         if self.over:
             return
         self.over = True
@@ -556,12 +560,12 @@ class Peer:
             self.journal.tell(
                 logging.INFO,
                 "session_closed",
-                f"the session with {self.name} is over{f': {self.error}' if self.error else ''}",
+                f"the session with {self.name} is over: {self.error or 'closed by this side'}",
                 peer=self.name,
                 principal=self.principal.name,
                 bytes_sent=self.bytes_sent,
                 bytes_received=self.bytes_received,
-                error=str(self.error) if self.error else None,
+                error=None if self.error is None or orderly else str(self.error),
             )
         for fetch in self._fetches.values():
             if not fetch.done():

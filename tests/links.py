@@ -151,7 +151,7 @@ class Shell:
 
     def __init__(self, config: Config, *, client: bool, seed: int = 0) -> None:
         self.land: Any = lambda transfer, tile: None  # where the words of a tile belong
-        self.connection = Connection(config, client=client, random=Random(seed), land=self._land)
+        self.connection = Connection(config, client=client, random=Random(seed), land=self._land, unix_offset=0.0)
         self.log: list[Any] = []
         self.sent: dict[int, tuple[Manifest, dict[Any, Any]]] = {}
         self.released: dict[int, bool] = {}

@@ -11,7 +11,7 @@ from links import Shell, World, cache, manifest_of, small_config, split_frames, 
 from lynxproto import events as ev
 from lynxproto import frames
 from lynxproto.chunk import Tile, TokenSet
-from lynxproto.config import Config, Limits
+from lynxproto.config import Config, Limits, Secret
 from lynxproto.connection import Connection, hello_session
 from lynxproto.digest import crc32c
 from lynxproto.errors import (
@@ -355,6 +355,26 @@ def test_a_wrong_secret_gets_nothing(client, server):
     assert not world.server.seen(ev.TransferOffered)
     assert world.client.released[transfer] is False
     assert all(shell.connection.closed for shell in world.shells)
+
+
+@pytest.mark.parametrize(("owner", "joins"), [("prefill", True), ("somebody else", False)])
+def test_a_session_stays_with_its_principal(owner: str, joins: bool) -> None:
+    """A reconnect may use a newer secret, if it is the same principal's."""
+    old = Secret(id="old", key=bytes(16), principal="prefill", not_after=50.0)
+    new = Secret(id="new", key=bytes(range(16)), principal=owner)
+    config = small_config(secrets=(old, new))
+    world = World(config, config)
+    world.settle()
+    assert world.server.connection.principal == "prefill"
+    world.pipes[0].cut()
+    world.now = 60.0
+    world.new_pipe()
+    resumed = [event.resumed for event in world.server.seen(ev.StripeReady)]
+    assert resumed == ([False, True] if joins else [False])
+    assert world.server.connection.principal == "prefill"
+    if not joins:
+        errors = [event.error for event in world.server.seen(ev.StripeClosed) if event.error is not None]
+        assert "belongs to 'prefill', this stripe to 'somebody else'" in str(errors[-1])
 
 
 def test_strangers_get_nothing():

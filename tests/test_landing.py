@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from links import World, cache, small_config, tile_words
-from test_session import _names, assert_same, first, make_cache, run
+from test_session import _names, assert_same, connect, first, listen, make_cache, run
 
-from lynxproto import connect, listen
 from lynxproto import events as ev
 from lynxproto.config import Limits
 from lynxproto.errors import LocalError, TransferCancelledError

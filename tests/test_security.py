@@ -20,7 +20,7 @@ import trustme
 import lynxproto
 from lynxproto.access import TransferRequest
 from lynxproto.cachefile import Cache
-from lynxproto.config import Config, Secret
+from lynxproto.config import Config, Limits, Secret
 from lynxproto.errors import (
     AuthenticationError,
     ConfigError,
@@ -29,6 +29,7 @@ from lynxproto.errors import (
     ForbiddenError,
     LynxError,
     NotFoundError,
+    RejectedError,
     RemoteError,
     TransportError,
     VersionError,
@@ -479,3 +480,35 @@ def test_unreachable_hosts_and_wrong_schemes() -> None:
                 await connect(url).__aenter__()
 
     run(main)
+
+
+def test_announced_limits_are_kept_before_anything_is_sent() -> None:
+    cache = make_cache(request_id="big")
+    small = Config(limits=Limits(transfer_bytes=1000))
+    allocated: list[Manifest] = []
+
+    async def main() -> None:
+        async with listen(next(_names), small, allocate=allocated.append) as receiver, connect(receiver.url) as sender:
+            with pytest.raises(LynxError, match="limit"):
+                await sender.open(cache.manifest).send(cache)
+
+    run(main)
+    assert not allocated
+
+
+def test_another_model_shows_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    cache = make_cache()
+
+    async def main() -> None:
+        async with (
+            listen(next(_names), Config(identity=Identity(model="other"))) as receiver,
+            connect(receiver.url) as sender,
+        ):
+            with pytest.raises(RejectedError, match="model is 'm', expected 'other'"):
+                await sender.open(cache.manifest).send(cache)
+
+    with caplog.at_level(logging.WARNING, "lynxproto"):
+        run(main)
+    (refusal,) = [record for record in caplog.records if record.event == "transfer_refused"]
+    assert refusal.fields["reason"] == "identity"
+    assert "model is 'm', expected 'other'" in refusal.getMessage()

@@ -176,7 +176,7 @@ class SessionOptions:
 
 
 def session_command(
-    name: str, *params: click.Parameter, server: bool = False, log_level: str = "warning"
+    name: str, *params: click.Parameter, server: bool = False, log_level: str = "error"
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Make a command of a function that takes ``params``, ``options``, and ``content`` (of the settings file)."""
 

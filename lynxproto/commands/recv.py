@@ -28,6 +28,7 @@ _OUTPUT = click.Path(file_okay=False, path_type=Path)
     click.Option(["--model"], help="Accept only caches of this model."),
     click.Option(["--revision"], default="", help="Accept only this revision of the model."),
     server=True,
+    log_level="warning",
 )
 def recv(options: SessionOptions, content: Mapping[str, Any], url: str, **own: Any) -> None:
     """Receive one KV cache on URL, e.g. tcps://0.0.0.0:7411 (port 0: any free one), and dump it into a directory."""
