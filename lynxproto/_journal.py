@@ -20,8 +20,8 @@ __all__ = ["Journal", "Observe", "reason_of"]
 Observe = Callable[[str, Mapping[str, Any]], object]
 
 _log = logging.getLogger("lynxproto")
-#: Lines a second about strangers that fail: a flood must not fill the disk.
-_STRANGERS: Final = 5.0
+#: Lines a second about peers that are refused: a flood must not fill the disk.
+_REFUSALS: Final = 5.0
 
 
 def reason_of(error: BaseException) -> str:
@@ -67,7 +67,7 @@ class Journal:
 
     def __init__(self, observe: Observe | None = None) -> None:
         self._observe = observe
-        self._strangers = Budget(_STRANGERS, 4 * _STRANGERS)
+        self._refusals = Budget(_REFUSALS, 4 * _REFUSALS)
         self._untold = 0
 
     def tell(self, level: int, event: str, text: str, /, **fields: Any) -> None:
@@ -76,22 +76,21 @@ class Journal:
             _log.log(level, "%s", text, extra={"event": event, "fields": fields})
         self._notify(event, fields)
 
-    def handshake_failed(self, peer: str, error: BaseException, now: float, *, stage: str) -> None:
-        """A peer did not get in; the lines of a flood are counted instead of written."""
-        fields = {"peer": peer, "stage": stage, "reason": reason_of(error), "error": str(error)}
-        if self._strangers.spend(1, now):
+    def refuse(self, event: str, text: str, now: float, /, **fields: Any) -> None:
+        """The same, as a warning about a peer that is refused; of a flood most lines are only counted."""
+        if self._refusals.spend(1, now):
             more = f" ({self._untold} more went unlogged)" if self._untold else ""
             self._untold = 0
-            _log.warning(
-                "handshake with %s failed: %s%s",
-                peer,
-                error,
-                more,
-                extra={"event": "handshake_failed", "fields": fields},
-            )
+            _log.warning("%s%s", text, more, extra={"event": event, "fields": fields})
         else:
             self._untold += 1
-        self._notify("handshake_failed", fields)
+        self._notify(event, fields)
+
+    def handshake_failed(self, peer: str, error: BaseException, now: float, *, stage: str) -> None:
+        """A peer did not get in."""
+        text = f"handshake with {peer} failed: {error}"
+        fields = {"peer": peer, "stage": stage, "reason": reason_of(error), "error": str(error)}
+        self.refuse("handshake_failed", text, now, **fields)
 
     def transfer_opened(self, direction: str, side: Side, peer: str) -> None:
         """A transfer was offered to the peer (out), or accepted from it (in)."""

@@ -484,10 +484,9 @@ class Peer:
         if self._gate is None or stripe.guest is None:
             return
         try:
-            self._gate.enter(stripe.guest, self.principal.name)
+            self._gate.enter(stripe.guest, self.principal.key)
             if not self._in_gate:
-                budgets = self._gate.open_session(self.principal.name)
-                self.connection.frame_budget, self.connection.byte_budget = budgets
+                self.connection.control_budgets.append(self._gate.open_session(self.principal.key))
                 self._in_gate = True
         except LimitError as error:
             self.journal.handshake_failed(stream.name, error, time.monotonic(), stage="session")
@@ -515,19 +514,19 @@ class Peer:
 
     def _hold(self, transfer: int, nbytes: int) -> None:
         if self._gate is not None:
-            self._gate.open_transfer(self.principal.name, nbytes)
+            self._gate.open_transfer(self.principal.key, nbytes)
             self._held[transfer] = nbytes
 
     def _let_go(self, transfer: int) -> None:
         nbytes = self._held.pop(transfer, None)
         if nbytes is not None and self._gate is not None:
-            self._gate.close_transfer(self.principal.name, nbytes)
+            self._gate.close_transfer(self.principal.key, nbytes)
 
     def _tell_refused(self, transfer: int, error: Exception, request_id: str = "") -> None:
-        self.journal.tell(
-            logging.WARNING,
+        self.journal.refuse(
             "transfer_refused",
             f"transfer {transfer:032x} of {self.name} is refused: {error}",
+            time.monotonic(),
             transfer=f"{transfer:032x}",
             peer=self.name,
             principal=self.principal.name,
@@ -555,7 +554,7 @@ class Peer:
         self.error = self.error or error
         if self._in_gate and self._gate is not None:
             self._in_gate = False
-            self._gate.close_session(self.principal.name)
+            self._gate.close_session(self.principal.key)
         if self.principal.address:
             self.journal.tell(
                 logging.INFO,
@@ -688,7 +687,7 @@ class Peer:
             except ForbiddenError as error:
                 code, text = error.code, str(error)
                 who = {"peer": self.name, "principal": self.principal.name}
-                self.journal.tell(logging.WARNING, "fetch_refused", text, **who, reason=reason_of(error))
+                self.journal.refuse("fetch_refused", text, time.monotonic(), **who, reason=reason_of(error))
             except Exception:  # whatever the user's callback raises
                 _log.exception("on_fetch failed; the peer is told that nothing was found")
         if cache is None:

@@ -34,6 +34,11 @@ class Principal:
             return f"secret:{self.secret}"
         return "anonymous" if self.uid is None else f"uid:{self.uid}"
 
+    @property
+    def key(self) -> str:
+        """What limits count by: the name, or the address of who is anonymous."""
+        return f"{self.name} at {self.address}" if self.name == "anonymous" else self.name
+
     @classmethod
     def of(cls, stream_name: str, credentials: Credentials, secret: str) -> Principal:
         """The principal at the other end of a byte stream whose peer knows ``secret``."""

@@ -35,9 +35,8 @@ class Guest:
 class Gate:
     """Keeps a listener to its :class:`~lynxproto.config.Admission`."""
 
-    def __init__(self, limits: Admission, control_rate: float, control_byte_rate: float) -> None:
+    def __init__(self, limits: Admission) -> None:
         self.limits = limits
-        self._rates = (control_rate, control_byte_rate)
         self._door: dict[str, OrderedDict[Guest, None]] = {}
         self._waiting = 0
         self._accepts: OrderedDict[str, Budget] = OrderedDict()
@@ -114,15 +113,15 @@ class Gate:
                 del self._door[guest.address]
 
     def open_session(self, principal: str) -> tuple[Budget, Budget]:
-        """A session begins; returns the budgets for control frames and their bytes that the principal's share.
+        """A session begins; returns the budgets for control frames and their bytes that the principal's sessions share.
 
         Raises :class:`~lynxproto.errors.LimitError`.
         """
         if self._sessions[principal] >= self.limits.sessions_per_principal:
             raise LimitError(f"{self.limits.sessions_per_principal} sessions of {principal}; close some")
         self._sessions[principal] += 1
-        frames, nbytes = self._rates
-        return self._budgets.setdefault(principal, (Budget(frames), Budget(nbytes)))
+        rates = (self.limits.control_frames_per_principal, self.limits.control_bytes_per_principal)
+        return self._budgets.setdefault(principal, (Budget(rates[0]), Budget(rates[1])))
 
     def close_session(self, principal: str) -> None:
         """A session that was opened is over."""

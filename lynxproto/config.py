@@ -83,6 +83,10 @@ class Admission:
     """Transfers that one principal pushes at a time, over all its sessions."""
     bytes_per_principal: int = 1 << 40
     """Uncompressed bytes of the caches that one principal pushes at a time: memory that is allocated for it."""
+    control_frames_per_principal: int = 200_000
+    """Control frames a second that all sessions of one principal may send together (burst: as many again)."""
+    control_bytes_per_principal: int = 512 * _MIB
+    """The same for their bytes."""
 
     def __post_init__(self) -> None:
         for item in fields(self):

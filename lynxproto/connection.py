@@ -179,9 +179,9 @@ class Connection:
         self._pings = 0
         self._measuring: set[int] = set()
         self._handshake_timeout = min(config.handshake_timeout, config.peer_timeout)
-        #: Control frames cost no credit; their rate is limited instead. A shell may set budgets that sessions share.
-        self.frame_budget = Budget(config.control_rate)
-        self.byte_budget = Budget(config.control_byte_rate)
+        #: Control frames cost no credit; their rate is limited instead: frames and bytes. A shell may add budgets that
+        #: several sessions share.
+        self.control_budgets = [(Budget(config.control_rate), Budget(config.control_byte_rate))]
         self._fetches: dict[int, _Fetch] = {}
         #: requests of the peer -> what was answered, if it was not OPEN
         self._requests: OrderedDict[int, frames.NotFound | None] = OrderedDict()
@@ -592,9 +592,10 @@ class Connection:
             self._spend_budget(HEADER_SIZE + header.payload_length)
 
     def _spend_budget(self, nbytes: int) -> None:
-        for budget, amount, what in ((self.frame_budget, 1, "frames"), (self.byte_budget, nbytes, "bytes")):
-            if not budget.spend(amount, self._ctx.now):
-                raise ProtocolError(f"more than {budget.rate:g} {what} of control a second", ErrorCode.LIMIT)
+        for frames_, bytes_ in self.control_budgets:
+            for budget, amount, what in ((frames_, 1, "frames"), (bytes_, nbytes, "bytes")):
+                if not budget.spend(amount, self._ctx.now):
+                    raise ProtocolError(f"more than {budget.rate:g} {what} of control a second", ErrorCode.LIMIT)
 
     def _begin_payload(self, stripe: Stripe, header: Header, bitmap: bytes) -> Target | None:
         if header.type == FrameType.DATA:

@@ -207,7 +207,7 @@ class _Server(_Endpoint):
 
     def __init__(self, url: str, config: Config | None, options: Options) -> None:
         super().__init__(url, config, options)
-        self.gate = Gate(self.config.admission, self.config.control_rate, self.config.control_byte_rate)
+        self.gate = Gate(self.config.admission)
         self._listener: Listener
         self._accepting: asyncio.Task[None] | None = None
         self._greeting: set[asyncio.Task[None]] = set()

@@ -66,7 +66,7 @@ def test_the_gate_never_lets_in_more_than_it_may(steps: list[tuple[str, str]]) -
     limits = Admission(
         handshakes=4, handshakes_per_address=3, connections=5, connections_per_address=4, connections_per_principal=2
     )
-    gate = Gate(limits, 10.0, 10.0)
+    gate = Gate(limits)
     door: list[Guest] = []
     inside: list[Guest] = []
     for address, action in steps:
@@ -97,7 +97,7 @@ def test_the_gate_never_lets_in_more_than_it_may(steps: list[tuple[str, str]]) -
 
 
 def test_the_busiest_address_makes_room_and_its_oldest_goes() -> None:
-    gate = Gate(Admission(handshakes=4, handshakes_per_address=4), 1.0, 1.0)
+    gate = Gate(Admission(handshakes=4, handshakes_per_address=4))
     gone: list[str] = []
     for name in ("flood-1", "flood-2", "honest", "flood-3", "flood-4", "flood-5"):
         gate.knock(name.split("-")[0], 0.0, lambda name=name: gone.append(name))
@@ -105,7 +105,7 @@ def test_the_busiest_address_makes_room_and_its_oldest_goes() -> None:
 
 
 def test_accepts_are_limited_by_address() -> None:
-    gate = Gate(Admission(accepts_per_address=2), 1.0, 1.0)
+    gate = Gate(Admission(accepts_per_address=2))
     for _ in range(2):
         gate.leave(gate.knock("a", 0.0, lambda: None))
     with pytest.raises(LimitError, match="2 connections a second from a"):
@@ -115,7 +115,7 @@ def test_accepts_are_limited_by_address() -> None:
 
 
 def test_budgets_are_shared_by_the_sessions_of_a_principal() -> None:
-    gate = Gate(Admission(sessions_per_principal=2), 10.0, 1000.0)
+    gate = Gate(Admission(sessions_per_principal=2))
     one, two = gate.open_session("a"), gate.open_session("a")
     assert one[0] is two[0]
     assert one[1] is two[1]
@@ -331,12 +331,14 @@ def test_what_a_principal_pushes_is_limited_over_all_its_sessions() -> None:
     run(main)
 
 
-def test_control_bytes_are_limited() -> None:
+@pytest.mark.parametrize(
+    "config", [Config(control_byte_rate=200.0), Config(admission=Admission(control_bytes_per_principal=50))]
+)
+def test_control_bytes_are_limited(config: Config) -> None:
     async def main() -> None:
-        config = Config(control_byte_rate=200.0)
         async with listen(next(_names), config) as receiver:
             cache = make_cache()
-            with pytest.raises(RemoteError, match="200 bytes of control a second"):
+            with pytest.raises(RemoteError, match=r"(200|50) bytes of control a second"):
                 await push(receiver.url, Config(), cache)
 
     run(main)
