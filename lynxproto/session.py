@@ -101,7 +101,8 @@ class _Endpoint:
 
     def check_url(self) -> None:
         """Raise :class:`~lynxproto.errors.ConfigError` for a URL that is none, or plaintext that nobody asked for."""
-        check_plaintext(self.url, insecure=self.options.insecure)
+        options = self.options
+        check_plaintext(self.url, insecure=options.insecure, tls=options.tls is not None)
 
     def thread(self) -> IOThread:
         """The I/O thread. Raises :class:`~lynxproto.errors.StreamClosedError` outside ``with``."""

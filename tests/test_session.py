@@ -1040,7 +1040,12 @@ def test_plaintext_must_be_asked_for(tmp_path: Path) -> None:
     secret = Config(secret=b"0123456789abcdef")
 
     async def main() -> None:
-        for url, config in (("tcp://0.0.0.0:0", None), ("tcp://0.0.0.0:0", secret), ("tcp://decode:1", secret)):
+        for url, config in (
+            ("tcp://0.0.0.0:0", None),
+            ("tcp://0.0.0.0:0", secret),
+            ("tcp://decode:1", secret),
+            ("ucx://127.0.0.1:1", secret),
+        ):
             for make in (lynxproto.listen, lynxproto.connect):
                 with pytest.raises(ConfigError, match=r"plaintext.*tcps://.*--insecure"):
                     await make(url, config).__aenter__()

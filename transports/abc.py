@@ -158,6 +158,8 @@ class Transport(ABC):
     address: ClassVar[Literal["HOST:PORT", "/PATH", "NAME"]]
     #: Whether nobody on the way can read or change the bytes: they are encrypted, or stay on the machine.
     secure: ClassVar[bool] = False
+    #: Whether a TLS context authenticates its peers though their data are not encrypted.
+    tickets: ClassVar[bool] = False
 
     @abstractmethod
     async def connect(self, address: Address, setup: Setup) -> ByteStream:

@@ -100,21 +100,26 @@ def parse_url(url: str) -> Address:
     raise ConfigError(f"{url!r}: expected {scheme}://{form}{example}")
 
 
-def check_plaintext(url: str, *, insecure: bool) -> None:
+def check_plaintext(url: str, *, insecure: bool, tls: bool) -> None:
     """Refuse ``url`` if strangers could read or reach what it carries and nobody asked for that.
 
-    A transport that is not :attr:`~lynxproto.transports.Transport.secure` needs ``insecure``, unless it stays on this
-    machine: on a loopback address only root can listen in. (Other users of the machine can connect there: give both
-    sides a shared secret where there are any.)
+    A transport that is not :attr:`~lynxproto.transports.Transport.secure` needs ``insecure``, with two exceptions.
+    ``tcp://`` on a loopback address stays on this machine: only root can listen in. (Other users of the machine can
+    connect there: give both sides a shared secret where there are any.) A transport with
+    :attr:`~lynxproto.transports.Transport.tickets` may have a ``tls`` context instead.
 
     Raises :class:`~lynxproto.errors.ConfigError`, which says what to do.
     """
     address = parse_url(url)
-    if insecure or get_transport(address.scheme).secure or (address.scheme == "tcp" and _is_loopback(address.host)):
+    transport = get_transport(address.scheme)
+    if insecure or transport.secure or (tls and transport.tickets):
         return
+    if address.scheme == "tcp" and _is_loopback(address.host):
+        return
+    instead = ", or a TLS context (--ca...), which authenticates and does not encrypt" if transport.tickets else ""
     raise ConfigError(
         f"{url!r} is plaintext: whoever is on the way can read and change what it carries; use tcps:// with "
-        "certificates, or say that you want plaintext (insecure=True, --insecure)"
+        f"certificates{instead}, or say that you want plaintext (insecure=True, --insecure)"
     )
 
 

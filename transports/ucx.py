@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 
 from lynxproto.errors import ConfigError, StreamClosedError, TransportError
 from lynxproto.transports._ucxx import Endpoint, Operation, Worker, require_ucxx
-from lynxproto.transports.abc import Address, ByteStream, Listener, Setup, Transport
+from lynxproto.transports.abc import Address, ByteStream, Credentials, Listener, Setup, Transport
 from lynxproto.transports.tcp import connect_tcp, listen_tcp
 from lynxproto.transports.tls import TLSListener, TLSStream
 
@@ -168,6 +168,11 @@ class UCXStream(ByteStream):
     def name(self) -> str:
         """The peer's address, for messages."""
         return "ucx" + self._control.name[self._control.name.index(":") :]
+
+    @property
+    def credentials(self) -> Credentials:
+        """Who the peer is, as the control connection knows."""
+        return self._control.credentials
 
     # --- setting up
 
@@ -443,6 +448,7 @@ class UCXTransport(Transport):
     """``ucx://host:port``. Not encrypted, so it needs ``insecure``; a TLS context authenticates the peers."""
 
     address = "HOST:PORT"
+    tickets = True
 
     async def connect(self, address: Address, setup: Setup) -> ByteStream:
         """See :meth:`Transport.connect`."""

@@ -139,16 +139,20 @@ class SessionOptions:
         }
 
     def _tls(self, url: str, *, server: bool) -> ssl.SSLContext | None:
-        from lynxproto.transports import client_context, parse_url, server_context
+        from lynxproto.transports import client_context, get_transport, parse_url, server_context
 
-        if parse_url(url).scheme != "tcps":
-            if self.ca or self.certificate or self.key:
-                raise click.UsageError(f"--ca, --certificate and --key need a tcps:// URL, not {url}")
+        scheme = parse_url(url).scheme
+        given = bool(self.ca or self.certificate or self.key)
+        if scheme != "tcps" and not given:
             return None
+        if scheme != "tcps" and not get_transport(scheme).tickets:
+            raise click.UsageError(f"--ca, --certificate and --key need a tcps:// URL, not {url}")
         if not server:
             return client_context(ca=self.ca, certificate=self.certificate, key=self.key)
         if self.certificate is None:
-            raise click.UsageError("receiving on tcps:// needs --certificate (and --key, unless that file holds both)")
+            raise click.UsageError(
+                f"receiving on {scheme}:// needs --certificate (and --key, unless that file holds both)"
+            )
         return server_context(
             certificate=self.certificate, key=self.key, ca=self.ca, client_certificates=not self.any_client
         )
