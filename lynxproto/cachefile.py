@@ -218,7 +218,8 @@ class CacheFileWriter:
         self._start = -(-room // _ALIGN) * _ALIGN
         self._temporary: Path | None = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         try:
-            with self._temporary.open("xb+") as file:
+            made = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)  # it is private
+            with os.fdopen(made, "rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, self._start + offset)
                 self._map = mmap.mmap(file.fileno(), self._start + offset)
         except (OSError, ValueError) as error:

@@ -248,3 +248,9 @@ def test_any_damage_is_named_or_harmless(tmp_path_factory: pytest.TempPathFactor
     except CacheFileError:
         return
     assert not with_error, "a truncated file was taken for a whole one"
+
+
+def test_a_cache_is_for_its_user_only(tmp_path):
+    """Keys and values tell the prompt."""
+    path = save_cache(tmp_path / "cache", make_cache())
+    assert path.stat().st_mode & 0o077 == 0
