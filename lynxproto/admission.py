@@ -7,6 +7,7 @@ pushes out itself first.
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Final
@@ -15,10 +16,22 @@ from lynxproto.config import Admission
 from lynxproto.errors import LimitError
 from lynxproto.windows import Budget
 
-__all__ = ["Gate", "Guest"]
+__all__ = ["Gate", "Guest", "neighbourhood"]
 
 #: Addresses whose rate is remembered; of more than that the longest silent are forgotten.
 _ADDRESSES: Final = 4096
+
+
+def neighbourhood(address: str) -> str:
+    """What limits per address count by: an IPv6 host may have all of its /64, so that counts as one."""
+    scheme, _, host = address.partition("://[")
+    try:
+        parsed = ipaddress.IPv6Address(host.rstrip("]").partition("%")[0])
+    except ValueError:
+        return address
+    if parsed.ipv4_mapped is not None:
+        return f"{scheme}://{parsed.ipv4_mapped}"
+    return f"{scheme}://[{ipaddress.IPv6Network((parsed, 64), strict=False)}]"
 
 
 class Guest:

@@ -26,7 +26,7 @@ from lynxproto._outgoing import Outgoing, borrow
 from lynxproto._peer import Peer
 from lynxproto._stats import LevelStats, Progress, Result, Snapshot, TransferStats
 from lynxproto.access import Authorize, Principal, address_of
-from lynxproto.admission import Gate, Guest
+from lynxproto.admission import Gate, Guest, neighbourhood
 from lynxproto.cachefile import Cache
 from lynxproto.capture import CaptureWriter
 from lynxproto.chunk import Part
@@ -234,7 +234,7 @@ class _Server(_Endpoint):
                 continue
             now = time.monotonic()
             try:
-                guest = self.gate.knock(address_of(stream.name), now, lambda: None)
+                guest = self.gate.knock(neighbourhood(address_of(stream.name)), now, lambda: None)
             except LimitError as error:
                 self.journal.handshake_failed(stream.name, error, now, stage="accept")
                 if stream.name.startswith("tcps://"):  # it could be told only after a handshake

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lynxproto
-from lynxproto.admission import Gate, Guest
+from lynxproto.admission import Gate, Guest, neighbourhood
 from lynxproto.cachefile import Cache
 from lynxproto.config import Admission, Config
 from lynxproto.errors import ConfigError, ErrorCode, LimitError, RejectedError, RemoteError
@@ -134,6 +134,21 @@ def test_a_budget_never_gives_more_than_burst_and_rate(rate: float, steps: list[
         now += wait
         spent += amount if budget.spend(amount, now) else 0.0
         assert spent <= (2 * rate + rate * now) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("address", "counts_as"),
+    [
+        ("tcp://10.0.0.3", "tcp://10.0.0.3"),
+        ("tcps://[2001:db8:1:2:3:4:5:6]", "tcps://[2001:db8:1:2::/64]"),
+        ("tcp://[::ffff:10.0.0.3]", "tcp://10.0.0.3"),
+        ("tcp://[fe80::1%eth0]", "tcp://[fe80::/64]"),
+        ("unix:///run/lynx.sock", "unix:///run/lynx.sock"),
+        ("memory://name", "memory://name"),
+    ],
+)
+def test_neighbours_count_as_one(address: str, counts_as: str) -> None:
+    assert neighbourhood(address) == counts_as
 
 
 def test_limits_that_make_no_sense() -> None:
