@@ -18,6 +18,7 @@ import pytest
 import trustme
 
 import lynxproto
+from lynxproto import frames
 from lynxproto.access import TransferRequest
 from lynxproto.cachefile import Cache
 from lynxproto.config import Config, Limits, Secret
@@ -35,7 +36,7 @@ from lynxproto.errors import (
     VersionError,
 )
 from lynxproto.manifest import FetchKey, Identity, Manifest
-from lynxproto.transports import client_context, open_stream, parse_url, server_context
+from lynxproto.transports import client_context, open_listener, open_stream, parse_url, server_context
 
 #: Plaintext, which these tests ask for.
 connect, listen = partial(lynxproto.connect, insecure=True), partial(lynxproto.listen, insecure=True)
@@ -433,28 +434,27 @@ def test_a_unix_socket_tells_the_user(tmp_path: Path) -> None:
 # --- other mistakes
 
 
+def _hello(low: int, high: int) -> bytes:
+    hello = frames.Hello(
+        versions=(low, high),
+        nonce=bytes(32),
+        stripe=0,
+        name="future",
+        lease=1.0,
+        limits=Limits(),
+        codecs=(),
+        features=(),
+    )
+    return frames.control_frame(hello)
+
+
 def test_version_mismatch(caplog: pytest.LogCaptureFixture) -> None:
     """A peer of the future says HELLO: both sides name the versions and what to do."""
-    from lynxproto import frames
-    from lynxproto.config import Limits
-
-    hello = frames.control_frame(
-        frames.Hello(
-            versions=(7, 9),
-            nonce=bytes(32),
-            stripe=0,
-            name="future",
-            lease=1.0,
-            limits=Limits(),
-            codecs=(),
-            features=(),
-        )
-    )
 
     async def main() -> bytes:
         async with listen("tcp://127.0.0.1:0") as receiver:
             async with await open_stream(receiver.url) as stream:
-                await stream.send([memoryview(hello)])
+                await stream.send([memoryview(_hello(7, 9))])
                 answer, buffer = b"", memoryview(bytearray(1 << 16))
                 while count := await stream.receive_into(buffer):
                     answer += bytes(buffer[:count])
@@ -465,7 +465,30 @@ def test_version_mismatch(caplog: pytest.LogCaptureFixture) -> None:
         answer = run(main)
     for text in (answer.decode("latin-1"), caplog.text):
         assert "versions 7 to 9, this side 1; install the same lynxproto on both" in text
-    assert issubclass(VersionError, LynxError)
+
+
+def test_a_server_of_another_version_is_named() -> None:
+    """Whether it says so, or only says HELLO."""
+    refusal = frames.Error(code=ErrorCode.VERSION, text="this side speaks 7 to 9")
+
+    async def answer(listener: Any, words: bytes) -> None:
+        async with await listener.accept() as stream:
+            await stream.receive_into(memoryview(bytearray(1 << 16)))
+            await stream.send([memoryview(words)])
+            await stream.receive_into(memoryview(bytearray(1 << 16)))
+
+    async def main() -> None:
+        for words, says in (
+            (_hello(7, 9), "the peer speaks versions 7 to 9, this side 1; install the same lynxproto on both"),
+            (frames.control_frame(refusal), "refused the handshake: this side speaks 7 to 9"),
+        ):
+            async with await open_listener("tcp://127.0.0.1:0") as listener:
+                answering = asyncio.ensure_future(answer(listener, words))
+                with pytest.raises(VersionError, match=says):
+                    await connect(listener.url).__aenter__()
+                await answering
+
+    run(main)
 
 
 def test_unreachable_hosts_and_wrong_schemes() -> None:
