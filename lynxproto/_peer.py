@@ -494,7 +494,7 @@ class Peer:
             self.connection.close(time.monotonic(), error.code, str(error))
 
     def _tell_stripe_closed(self, stripe: _Stripe, error: RemoteError | None) -> None:
-        if error is None or self.over:
+        if error is None or (self.over and stripe.ready):
             return
         if not stripe.ready:
             self.journal.handshake_failed(stripe.stream.name, error, time.monotonic(), stage="session")

@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lynxproto
+from lynxproto import frames
 from lynxproto.admission import Gate, Guest, neighbourhood
 from lynxproto.cachefile import Cache
-from lynxproto.config import Admission, Config
+from lynxproto.config import Admission, Config, Limits
 from lynxproto.errors import ConfigError, ErrorCode, LimitError, RejectedError, RemoteError
 from lynxproto.manifest import Identity, Manifest
 from lynxproto.transports import client_context, open_stream, parse_url, server_context
@@ -160,7 +161,7 @@ def test_limits_that_make_no_sense() -> None:
 
 _FLOOD = """
 import resource, select, socket, sys, time
-count, port, lines = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].encode()
+count, port, lines = int(sys.argv[1]), int(sys.argv[2]), bytes.fromhex(sys.argv[3])
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, count + 100)), hard))
 held = []
@@ -171,7 +172,7 @@ for n in range(count):
     s.settimeout(5)
     try:
         s.connect(("127.0.0.1", port))
-        s.send(lines[: n % (len(lines) + 1)])
+        s.send(lines[: n * 7919 % (len(lines) + 1)] if n % 3 else lines)
     except OSError:
         pass
     held.append(s)
@@ -187,9 +188,9 @@ while True:  # a byte at a time, for ever
 
 
 @contextmanager
-def flood(port: int, count: int, first: str) -> Iterator[subprocess.Popen[str]]:
+def flood(port: int, count: int, first: bytes) -> Iterator[subprocess.Popen[str]]:
     """Strangers in a process of their own, from four other addresses; none is closed by its own side."""
-    command = [sys.executable, "-c", _FLOOD, str(count), str(port), first]
+    command = [sys.executable, "-c", _FLOOD, str(count), str(port), first.hex()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -199,13 +200,21 @@ def flood(port: int, count: int, first: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def hello() -> bytes:
+    """What a peer says first; who knows no secret cannot go on."""
+    body = frames.Hello(
+        versions=(1, 1), nonce=bytes(32), stripe=0, name="flood", lease=1.0, limits=Limits(), codecs=(), features=()
+    )
+    return frames.control_frame(body)
+
+
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "tcps"])
 def test_a_flood_of_strangers_is_bounded_and_keeps_nobody_out(scheme: str, tmp_path: Path) -> None:
-    """1,200 strangers say half a HELLO, or half a TLS hello, and then a byte now and then."""
+    """1,200 strangers say a HELLO or a part of one, or half a TLS hello, and then a byte now and then."""
     authority = trustme.CA()
     issued = authority.issue_cert("localhost")
     issued.private_key_pem.write_to_path(tmp_path / "key.pem")
@@ -228,7 +237,7 @@ def test_a_flood_of_strangers_is_bounded_and_keeps_nobody_out(scheme: str, tmp_p
         allocated.append(manifest)
         return lynxproto.session.allocate_arrays(manifest)
 
-    first = "\x16\x03\x01\x02" if scheme == "tcps" else "LYNX"
+    first = b"\x16\x03\x01\x02\x00\x01" if scheme == "tcps" else hello()
 
     async def main() -> None:
         async with listen(f"{scheme}://127.0.0.1:0", config, observe=observe, allocate=allocate, **tls) as receiver:
@@ -282,6 +291,31 @@ def test_slow_strangers_have_a_time_limit() -> None:
     run(main)
     assert [(one["reason"], one["stage"]) for one in failed] == [("timeout", "hello")]
     assert "no HELLO within 0.2 s" in failed[0]["error"]
+
+
+def test_who_says_hello_and_then_nothing_has_a_time_limit_too() -> None:
+    failed: list[Mapping[str, Any]] = []
+
+    def observe(event: str, fields: Mapping[str, Any]) -> None:
+        if event == "handshake_failed":
+            failed.append(fields)
+
+    async def main() -> None:
+        config = Config(handshake_timeout=0.2, secret=b"0123456789abcdef")
+        async with (
+            listen("tcp://127.0.0.1:0", config, observe=observe) as receiver,
+            await open_stream(receiver.url) as stranger,
+        ):
+            await stranger.send([memoryview(hello())])
+            while await stranger.receive_into(memoryview(bytearray(1 << 16))):
+                pass
+            await stranger.aclose()
+            while receiver.snapshot().handshakes:  # its place is free
+                await asyncio.sleep(0.01)
+
+    run(main)
+    assert [(one["reason"], one["stage"]) for one in failed] == [("timeout", "session")]
+    assert "no handshake for 0.2 s" in failed[0]["error"]
 
 
 def test_who_comes_too_often_is_told_so() -> None:
