@@ -10,7 +10,7 @@ FUZZ_ARGS ?=
 EXTRAS ?= hf,plot,bench,metrics,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize aarch64 fuzz clean
+.PHONY: help demo test lint format vectors spec sanitize aarch64 fuzz clean
 
 help:
 	@echo "make demo      real model, two processes, shaped link: bf16 / int8 / int4 / lynxproto side by side"
@@ -18,6 +18,8 @@ help:
 	@echo "make lint      ruff, ruff format, mypy --strict on the installed package"
 	@echo "make sanitize  the C library's tests under ASan and UBSan"
 	@echo "make aarch64   the same tests under qemu, which must make the same bytes (needs a cross compiler and qemu-user)"
+	@echo "make spec      write the generated parts of spec/ again: diagrams, worked examples, vectors"
+	@echo "make vectors   make the conformance vectors in spec/vectors again"
 	@echo "make fuzz      every fuzz target for some minutes (needs clang and libclang-rt-dev; FUZZ_ARGS='--minutes 60')"
 	@echo "make format    rewrite the Python sources in the project's format"
 
@@ -49,6 +51,12 @@ lint: $(VENV)/.installed
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format .
+
+spec: vectors
+	@$(BIN)/python spec/generate.py
+
+vectors: $(VENV)/.installed
+	@$(BIN)/python spec/vectors/generator
 
 sanitize:
 	@$(MAKE) -C native check check-sanitize

@@ -134,7 +134,7 @@ class Fields:
         self, name: str, count: int | None, low: int = 0, high: int = (1 << 63) - 1, *, limit: int = 64
     ) -> Any:
         """A list of ``count`` (None: at most ``limit``) integers in ``[low, high]``, as a tuple."""
-        values = self.array(name, limit if count is None else count)
+        values = self._take(name, list, ...) if count is not None else self.array(name, limit)
         if count is not None and len(values) != count:
             raise ProtocolError(f"{self.what}: field {name!r} has {len(values)} items, not {count}")
         for value in values:

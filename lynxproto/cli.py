@@ -71,6 +71,43 @@ def inspect(source: str, **options: Any) -> None:
 
 
 @main.command()
+@click.option("--command", metavar="CMD", help="Test this program (spec/conformance.md), not this implementation.")
+@click.option(
+    "--vectors", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of vectors. Default: those that came with this package.",
+)  # fmt: skip
+@click.option(
+    "--filter", "filters", multiple=True, metavar="WHAT", help="Only a file, operation, result, flag or glob."
+)
+@click.option("--exclude", multiple=True, metavar="WHAT", help="All but those.")
+@click.option("--list", "listing", is_flag=True, help="List the cases and run none.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a report (-: stdout)."
+)
+@click.option("--junit", "junit_file", type=click.Path(dir_okay=False, path_type=Path), help="Write JUnit XML.")
+@click.option("--allow-unsupported", is_flag=True, help="Exit with 0 though some cases are unsupported.")
+@click.option("--timeout", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds for an answer.")
+@click.option("--quiet", "-q", is_flag=True, help="No table, no progress.")
+@click.option("--serve", is_flag=True, help="Be such a program: answer requests on standard input.")
+def conformance(
+    vectors: Path | None, filters: Any, exclude: Any, *, listing: bool, serve: bool, **options: Any
+) -> None:
+    """Run the conformance vectors against this implementation, or against any program.
+
+    WHAT selects cases: `frames`, `decode`, `invalid`, `hostile`, or a glob of file/operation/number.
+    Exit code 1: a case failed. 3: none failed, and some are unsupported.
+    """
+    from lynxproto.conformance import command
+
+    if serve:
+        command.serve(sys.stdin, sys.stdout)
+    elif listing:
+        click.echo("\n".join(command.list_cases(vectors, filters, exclude)))
+    else:
+        sys.exit(command.run_conformance(vectors=vectors, filters=filters, exclude=exclude, **options))
+
+
+@main.command()
 @click.option("--tokens", type=int, default=4096, show_default=True, help="Prompt tokens of prose to prefill.")
 @click.option("--decode", type=int, default=32, show_default=True, help="Tokens to decode after the first.")
 @click.option("--max-draft", type=int, default=64, show_default=True, help="Tokens to draft at most.")

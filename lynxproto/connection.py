@@ -969,6 +969,8 @@ class Connection:
         if found is not None:
             found.counters.control_frames_received += 1
             found.counters.control_bytes_received += HEADER_SIZE + header.payload_length
+        if header.type in _HELLOS:
+            raise ProtocolError(f"{name} after the handshake", ErrorCode.STATE)
         if header.type in _OF_SESSION:
             _OF_SESSION[header.type](self, stripe, transfer, body)
         elif isinstance(body, frames.Credit):
@@ -979,10 +981,8 @@ class Connection:
             raise ProtocolError(f"{name} without a transfer id")
         elif header.type in _TO_SENDER:
             self._to_sender(transfer, body, name)
-        elif header.type in _TO_RECEIVER:
-            self._to_receiver(transfer, body, name)
         else:
-            raise ProtocolError(f"{name} after the handshake", ErrorCode.STATE)
+            self._to_receiver(transfer, body, name)
 
     def _to_sender(self, transfer: int, body: frames.Body, name: str) -> None:
         sender, now = self._sender, self._ctx.now
@@ -1104,4 +1104,3 @@ _TO_SENDER: Final = frozenset(
         FrameType.URGENT, FrameType.ERROR,
     }
 )  # fmt: skip
-_TO_RECEIVER: Final = frozenset({FrameType.OPEN, FrameType.PLAN, FrameType.END, FrameType.RESULT, FrameType.CLOSED})

@@ -34,7 +34,15 @@ IGNORABLE_TYPE: Final = 0x8000
 #: Flag bits that a reader must understand (none is defined in version 1); the others may be ignored.
 CRITICAL_FLAGS: Final = 0xFF00
 
-_LAYOUT = struct.Struct("<4sBBHHBBI16sHBBHHIIHHIII")
+#: The fields of the header in the order of their bytes, each with its code in :mod:`struct`; all little-endian.
+#: spec/wire-format.md and spec/lynx.ksy are compared with this table.
+HEADER_FIELDS: Final = (
+    ("magic", "4s"), ("version", "B"), ("header_length", "B"), ("type", "H"), ("flags", "H"), ("part", "B"),
+    ("level", "B"), ("payload_length", "I"), ("transfer", "16s"), ("layer", "H"), ("attempt", "B"), ("reserved", "B"),
+    ("head_start", "H"), ("heads", "H"), ("token_start", "I"), ("token_stop", "I"), ("codec_id", "H"), ("codec", "H"),
+    ("extension_length", "I"), ("payload_crc", "I"), ("header_crc", "I"),
+)  # fmt: skip
+_LAYOUT = struct.Struct("<" + "".join(code for _, code in HEADER_FIELDS))
 assert _LAYOUT.size == HEADER_SIZE
 
 
@@ -143,6 +151,8 @@ class TileKey(NamedTuple):
             spare = len(self.bitmap) * 8 - tokens
             if not 0 <= spare < 8 or not self.bitmap[0] & 1 or self.bitmap[-1].bit_length() != 8 - spare:
                 raise ProtocolError(f"{what}: the bitmap does not span tokens [{self.token_start}, {self.token_stop})")
+            if self.positions == tokens:
+                raise ProtocolError(f"{what}: a contiguous token set comes as a range, not as a bitmap")
 
 
 def _bitmap(tokens: TokenSet) -> bytes:
@@ -338,6 +348,7 @@ def _code(f: _cbor.Fields) -> ErrorCode:
 
 def _limits_from(f: _cbor.Fields) -> Limits:
     values = {item.name: f.integer(item.name, 1, default=item.default) for item in fields(Limits)}
+    f.done()
     values["frame_bytes"] = min(values["frame_bytes"], (1 << 32) - 1)
     try:
         return Limits(**values)

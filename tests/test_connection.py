@@ -1303,7 +1303,7 @@ def test_hostile_control_frames():
         (lambda x, t: (frames.End(layer=0, digests=(b"",) * 10), x), ErrorCode.PROTOCOL, "digest of every tile"),
         (lambda x, t: (frames.Closed(level=7, end=True, final=(1 << 40,) * 8, code=ErrorCode.NO_ERROR), x),
          ErrorCode.FLOW_CONTROL, "final charge"),
-        (lambda x, t: (frames.HelloAck(version=1, mac=bytes(32)), 0), ErrorCode.PROTOCOL, "without a transfer"),
+        (lambda x, t: (frames.HelloAck(version=1, mac=bytes(32)), 0), ErrorCode.STATE, "after the handshake"),
         (lambda x, t: (frames.Result(first_token=1, logit_gap=None), 0), ErrorCode.PROTOCOL, "without a transfer"),
         (lambda x, t: (frames.Error(code=ErrorCode.INTERNAL, text="boom"), 0), ErrorCode.INTERNAL, "boom"),
     ):  # fmt: skip

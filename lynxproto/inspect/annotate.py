@@ -1,51 +1,31 @@
 """One frame field by field: offset, bytes, name, value and the section of the specification that defines it.
 
-Offsets and widths of header fields come from the layout that :mod:`lynxproto.frames` packs with; the fields of control
-frames come from their bytes. Every byte of a frame belongs to exactly one field.
+The header's fields are :data:`lynxproto.frames.HEADER_FIELDS`; those of control frames come from their bytes. Every
+byte of a frame belongs to exactly one field.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lynxproto import frames
 from lynxproto.chunk import PARTS
 from lynxproto.digest import crc32c
 from lynxproto.errors import ErrorCode, ProtocolError
-from lynxproto.frames import CRITICAL_FLAGS, HEADER_SIZE, FrameType, TileKey
+from lynxproto.frames import CRITICAL_FLAGS, HEADER_FIELDS, HEADER_SIZE, FrameType, TileKey
 from lynxproto.inspect.context import CODEC_NAMES
 from lynxproto.inspect.model import Frame, printable, type_name
 from lynxproto.inspect.table import part_name
 
 __all__ = ["Field", "annotate", "render"]
 
-#: Names of the header's fields in the order of their bytes.
-HEADER_FIELDS: Final = (
-    "magic", "version", "header_length", "type", "flags", "part", "level", "payload_length", "transfer", "layer",
-    "attempt", "reserved", "head_start", "heads", "token_start", "token_stop", "codec_id", "codec",
-    "extension_length", "payload_crc", "header_crc",
-)  # fmt: skip
-
 _HEADER: Final = "wire-format.md, Frame header"
-_TYPES: Final = "wire-format.md, Frame types"
 _CBOR: Final = "wire-format.md, Control payloads"
 _MANIFEST: Final = "wire-format.md, Manifest"
 _GREASE: Final = "invariants.md, 6"
-#: Where frame types have a section of their own.
-_SECTIONS: Final = {
-    FrameType.HELLO: "wire-format.md, Handshake",
-    FrameType.HELLO_ACK: "wire-format.md, Handshake",
-    FrameType.CREDIT: "wire-format.md, Credit",
-    FrameType.END: "wire-format.md, Digests",
-    FrameType.REJECT: "wire-format.md, Error codes",
-    FrameType.ERROR: "wire-format.md, Error codes",
-    FrameType.GOAWAY: "wire-format.md, Error codes",
-}
 _MAX_DEPTH: Final = 16
 #: Arrays of numbers up to this many bytes are one field.
 _INLINE: Final = 48
@@ -82,10 +62,8 @@ def annotate(frame: Frame) -> list[Field]:
 
 
 def _header(frame: Frame) -> Iterator[Field]:
-    layout = frames._LAYOUT.format
-    codes = re.findall(r"\d*[a-zA-Z]", layout)
     at = 0
-    for code, name in zip(codes, HEADER_FIELDS, strict=True):
+    for name, code in HEADER_FIELDS:
         size = struct.calcsize("<" + code)
         raw = frame.raw_header[at : at + size]
         (value,) = struct.unpack("<" + code, raw)
@@ -157,7 +135,7 @@ def _control(frame: Frame, at: int) -> Iterator[Field]:
     if not h.known:
         yield Field(at, frame.payload, "payload", frame.payload, "of an unknown type", _GREASE)
         return
-    walker = _Walker(frame.payload, at, _SECTIONS.get(FrameType(h.type), _TYPES))
+    walker = _Walker(frame.payload, at, f"wire-format.md, {FrameType(h.type).name}")
     try:
         walker.item("", 0, 0)
         rest = "bytes that follow the map"

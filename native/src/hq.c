@@ -277,7 +277,8 @@ static void derive(const lynx_planes *planes, bool full, lynx_params *params) {
 
 /* --- encoder ------------------------------------------------------------------------------------------------- */
 
-/* Extremes of a group that holds special words: over the others; 0 if there are none. */
+/* Extremes of a group that holds special words: over the others; 0 if there are none, or none but -0, of which a scale
+ * would be negative. */
 static void finite_range(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const lynx_block *block, int g,
                          int16_t *low, int16_t *high) {
     const int n = part == LYNX_KEY ? block->tokens : block->channels;
@@ -291,7 +292,8 @@ static void finite_range(int part, int dtype, const uint16_t *rows, ptrdiff_t st
             any = true;
         }
     }
-    if (!any) {
+    const int16_t minus_zero = ordered(0x8000);
+    if (!any || (*low == minus_zero && *high == minus_zero)) {
         *low = *high = 0;
     }
 }

@@ -1,0 +1,1 @@
+"""The conformance vectors, as data; spec/conformance.md describes them."""
