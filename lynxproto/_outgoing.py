@@ -186,11 +186,14 @@ class Outgoing:
         if not self.complete:
             self._check()
 
-    async def send_cache(self, cache: Cache) -> None:
-        """Write a whole cache and its result, and finish."""
-        for layer in self.manifest.layers:
+    async def send_cache(self, cache: Cache, importance: Sequence[Any] | None = None) -> None:
+        """Write a whole cache and its result, and finish. ``importance`` has one entry a layer; see :meth:`write`."""
+        if importance is not None and len(importance) != len(self.manifest.layers):
+            raise SpecError(f"importance of {len(importance)} layers; the cache has {len(self.manifest.layers)}")
+        for n, layer in enumerate(self.manifest.layers):
             arrays = [cache.arrays[layer.index, part] for part in layer.parts]
-            self.write(layer.index, borrow(self.manifest, layer.index, arrays, copy=False))
+            words = borrow(self.manifest, layer.index, arrays, copy=False)
+            self.write(layer.index, words, None if importance is None else importance[n])
         if cache.first_token is not None:
             self.result(cache.first_token, cache.logit_gap)
         await self.finish()

@@ -112,9 +112,9 @@ class OutgoingTransfer(_Transfer[Outgoing]):
         """Return when the receiver has confirmed everything."""
         _wait(self._io, self._side.finish(), timeout)
 
-    def send(self, cache: Cache, timeout: float | None = None) -> None:
-        """Write all layers of ``cache`` and its result, and finish."""
-        _wait(self._io, self._side.send_cache(cache), timeout)
+    def send(self, cache: Cache, timeout: float | None = None, *, importance: Sequence[Any] | None = None) -> None:
+        """Write all layers of ``cache`` (``importance``: one entry a layer) and its result, and finish."""
+        _wait(self._io, self._side.send_cache(cache, importance), timeout)
 
 
 class IncomingTransfer(_Transfer[Incoming]):

@@ -16,6 +16,7 @@ from lynxproto.commands.recv import fetch, recv
 from lynxproto.commands.send import send
 from lynxproto.commands.serve import serve
 from lynxproto.errors import LynxError
+from lynxproto.probe_command import probe
 
 __all__ = ["main"]
 
@@ -36,7 +37,7 @@ def main() -> None:
     """Move KV caches between machines: usable before they have arrived, bit-exact when they have."""
 
 
-for _command in (send, recv, serve, fetch, config, bench, calibrate):
+for _command in (send, recv, serve, fetch, config, bench, calibrate, probe):
     main.add_command(_command)
 
 
@@ -119,6 +120,11 @@ def conformance(
 )
 @click.option("--streamed/--no-streamed", default=True, help="Also stream by layer while prefill runs.")
 @click.option("--threads", type=int, default=2, show_default=True, help="Threads of each process's model.")
+@click.option(
+    "--policy-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What `lynxproto probe` wrote: lynxproto with precision by token instead of its default policy.",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results.")
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timeline.")
 def demo(json_file: Path | None, plot_file: Path | None, **settings: Any) -> None:

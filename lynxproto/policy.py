@@ -37,7 +37,7 @@ _ATTEMPTS = 4
 
 PolicyName = Literal["lynx", "exact", "raw", "bf16", "int8", "int4"]
 #: What a tiered policy takes a token's importance from.
-Importance = Literal["attention", "key-norms", "position"]
+Importance = Literal["attention", "even", "key-norms", "position"]
 _Positions = range | NDArray[np.int64]
 
 _RAW: Mapping[str, Any] = {"id": "raw"}
@@ -66,7 +66,8 @@ class Policy:
 
     With ``tiers`` tokens other than sinks and recent ones get the precisions that ``rule`` chooses by ``importance``,
     so that level 0 takes ``budget`` of the uncompressed cache, all bytes counted. Importance by attention is given to
-    ``write``; each layer's plan waits for it. ``decay``: how fast importance falls with a token's age.
+    ``write``; each layer's plan waits for it. With ``even`` all tokens are alike, and only channels and layers differ.
+    ``decay``: how fast importance falls with a token's age.
     ``model`` and ``revision`` say whose tiers they are; a cache of another is refused.
 
     Raises :class:`~lynxproto.errors.BudgetError` for a budget that no plan can keep.
@@ -202,7 +203,7 @@ class Policy:
         if importance is None:
             raise SpecError(
                 f"layer {layer.index}: this policy ranks tokens by attention; give it to write(importance=...), "
-                "or take importance from 'key-norms' or 'position'"
+                "or take importance from 'key-norms' or 'position', or 'even' for all alike"
             )
         return importance_.checked(importance, layer.tokens)
 
@@ -218,8 +219,10 @@ class Policy:
         found = self.attention(layer, attention)
         if self.importance == "key-norms":
             found = importance_.from_key_norms(importance_.key_norms(words["key"], dtype))
-        elif found is None:
+        elif self.importance == "position":
             found = importance_.by_position(layer.tokens)
+        elif found is None:
+            found = np.ones(layer.tokens)
         return importance_.decayed(np.broadcast_to(found, (layer.kv_heads, layer.tokens)), self.decay)
 
     def tiles(self, dtype: str, layer: LayerSpec, importance: NDArray[np.float64] | None = None) -> tuple[Tile, ...]:

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from lynxproto._outgoing import tile_view
 from lynxproto.cachefile import Cache, load_cache, save_cache
-from lynxproto.chunk import Part
+from lynxproto.chunk import Part, Tile
 from lynxproto.codecs import get_codec
 from lynxproto.errors import CacheFileError, ConfigError
 from lynxproto.frames import HEADER_SIZE
 from lynxproto.manifest import Identity, LayerSpec
+from lynxproto.tiers import PLAN_ENTRY
 
 if TYPE_CHECKING:
     from lynxproto.policy import Policy
@@ -36,12 +39,20 @@ __all__ = [
     "Difference",
     "Method",
     "Score",
+    "Scorer",
     "Window",
+    "WindowMethod",
     "evaluate",
+    "fill",
     "paired",
+    "predict",
+    "prefill",
     "prefill_windows",
     "report",
 ]
+
+#: Whose attention tells a token's importance: this many last tokens of a context.
+QUERIES: Final = 256
 
 #: Called with how many units of work are done, how many there are, and what is being done.
 OnProgress = Callable[[int, int, str], None]
@@ -79,11 +90,13 @@ TEXTS: Final[Mapping[str, Callable[[], str]]] = {"prose": _prose, "source": _sou
 class Window:
     """A context's exact cache and the tokens that follow the context.
 
-    ``tokens`` has one token more than are scored: the last is only predicted.
+    ``tokens`` has one token more than are scored: the last is only predicted. ``attention``: how much the last
+    :data:`QUERIES` tokens of the context attended to each token, ``[layers, kv_heads, tokens]``, if asked for.
     """
 
     cache: Cache
     tokens: NDArray[np.int64]
+    attention: NDArray[np.float32] | None = None
 
 
 class Method(Protocol):
@@ -96,10 +109,19 @@ class Method(Protocol):
         """Replace ``words``, which must not be written to."""
 
 
+@runtime_checkable
+class WindowMethod(Protocol):
+    """A method that looks at a window first: at its attention, or to drop tokens."""
+
+    def on(self, window: Window) -> Method:
+        """The method for ``window``. If it has ``kept``, ``[tokens]`` of bool, the other tokens are not attended to."""
+
+
 class CodecMethod:
     """What a receiver has when all tiles of ``policy`` have reached ``level`` (or their last level, if lower).
 
-    Bytes are those of the real payloads and of their frame headers.
+    Bytes are those of the real payloads and of their frame headers; with tiers also of token sets in
+    PLAN and frames, and of the codecs' tables in the manifest.
     """
 
     def __init__(self, policy: Policy, level: int = 0, dtype: str = "bfloat16") -> None:
@@ -108,20 +130,58 @@ class CodecMethod:
         self.policy, self.level, self.dtype = policy, level, dtype
         self._codecs = [get_codec(config) for config in policy.codecs]
 
+    def on(self, window: Window) -> Method:
+        """With the window's attention, which a policy with tiers may need."""
+        return _OnWindow(self, window)
+
     def __call__(self, layer: LayerSpec, part: Part, words: NDArray[Any]) -> tuple[NDArray[Any], float]:
         """Encode and decode the tiles of ``part``."""
+        return self.replace(layer, words, [t for t in self.policy.tiles(self.dtype, layer) if t.part == part])
+
+    def replace(self, layer: LayerSpec, words: NDArray[Any], tiles: Sequence[Tile]) -> tuple[NDArray[Any], float]:
+        """Encode and decode ``tiles``, which cover ``words``."""
         out = np.empty_like(words)
         nbytes = 0
-        for tile in self.policy.tiles(self.dtype, layer):
-            if tile.part != part:
-                continue
+        for tile in tiles:
             codec = self._codecs[tile.codec]
-            spec = tile.spec(self.dtype, layer.head_dim(part))
-            at = np.s_[:, tile.tokens.start - layer.token_start : tile.tokens.stop - layer.token_start]
-            payloads = codec.encode(spec, words[at], levels=range(min(self.level + 1, codec.levels)))
-            codec.decode(spec, payloads, out[at])
-            nbytes += sum(memoryview(p).nbytes + HEADER_SIZE for p in payloads)
-        return out, nbytes
+            spec = tile.spec(self.dtype, layer.head_dim(tile.part))
+            source = tile_view(words, layer, tile)
+            payloads = codec.encode(spec, source, levels=range(min(self.level + 1, codec.levels)))
+            if tile.tokens.is_range:
+                codec.decode(spec, payloads, tile_view(out, layer, tile))
+            else:
+                decoded = np.empty_like(source)
+                codec.decode(spec, payloads, decoded)
+                out[:, np.asarray(tile.tokens.positions) - layer.token_start] = decoded
+            nbytes += sum(memoryview(p).nbytes + HEADER_SIZE for p in payloads) + _token_set_bytes(tile, len(payloads))
+        tiers = self.policy.tiers
+        return out, nbytes if tiers is None else nbytes + tiers.table_bytes / tiers.layers / len(layer.parts)
+
+
+class _OnWindow:
+    """A :class:`CodecMethod` on one window: tiles are planned once for a layer."""
+
+    def __init__(self, method: CodecMethod, window: Window) -> None:
+        self._method, self._window = method, window
+        self._tiles: dict[int, Sequence[Tile]] = {}
+
+    def __call__(self, layer: LayerSpec, part: Part, words: NDArray[Any]) -> tuple[NDArray[Any], float]:
+        """Encode and decode the tiles of ``part``."""
+        method, window = self._method, self._window
+        if layer.index not in self._tiles:
+            attention = None if window.attention is None else window.attention[layer.index]
+            arrays = {p: window.cache.arrays[layer.index, p] for p in layer.parts}
+            score = method.policy.score(method.dtype, layer, arrays, attention)
+            self._tiles[layer.index] = method.policy.tiles(method.dtype, layer, score)
+        return method.replace(layer, words, [tile for tile in self._tiles[layer.index] if tile.part == part])
+
+
+def _token_set_bytes(tile: Tile, levels: int) -> int:
+    """Of an explicit token set: a bitmap in PLAN, and one with its CRC in each frame."""
+    if tile.tokens.is_range:
+        return 0
+    bitmap = (tile.tokens.stop - tile.tokens.start + 7) // 8
+    return PLAN_ENTRY + bitmap + levels * (bitmap + 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,18 +278,17 @@ def prefill_windows(
     count: int = 12,
     context: int = 1792,
     scored: int = 256,
+    attention: bool = False,
     on_progress: OnProgress | None = None,
 ) -> list[Window]:
     """Cut ``count`` windows from a text of :data:`TEXTS` and prefill their contexts; map the dumps of earlier runs.
 
     ``identity`` must name the weights: with the text and the lengths it is the key of the dumps in ``folder``.
+    ``attention``: record importances too.
     """
-    from lynxproto.integrations.hf import WordCache, make_manifest
-
     if text not in TEXTS:
         raise ConfigError(f"unknown text {text!r}; known: {', '.join(TEXTS)}")
     pieces = cut(tokenizer, TEXTS[text](), context + scored + 1, count)
-    manifest = make_manifest(model, context, identity)
     windows = []
     for n, ids in enumerate(pieces):
         if on_progress is not None:
@@ -238,84 +297,140 @@ def prefill_windows(
         key = xxhash.xxh3_128(identity.hash())
         key.update(prompt.astype("<u4").tobytes())
         path = folder / f"{key.hexdigest()}.safetensors"
-        if not path.exists():
-            held = WordCache(model.config, context)
-            _forward(model, held, prompt, keep=1)
-            arrays = {
-                (spec.index, part): held.words(spec.index, part) for spec in manifest.layers for part in spec.parts
-            }
+        beside = path.with_suffix(f".attention-{QUERIES}.npy")
+        if not path.exists() or (attention and not beside.exists()):
+            window = prefill(model, identity, ids, context, attention=attention)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CacheFileError(f"cannot make {folder}: {error.strerror}") from error
-            save_cache(path, Cache(manifest=manifest, arrays=arrays))
-        windows.append(Window(load_cache(path), ids[context:]))
+            if not path.exists():
+                save_cache(path, window.cache)
+            if window.attention is not None:
+                np.save(beside, window.attention)
+        scores = np.load(beside) if attention else None
+        windows.append(Window(load_cache(path), ids[context:], scores))
     if on_progress is not None:
         on_progress(count, count, f"prefill {text}")
     return windows
 
 
-def _forward(model: Any, cache: Any, tokens: NDArray[np.int64], *, keep: int) -> Any:
+def prefill(model: Any, identity: Identity, ids: NDArray[np.int64], context: int, *, attention: bool = True) -> Window:
+    """The window of a context, the first ``context`` of ``ids``, and of the tokens that follow.
+
+    Raises :class:`~lynxproto.errors.SpecError` for a model whose attention is asked for and cannot be watched.
+    """
+    from lynxproto.integrations.attention import AttentionMass, require_layers, watch_attention
+    from lynxproto.integrations.hf import WordCache, make_manifest
+
+    manifest = make_manifest(model, context, identity)
+    held = WordCache(model.config, context)
+    mass = AttentionMass(QUERIES)
+    with watch_attention(model, mass) if attention else nullcontext():
+        predict(model, held, ids[:context], start=0, keep=1)
+    found = None
+    if attention:
+        require_layers(mass.mass, len(manifest.layers), model)
+        found = np.stack([mass.mass[i] for i in range(len(manifest.layers))]).astype(np.float32)
+    arrays = {(spec.index, part): held.words(spec.index, part) for spec in manifest.layers for part in spec.parts}
+    return Window(Cache(manifest=manifest, arrays=arrays), ids[context:], found)
+
+
+def predict(model: Any, cache: Any, tokens: NDArray[np.int64], *, start: int, keep: int = 0) -> Any:
+    """Logits after each of ``tokens`` (or after the last ``keep``), as a tensor.
+
+    ``start``: the first one's position, which is not the number of tokens in a cache that some were dropped from.
+    """
     import torch
 
+    places = torch.arange(start, start + len(tokens))[None].to(model.device)
     with torch.inference_mode():
         inputs = torch.from_numpy(np.ascontiguousarray(tokens))[None].to(model.device)
-        return model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0].float()
+        output = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep, position_ids=places)
+        return output.logits[0].float()
+
+
+class Scorer:
+    """Scores methods on one window. The exact cache's prediction is made when it is first needed."""
+
+    def __init__(self, model: Any, window: Window) -> None:
+        from lynxproto.integrations.hf import WordCache
+
+        manifest, self._scored = window.cache.manifest, window.tokens[:-1]
+        self._model, self._window = model, window
+        self._held = WordCache(model.config, manifest.prompt_tokens + len(self._scored), dtype=manifest.dtype)
+        self._arrays = self._held.allocate(manifest, model)
+        self._exact: Any = None
+
+    def score(self, method: Method | WindowMethod) -> tuple[float, float, float, float]:
+        """Bits a value, top-1 agreement, KL in nats, rise of the text's negative log-likelihood in nats."""
+        import torch
+
+        if self._exact is None:
+            self._exact = self._predict(_identity)[0]
+        log_p, nbytes = self._predict(method)
+        target = torch.from_numpy(np.ascontiguousarray(self._window.tokens[1:]))[:, None].to(self._model.device)
+        exact = self._exact
+        return (
+            8 * nbytes / sum(spec.words() for spec in self._window.cache.manifest.layers),
+            float((log_p.argmax(-1) == exact.argmax(-1)).float().mean()),
+            float((exact.exp() * (exact - log_p)).sum(-1).mean()),
+            float((exact - log_p).gather(-1, target).mean()),
+        )
+
+    def _predict(self, method: Method | WindowMethod) -> tuple[Any, float]:
+        import torch
+
+        nbytes = fill(self._held, self._arrays, self._window, method)
+        start = self._window.cache.manifest.prompt_tokens
+        return torch.log_softmax(predict(self._model, self._held, self._scored, start=start), -1), nbytes
 
 
 def evaluate(
     model: Any,
     windows: Sequence[Window],
-    methods: Mapping[str, Method],
+    methods: Mapping[str, Method | WindowMethod],
     on_progress: OnProgress | None = None,
 ) -> list[Score]:
     """Score ``methods`` on ``windows`` against the exact cache; one :class:`Score` each, in order.
 
     Raises :class:`~lynxproto.errors.SpecError` when the windows are not of this model's shape.
     """
-    import torch
-
-    from lynxproto.integrations.hf import HFEngine, WordCache
-
     if not windows:
         raise ConfigError("no windows to score on")
     results: dict[str, list[tuple[float, ...]]] = {name: [] for name in methods}
-    steps = len(windows) * (len(methods) + 1)
-    done = 0
-    for window in windows:
-        manifest, scored = window.cache.manifest, window.tokens[:-1]
-        held = WordCache(model.config, manifest.prompt_tokens + len(scored), dtype=manifest.dtype)
-        arrays = held.allocate(manifest, model)
-        engine = HFEngine(model, held)
-        target = torch.from_numpy(np.ascontiguousarray(window.tokens[1:]))[:, None].to(model.device)
-        exact: Any = None
-        for name, method in ({"exact": _identity} | dict(methods)).items():
+    steps = len(windows) * len(methods)
+    for n, window in enumerate(windows):
+        scorer = Scorer(model, window)
+        for m, (name, method) in enumerate(methods.items()):
             if on_progress is not None:
-                on_progress(done, steps, name)
-            nbytes = 0.0
-            for spec in manifest.layers:
-                for part in spec.parts:
-                    words, size = method(spec, part, window.cache.arrays[spec.index, part])
-                    arrays[spec.index, part][...] = words
-                    nbytes += size
-                held.refresh(spec.index, spec.tokens)
-            log_p = torch.log_softmax(_forward(model, held, scored, keep=0), -1)
-            engine.crop(manifest.prompt_tokens)
-            done += 1
-            if exact is None:
-                exact = log_p
-                continue
-            results[name].append(
-                (
-                    8 * nbytes / sum(spec.words() for spec in manifest.layers),
-                    float((log_p.argmax(-1) == exact.argmax(-1)).float().mean()),
-                    float((exact.exp() * (exact - log_p)).sum(-1).mean()),
-                    float((exact - log_p).gather(-1, target).mean()),
-                )
-            )
+                on_progress(n * len(methods) + m, steps, name)
+            results[name].append(scorer.score(method))
     if on_progress is not None:
         on_progress(steps, steps, "done")
     return [Score(name, *np.asarray(rows, np.float64).T) for name, rows in results.items()]
+
+
+def fill(
+    cache: Any, arrays: Mapping[tuple[int, Part], NDArray[Any]], window: Window, method: Method | WindowMethod
+) -> float:
+    """Put what ``method`` makes of a window into a WordCache and the ``arrays`` that it allocated; the bytes it takes.
+
+    A cache that tokens were dropped from is shorter: pass positions to the model.
+    """
+    manifest = window.cache.manifest
+    chosen: Method = method.on(window) if isinstance(method, WindowMethod) else method
+    kept: NDArray[np.bool_] | None = getattr(chosen, "kept", None)
+    tokens = manifest.prompt_tokens if kept is None else int(kept.sum())
+    nbytes = 0.0
+    cache.crop(-cache.get_seq_length())
+    for spec in manifest.layers:
+        for part in spec.parts:
+            words, size = chosen(spec, part, window.cache.arrays[spec.index, part])
+            arrays[spec.index, part][:, :tokens] = words if kept is None else words[:, kept]
+            nbytes += size
+        cache.refresh(spec.index, tokens)
+    return nbytes
 
 
 def _identity(layer: LayerSpec, part: Part, words: NDArray[Any]) -> tuple[NDArray[Any], float]:

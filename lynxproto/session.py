@@ -412,9 +412,9 @@ class OutgoingTransfer(_Transfer):
         """
         await self._run(self._side.finish())
 
-    async def send(self, cache: Cache) -> None:
-        """Write all layers of ``cache`` and its result, and finish."""
-        await self._run(self._side.send_cache(cache))
+    async def send(self, cache: Cache, *, importance: Sequence[Any] | None = None) -> None:
+        """Write all layers of ``cache`` and its result, and finish; ``importance``: one entry a layer."""
+        await self._run(self._side.send_cache(cache, importance))
 
     async def cancel(self, above_level: int | None = None) -> None:
         """Cancel the transfer, or only its levels above ``above_level``.

@@ -28,7 +28,7 @@ from lynxproto.manifest import LayerSpec
 if TYPE_CHECKING:
     from lynxproto.cachefile import Cache
 
-__all__ = ["LEAST_BUDGET", "PARTS", "Rule", "Tiers"]
+__all__ = ["LEAST_BUDGET", "PARTS", "PLAN_ENTRY", "Rule", "Tiers"]
 
 #: ``optimise``: least expected error. ``ranked``: SpectrumKV's greedy, the most important tokens first.
 Rule = Literal["optimise", "ranked"]
@@ -47,7 +47,7 @@ _FINE_ERROR: Final = 1 / 254**2 / 12
 #: of 64 are half full, as they are on average.
 _SMALL, _LARGE = 96, 544
 #: Of a PLAN entry, without its bitmap: five small integers and their frame's share.
-_PLAN_ENTRY: Final = 20
+PLAN_ENTRY: Final = 20
 #: Quantiles that stand for a unit's tokens where the tokens are not known yet.
 _QUANTILES: Final = 32
 _LOWEST_THRESHOLD: Final = -2000
@@ -285,7 +285,7 @@ def _measure(configs: Sequence[Mapping[str, Any]], cache: Cache) -> tuple[NDArra
                     sizes[n, layer.index, index, tier] = memoryview(payload).nbytes
     costs = (sizes[1] - sizes[0]) / (large - _SMALL)
     fixed = np.maximum(sizes[0] - costs * _SMALL, 0.0)
-    return costs, fixed + HEADER_SIZE + _PLAN_ENTRY
+    return costs, fixed + HEADER_SIZE + PLAN_ENTRY
 
 
 @lru_cache(64)

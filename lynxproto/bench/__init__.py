@@ -15,6 +15,7 @@ __all__ = ["bench"]
 _COMMANDS = {
     "codec": "lynxproto.bench.codec:codec",
     "instructions": "lynxproto.bench.instructions:instructions",
+    "quality": "lynxproto.bench.quality:quality",
 }
 
 
@@ -32,4 +33,4 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup)
 def bench() -> None:
-    """Measure codecs on this machine, beside memcpy and other people's codecs in the same run."""
+    """Measure codecs and caches on this machine, beside other people's in the same run."""

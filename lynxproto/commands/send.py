@@ -41,6 +41,19 @@ __all__ = ["send"]
         ["--calibration"], type=click.Path(dir_okay=False, path_type=Path),
         help="Of policies lynx and auto: what `lynxproto calibrate` measured of the cache's model.",
     ),
+    click.Option(
+        ["--policy-file"], type=click.Path(dir_okay=False, path_type=Path),
+        help="What `lynxproto probe` found good for the cache's model: precision by token, instead of --policy.",
+    ),
+    click.Option(["--budget"], type=float, help="With --policy-file: level 0's share of the bytes."),
+    click.Option(
+        ["--importance"], type=click.Choice(["attention", "even", "key-norms", "position"]),
+        help="With --policy-file: what tokens are ranked by. Default: attention with --attention, else even (alike).",
+    ),
+    click.Option(
+        ["--attention"], type=click.Path(dir_okay=False, path_type=Path),
+        help="With --policy-file: a .npy of how much each token was attended to, [layers, kv_heads, tokens].",
+    ),
     click.Option(["--request-id"], help="What the receiver knows the cache by (default: its file's name)."),
     click.Option(["--model"], help="Model of a saved DynamicCache (.pt), which does not say itself."),
     click.Option(["--revision"], default="", help="Revision of that model."),
@@ -66,6 +79,10 @@ async def _send(
     policy: Any,
     preset: str,
     calibration: Path | None,
+    policy_file: Path | None,
+    budget: float | None,
+    importance: Any,
+    attention: Path | None,
     request_id: str | None,
     model: str | None,
     revision: str,
@@ -80,7 +97,16 @@ async def _send(
     if request_id is not None and len(paths) > 1:
         raise ConfigError(f"--request-id names one cache; {path} holds {len(paths)}")
     caches = [(one, open_cache(one, model, revision)) for one in paths]  # mistakes show before anything is sent
-    chosen = [_policy(policy, preset, calibration, cache) for _, cache in caches]
+    mass = None
+    if policy_file is None:
+        if budget is not None or importance is not None or attention is not None:
+            raise ConfigError("--budget, --importance and --attention go with --policy-file")
+        chosen = [_policy(policy, preset, calibration, cache) for _, cache in caches]
+    else:
+        if calibration is not None:
+            raise ConfigError("--policy-file and --calibration exclude each other: a policy file holds widths")
+        mass = None if attention is None else _attention(attention)
+        chosen = [_tiered(policy_file, budget, importance, mass, cache) for _, cache in caches]
     arguments = options.session(url, content, server=False)
     if policy == "auto":  # one for all: it learns from what they take
         arguments["policy"] = chosen[0]
@@ -95,7 +121,7 @@ async def _send(
                 name = request_id or cache.manifest.request_id or one.stem
                 transfer = session.open(replace(cache.manifest, request_id=name), None if policy == "auto" else how)
                 async with Watch(transfer, quiet=options.quiet):
-                    await transfer.send(cache)
+                    await transfer.send(cache, importance=mass)
                 summarize("send", transfer, as_json=options.json, path=one)
     return 0
 
@@ -110,6 +136,29 @@ def _policy(policy: Any, preset: str, calibration: Path | None, cache: Cache) ->
     if calibration is not None:
         raise ConfigError(f"--calibration is for the policies lynx and auto, not {policy}")
     return Policy.named(policy)
+
+
+def _tiered(path: Path, budget: float | None, importance: Any, attention: Any, cache: Cache) -> Policy:
+    """A policy file's policy, if it is of the cache's model."""
+    from lynxproto.policy import Policy
+
+    policy = Policy.from_file(path, budget=budget, importance=importance or ("even" if attention is None else None))
+    policy.require(cache.manifest.identity)
+    if policy.importance == "attention" and attention is None:
+        raise ConfigError("--importance attention needs --attention FILE: dumps do not hold it")
+    return policy
+
+
+def _attention(path: Path) -> Any:
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--attention {path}: no .npy file ({error})") from error
+    if array.ndim not in (2, 3) or array.dtype.kind not in "fiu":
+        raise ConfigError(f"--attention {path}: must be [layers, kv_heads, tokens] or [layers, tokens] numbers")
+    return array
 
 
 def _calibration(path: Path | None, cache: Cache) -> Calibration | None:

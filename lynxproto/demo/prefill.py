@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lynxproto.demo.pipe import Pipe, serve
 from lynxproto.errors import CacheFileError, ConfigError
 from lynxproto.manifest import Manifest
 from lynxproto.policy import Policy, PolicyName
+from lynxproto.quality import QUERIES
 from lynxproto.transports import TokenBucket
 
 __all__ = ["Prefill", "main"]
@@ -49,11 +51,6 @@ class MeteredLink(TokenBucket):
         return super().reserve(nbytes)
 
 
-def _policy(method: PolicyName) -> Policy:
-    """The policy of a method; lynx with the model's calibration, which ``lynxproto calibrate`` made."""
-    return Policy.lynx(calibration=Calibration.load(CALIBRATION)) if method == "lynx" else Policy.named(method)
-
-
 class Prefill:
     """The commands of the prefill process. ``folder`` and ``revision`` come from :meth:`prepare`."""
 
@@ -63,6 +60,14 @@ class Prefill:
         self._tokenizer: Any = None
         self._prompt: list[int] = []
         self._cache: Cache | None = None
+        self._tiered: Policy | None = None
+        self._attention: NDArray[np.float64] | None = None
+
+    def _policy(self, method: PolicyName) -> Policy:
+        """The policy of a method; lynx is a policy file's, or calibrated by ``lynxproto calibrate``."""
+        if method != "lynx":
+            return Policy.named(method)
+        return self._tiered or Policy.lynx(calibration=Calibration.load(CALIBRATION))
 
     async def prepare(self) -> Mapping[str, Any]:
         """Convert the model, unless that was done before; where it is."""
@@ -70,7 +75,9 @@ class Prefill:
         folder, revision = prepare_model()
         return {"folder": str(folder), "revision": revision}
 
-    async def load(self, folder: str, revision: str, tokens: int, room: int, threads: int) -> Mapping[str, Any]:
+    async def load(
+        self, *, folder: str, revision: str, tokens: int, room: int, threads: int, policy_file: str | None = None
+    ) -> Mapping[str, Any]:
         """Load the model and prefill ``tokens`` tokens, or find the cache of an earlier run.
 
         ``room`` is how many tokens will be decoded at most.
@@ -88,15 +95,22 @@ class Prefill:
         self._model = load_model(Path(folder))
         identity = make_identity(self._model, self._tokenizer, name=MODEL, revision=revision)
         manifest = make_manifest(self._model, tokens, identity)
+        if policy_file is not None:
+            self._tiered = Policy.from_file(policy_file)
+            self._tiered.require(identity)
         key = xxhash.xxh3_128(identity.hash())
         key.update(np.asarray(self._prompt, "<u4").tobytes())
         path = cache_folder() / "prefilled" / f"{MODEL}-{tokens}-{key.hexdigest()}.safetensors"
         prefill_s = None
+        beside = path.with_suffix(f".attention-{QUERIES}.npy")
         cache = _load(path)
-        if cache is None:
-            cache, prefill_s = self._prefill(manifest)
+        if cache is None or not beside.exists():
+            path.unlink(missing_ok=True)
+            cache, attention, prefill_s = self._prefill(manifest)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_cache(path, cache)
+            np.save(beside, attention)
+        self._attention = np.load(beside)
         # Off the disk and into memory, so that the first method does not pay for reading the file.
         arrays: Arrays = {place: np.array(words) for place, words in cache.arrays.items()}
         self._cache = Cache(manifest=manifest, arrays=arrays, first_token=cache.first_token, logit_gap=cache.logit_gap)
@@ -117,15 +131,18 @@ class Prefill:
         bucket = None if link is None else MeteredLink(link)
         async with lynxproto.connect(url, _config(cache.manifest), link=bucket, insecure=True) as sender:
             complete = time.monotonic()
-            transfer = sender.open(cache.manifest, _policy(method))
+            transfer = sender.open(cache.manifest, self._policy(method))
             transfer.result(cache.first_token, cache.logit_gap)
             for layer in cache.manifest.layers:
-                await transfer.write(layer.index, cache.arrays[layer.index, "key"], cache.arrays[layer.index, "value"])
+                keys, values = cache.arrays[layer.index, "key"], cache.arrays[layer.index, "value"]
+                mass = None if self._attention is None else self._attention[layer.index]
+                await transfer.write(layer.index, keys, values, importance=mass)
             await transfer.finish()
         return {"complete": complete, "started": complete, "wire_bytes": bucket.carried_bytes if bucket else None}
 
     async def stream(self, url: str, method: PolicyName, link: float | None) -> Mapping[str, Any]:
         """Prefill again, for real, and send each layer as it is made. ``complete`` is when the last layer existed."""
+        from lynxproto.integrations.attention import AttentionMass, watch_attention
         from lynxproto.integrations.hf import HFEngine, WordCache
 
         assert self._cache is not None
@@ -133,18 +150,28 @@ class Prefill:
         bucket = None if link is None else MeteredLink(link)
         loop = asyncio.get_running_loop()
         async with lynxproto.connect(url, _config(manifest), link=bucket, insecure=True) as sender:
-            transfer = sender.open(manifest, _policy(method))
+            transfer = sender.open(manifest, self._policy(method))
             writes: list[Future[None]] = []
             times: list[float] = []
 
+            def write(layer: int, mass: NDArray[np.float64] | None) -> None:
+                pair = (cache.words(layer, part) for part in ("key", "value"))
+                writes.append(asyncio.run_coroutine_threadsafe(transfer.write(layer, *pair, importance=mass), loop))
+
             def on_layer(layer: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
                 times.append(time.monotonic())
-                writes.append(asyncio.run_coroutine_threadsafe(transfer.write(layer, keys, values), loop))
+                if not waits:
+                    write(layer, None)
                 self._pipe.send("prefill", layer=layer + 1, layers=len(manifest.layers))
 
-            engine = HFEngine(self._model, WordCache(self._model.config, len(self._prompt), on_layer=on_layer))
+            # A plan by attention waits for the layer's attention, a moment after its keys and values exist.
+            tiered = self._tiered if method == "lynx" else None
+            waits = tiered is not None and tiered.importance == "attention"
+            cache = WordCache(self._model.config, len(self._prompt), on_layer=on_layer)
+            engine = HFEngine(self._model, cache)
             started = time.monotonic()
-            logits = await asyncio.to_thread(engine.prefill, self._prompt)
+            with watch_attention(self._model, AttentionMass(QUERIES, write)) if waits else nullcontext():
+                logits = await asyncio.to_thread(engine.prefill, self._prompt)
             transfer.result(*_first_token(logits))
             await asyncio.gather(*map(asyncio.wrap_future, writes))
             await transfer.finish()
@@ -158,20 +185,24 @@ class Prefill:
         """What tokens say."""
         return {"text": self._tokenizer.decode(tokens)}
 
-    def _prefill(self, manifest: Manifest) -> tuple[Cache, float]:
+    def _prefill(self, manifest: Manifest) -> tuple[Cache, NDArray[np.float32], float]:
+        from lynxproto.integrations.attention import AttentionMass, watch_attention
         from lynxproto.integrations.hf import HFEngine, WordCache
 
         def on_layer(layer: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
             self._pipe.send("prefill", layer=layer + 1, layers=len(manifest.layers))
 
         cache = WordCache(self._model.config, len(self._prompt), on_layer=on_layer)
+        mass = AttentionMass(QUERIES)
         started = time.monotonic()
-        first_token, logit_gap = _first_token(HFEngine(self._model, cache).prefill(self._prompt))
+        with watch_attention(self._model, mass):
+            first_token, logit_gap = _first_token(HFEngine(self._model, cache).prefill(self._prompt))
         seconds = time.monotonic() - started
         arrays: Arrays = {
             (layer.index, part): cache.words(layer.index, part) for layer in manifest.layers for part in layer.parts
         }
-        return Cache(manifest=manifest, arrays=arrays, first_token=first_token, logit_gap=logit_gap), seconds
+        attention = np.stack([mass.mass[layer.index] for layer in manifest.layers]).astype(np.float32)
+        return Cache(manifest=manifest, arrays=arrays, first_token=first_token, logit_gap=logit_gap), attention, seconds
 
 
 def digest(arrays: Arrays) -> str:

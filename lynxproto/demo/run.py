@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
@@ -24,7 +25,10 @@ _LONGEST_S: Final = 8.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What to run. ``link``: bits per second, or None for the default; ``streamed``: also while prefill runs."""
+    """What to run. ``link``: bits per second, or None for the default; ``streamed``: also while prefill runs.
+
+    ``policy_file``: what `lynxproto probe` wrote, for lynxproto's precision by token; None: the default policy.
+    """
 
     tokens: int = 4096
     decode: int = 32
@@ -33,6 +37,7 @@ class Settings:
     link: float | None = None
     streamed: bool = True
     threads: int = 2
+    policy_file: Path | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 64), ("decode", 1), ("max_draft", 1), ("runs", 1), ("threads", 1)):
@@ -56,9 +61,10 @@ async def _run(settings: Settings, console: Console) -> Report:
         ):
             model = await prefill.call("prepare")
             screen.stage("loading the model in both processes")
+            policy_file = None if settings.policy_file is None else str(settings.policy_file.absolute())
             common = {"tokens": settings.tokens, "room": room, "threads": settings.threads}
             cache, engine = await _together(
-                prefill.call("load", **model, **common),
+                prefill.call("load", **model, **common, policy_file=policy_file),
                 decode.call("load", folder=model["folder"], **common),
             )
             await decode.call("warm_up")
