@@ -231,7 +231,7 @@ class TorchHQ(HQ):
     def _folds(self, grid: _Grid, widths: _Widths, section: int) -> bool:
         """Whether a section has a fold table. May wait for the device."""
         if not self._fold or section == _ANCHOR:
-            return self._fold
+            return bool(self._fold)
         return bool(_folding(grid, widths, _REST).any())
 
     def _choose_tables(self, grid: _Grid, block: Tensor) -> tuple[_Tables, list[Tensor]]:
@@ -754,6 +754,7 @@ def _quantised(tile: _Tile, block: Tensor) -> Tensor:
 def _check_codes(tile: _Tile, codes: Tensor, coded: Tensor, rest: _Folds, faults: _Faults) -> None:
     """Codes of the blocks that are ``coded`` are in range."""
     grid, widths = tile.grid, tile.widths
+    assert rest.section is not None
     steps = codes.to(torch.int32) - grid.spread(widths.offset)
     bad = ((steps < 0) | (steps > grid.spread(widths.steps) + 1)) & grid.valid
     faults.add(rest.section, "a code outside its range", bad.flatten(1).any(1) & coded, rest.starts)
@@ -914,6 +915,7 @@ def _unpaired(reader: _Reader, base: Tensor, count: Tensor, columns: int) -> tup
 def _distances(tile: _Tile, codes: Tensor) -> tuple[Tensor, Tensor]:
     """d and v (of 3 bits around the centre) of all values, to go with ``[blocks, rows, columns]``."""
     grid, widths, code = tile.grid, tile.widths, codes.to(torch.int32)
+    likely: tuple[tuple[int, ...], ...]
     if grid.spec.part == "value":
         zero = _zero(tile)
         centre, case = ((zero + 16) >> 5).clamp(1, 7), (zero >> 5).clamp(1, 6) - 1
