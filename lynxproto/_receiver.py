@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Final
 
-from lynxproto import frames
+from lynxproto import _cbor, frames
 from lynxproto._context import ALL_LEVELS, Backoff, Context, build_codec, max_sizes
 from lynxproto._stripe import Target
 from lynxproto.chunk import PARTS, Tile
@@ -49,6 +49,7 @@ from lynxproto.windows import ReceiveWindow
 
 __all__ = ["Arrival", "Incoming", "Receiver"]
 
+_SENT_THOUGH_HELD: Final = "a chunk that this side said it holds from another session"
 #: Tiles of layers whose plan has not arrived; chunks of more are dropped (and sent again when the sender asks).
 _MAX_EARLY = 1024
 
@@ -57,8 +58,8 @@ class _Tile:
     """``levels`` is 0 while the plan is unknown. Masks are of levels, in the current attempt unless they say else."""
 
     __slots__ = (
-        "applied", "attempt", "charged", "charged_before", "corrupt", "delivered", "done", "held", "key", "levels",
-        "max_sizes", "place", "received", "receiving", "sizes", "tile", "verified", "want",
+        "applied", "attempt", "before", "charged", "charged_before", "corrupt", "delivered", "done", "held", "key",
+        "levels", "max_sizes", "place", "received", "receiving", "sizes", "tile", "verified", "want",
     )  # fmt: skip
 
     def __init__(self, key: TileKey) -> None:
@@ -69,6 +70,7 @@ class _Tile:
         self.want = MAX_LEVELS
         self.max_sizes: tuple[int, ...] = ()
         self.attempt = 0
+        self.before = 0  # levels that the shell holds from another session: they cost no credit and never come
         self.charged = 0
         self.charged_before = 0  # in attempt 0, once attempt 1 has begun
         self.receiving = 0
@@ -117,6 +119,7 @@ class Incoming:
         self.codecs = codecs
         self.state = IncomingState.OFFERED
         self.wants: tuple[Want, ...] = ()
+        self.held: dict[int, frames.HeldLayer] = {}  # from another session
         self.layers = {spec.index: _Layer(spec.index) for spec in manifest.layers}
         self.by_tile: dict[Tile, tuple[_Layer, _Tile]] = {}
         self.windows = [ReceiveWindow(ctx.config.limits.transfer_window) for _ in range(MAX_LEVELS)]
@@ -181,12 +184,18 @@ class Receiver:
 
     # --- the shell's calls
 
-    def accept(self, transfer: int, now: float, wants: Sequence[Want] | None) -> None:
+    def accept(self, transfer: int, now: float, wants: Sequence[Want] | None, held: Sequence[frames.HeldLayer]) -> None:
         t = self._get(transfer)
         if t is None or not t.live:
             return
         wanted = (Want(),) if wants is None else tuple(wants)
         check_wants(wanted)
+        assert self.ctx.peer is not None
+        room = self.ctx.peer.limits.control_bytes - 1024 - sum(len(_cbor.dumps(want.as_list())) for want in wanted)
+        for layer in held:
+            room -= len(layer.levels) + 32
+            if room > 0 and any(layer.levels):  # what does not fit is sent again
+                t.held[layer.layer] = layer
         t.state = advance(INCOMING, t.state, "accept")
         t.wants = wanted
         t.heard_at = now
@@ -246,7 +255,7 @@ class Receiver:
                 self._release(t, level, has.sizes[level])
         has.charged_before, has.charged = has.charged, 0
         has.attempt = 1
-        has.receiving = has.received = has.applied = has.delivered = 0
+        has.receiving = has.received = has.applied = has.delivered = has.before = 0
         has.verified = False
         has.held.clear()
         has.corrupt.clear()
@@ -300,7 +309,9 @@ class Receiver:
             self.ctx.events.append(TransferRefused(transfer=transfer, error=error))
             return
         self.transfers[transfer] = Incoming(transfer, manifest, codecs, self.ctx, now)
-        self.ctx.events.append(TransferOffered(transfer=transfer, manifest=manifest, fetch=body.fetch))
+        self.ctx.events.append(
+            TransferOffered(transfer=transfer, manifest=manifest, fetch=body.fetch, resume=body.resume)
+        )
 
     def _check_manifest(self, manifest: Manifest) -> list[Codec]:
         config = self.ctx.config
@@ -346,6 +357,9 @@ class Receiver:
             return
         largest = min(limits.frame_bytes, limits.session_window, limits.transfer_window)
         early = layer.by_key
+        held = t.held.get(layer.index)
+        if held is None or held.plan != body.digest() or len(held.levels) != len(body.tiles):
+            held = None
         layer.plan, layer.by_key = body, {}
         for place, (key, levels) in enumerate(zip(body.tiles, body.levels, strict=True)):
             if key.codec >= len(t.codecs) or t.codecs[key.codec].levels != levels:
@@ -362,6 +376,11 @@ class Receiver:
                 text = f"{what}: a chunk may have {max(has.max_sizes)} bytes, the smallest window is {largest}"
                 self.fail(t, ProtocolError(text, ErrorCode.LIMIT))
                 return
+            if held is not None:
+                has.before = has.delivered = min(held.levels[place], has.want)
+                has.received |= (1 << has.before) - 1
+                if has.charged & (1 << has.before) - 1:
+                    raise ProtocolError(f"{what}: {_SENT_THOUGH_HELD}", ErrorCode.STATE)
             if has.charged >> levels or any(s > m for s, m in zip(has.sizes, has.max_sizes, strict=False)):
                 raise ProtocolError(f"{what}: a chunk that came before is too large or of a level that does not exist")
             layer.tiles.append(has)
@@ -374,8 +393,8 @@ class Receiver:
         for has in layer.tiles:
             layer.note(has)
         tiles = tuple(t_.tile for t_ in layer.tiles if t_.tile is not None)
-        wants = tuple(t_.want for t_ in layer.tiles)
-        self.ctx.events.append(PlanReceived(transfer=t.id, layer=layer.index, tiles=tiles, levels=wants))
+        wants, before = tuple(t_.want for t_ in layer.tiles), tuple(t_.before for t_ in layer.tiles)
+        self.ctx.events.append(PlanReceived(transfer=t.id, layer=layer.index, tiles=tiles, levels=wants, held=before))
         if layer.digests is not None:
             self._ended(t, layer)
         for has in layer.tiles:
@@ -476,6 +495,8 @@ class Receiver:
                 self._release(t, level, header.payload_length)
             self._drop(header)
             return None
+        if level < has.before:
+            raise ProtocolError(f"DATA of layer {header.layer}: {_SENT_THOUGH_HELD}", ErrorCode.STATE)
         if not has.charged & bit:
             self._charge(t, header)
             has.charged |= bit
@@ -642,6 +663,10 @@ class Receiver:
             t.state = IncomingState.CLOSED
             self._bury(t, None)
 
+    def start_over(self) -> None:
+        """The peer has forgotten the session, and a new one begins: nothing is charged in it."""
+        self.windows = [ReceiveWindow(self.ctx.config.limits.session_window) for _ in range(MAX_LEVELS)]
+
     # --- inside
 
     def _get(self, transfer: int) -> Incoming | None:
@@ -787,11 +812,14 @@ class Receiver:
 
     def _emit_accept(self, t: Incoming) -> None:
         credit = tuple(window.advertise() for window in t.windows)
-        self.ctx.emit(frames.Accept(wants=t.wants, credit=credit, **self._emit_holdings(t)), t.id)
+        held = tuple(t.held.values())
+        self.ctx.emit(frames.Accept(wants=t.wants, credit=credit, held=held, **self._emit_holdings(t)), t.id)
 
     def _emit_holdings(self, t: Incoming) -> dict[str, Any]:
         """The whole status: what does not fit one frame goes out as ACKs, the rest is returned as fields."""
         *bodies, last = self._status_bodies(t, list(t.layers))
+        if t.held and last.layers:  # ACCEPT has no room for both
+            bodies, last = [*bodies, last], replace(last, layers=())
         for body in bodies:
             self.ctx.emit(body, t.id)
         return {item.name: getattr(last, item.name) for item in fields(frames.Status)}

@@ -95,6 +95,8 @@ class Chunk:
 
 
 class _Tile:
+    """``levels`` are its codec's, ``want`` of them the receiver's; masks are of levels, in the current attempt."""
+
     __slots__ = (
         "applied", "attempt", "chunks", "codec_id", "digested", "done", "key", "layer", "levels", "max_sizes", "place",
         "received", "tile", "transfer", "verbatim", "verified", "want",
@@ -109,6 +111,10 @@ class _Tile:
         self.codec_id = codec.wire_id
         self.levels = codec.levels
         self.max_sizes = max_sizes(codec, transfer.manifest, tile)
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Nothing of it was sent, in this session."""
         self.want = 0
         self.attempt = 0
         self.received = 0
@@ -129,37 +135,58 @@ class _Layer:
         self.index = index
         self.tiles: list[_Tile] = []
         self.digests: tuple[bytes, ...] | None = None
+        self.positions = 0
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Nothing of it was said, in this session."""
         self.plan_confirmed = False
         self.end_confirmed = False
         self.status: frames.LayerStatus | None = None
-        self.open = 0
-        self.positions = 0
+        self.open = len(self.tiles)
+        for tile in self.tiles:
+            tile.start_over()
 
 
 class Outgoing:
     """One transfer at its sender."""
 
     def __init__(
-        self, transfer: int, manifest: Manifest, flow: Flow, ctx: Context, now: float, *, fetch: int | None
+        self,
+        transfer: int,
+        manifest: Manifest,
+        flow: Flow,
+        ctx: Context,
+        now: float,
+        *,
+        fetch: int | None,
+        resume: bytes,
     ) -> None:
         self.id = transfer
         self.manifest = manifest
         self.flow = flow
         self.fetch = fetch
+        self.resume = resume
         self.codecs = [build_codec(config) for config in manifest.codecs]
         self.state = OutgoingState.OFFERED
-        self.wants: tuple[Want, ...] = ()
         self.layers: dict[int, _Layer] = {}
         self.by_tile: dict[Tile, _Tile] = {}
         self.by_key: dict[TileKey, _Tile] = {}
-        self.windows = [SendWindow() for _ in range(MAX_LEVELS)]
-        self.in_flight: dict[Chunk, None] = {}
         self.result: frames.Result | None = None
-        self.result_confirmed = False
         self.finished = False
         self.level = ALL_LEVELS  # levels above it are cancelled
-        self.settled = ALL_LEVELS  # the peer has seen CLOSED down to here
         self.counters = Counters()
+        self.start_over(ctx, now)
+
+    def start_over(self, ctx: Context, now: float) -> None:
+        """The peer knows nothing of it, in this session."""
+        self.wants: tuple[Want, ...] = ()
+        self.held: dict[int, frames.HeldLayer] = {}  # by the receiver, from another session
+        self.windows = [SendWindow() for _ in range(MAX_LEVELS)]
+        self.in_flight: dict[Chunk, None] = {}
+        self.result_confirmed = False
+        self.settled = ALL_LEVELS  # the peer has seen CLOSED down to here
+        self.flow.anchors = 0
         self.backoff = Backoff(ctx.config, now)
         self.progress_at = now
         self.spoke_at = now
@@ -207,16 +234,22 @@ class Sender:
         self._held = [0, 0]  # encoded or promised bytes: anchors, residuals
         self._order = 0
         self.sequence = 0
+        self.restarts = 0  # since a transfer was confirmed
 
     # --- the shell's calls
 
-    def open(self, transfer: int, manifest: Manifest, now: float, deadline: float, fetch: int | None) -> None:
+    def open(
+        self, transfer: int, manifest: Manifest, now: float, deadline: float, *, fetch: int | None, resume: bytes
+    ) -> None:
         ctx = self.ctx
         if ctx.config.identity is not None and (difference := ctx.config.identity.mismatch(manifest.identity)):
             raise LocalError(f"manifest.identity does not match the configured identity: {difference}")
         if not manifest.codecs:
             raise SpecError("manifest.codecs is empty; fill it in from the policy")
-        outgoing = Outgoing(transfer, manifest, Flow(self._order, deadline), ctx, now, fetch=fetch)
+        if len(resume) not in (0, frames.RESUME_KEY_SIZE):
+            raise SpecError(f"a resume key has {frames.RESUME_KEY_SIZE} bytes, not {len(resume)}")
+        flow = Flow(self._order, deadline)
+        outgoing = Outgoing(transfer, manifest, flow, ctx, now, fetch=fetch, resume=resume)
         if not manifest.lossy and not all(codec.exact for codec in outgoing.codecs):
             raise SpecError(
                 "a codec of the manifest is not exact: set Manifest.lossy, or use levels up to the exact one"
@@ -225,7 +258,7 @@ class Sender:
             self._check_manifest(outgoing)
         self._order += 1
         self.transfers[transfer] = outgoing
-        self._emit(outgoing, frames.Open(manifest=manifest.to_bytes(), fetch=fetch), now)
+        self._emit(outgoing, self._open_body(outgoing), now)
 
     def _check_manifest(self, t: Outgoing) -> None:
         """What can be known of the peer's refusal before asking it."""
@@ -418,6 +451,7 @@ class Sender:
         if t.state is OutgoingState.OFFERED:
             t.state = advance(OUTGOING, t.state, "accept")
             t.wants = body.wants
+            t.held = {held.layer: held for held in body.held}
             self.ctx.events.append(TransferAccepted(transfer=t.id, wants=body.wants))
             try:
                 self._check_manifest(t)
@@ -662,6 +696,22 @@ class Sender:
         self.ctx.events.append(TransferFailed(transfer=t.id, error=error))
         self._close(t, error.code, str(error))
 
+    def start_over(self, now: float) -> None:
+        """The peer has forgotten the session: a new one begins, in which every transfer is offered again."""
+        self.restarts += 1
+        self.windows = [SendWindow() for _ in range(MAX_LEVELS)]
+        for t in self.transfers.values():
+            self._waiting.forget(t.flow)
+            self._encoded.forget(t.flow)
+            for layer in t.layers.values():
+                for tile in layer.tiles:
+                    for chunk in tile.chunks:
+                        self._drop_payload(chunk)
+                layer.start_over()
+            if t.state is OutgoingState.SENDING:
+                t.state = advance(OUTGOING, t.state, "forgotten")
+            t.start_over(self.ctx, now)
+
     def abandon(self, error: RemoteError | None) -> None:
         """The session is over: release everything."""
         for t in list(self.transfers.values()):
@@ -686,7 +736,7 @@ class Sender:
 
     @staticmethod
     def _open_body(t: Outgoing) -> frames.Open:
-        return frames.Open(manifest=t.manifest.to_bytes(), fetch=t.fetch)
+        return frames.Open(manifest=t.manifest.to_bytes(), fetch=t.fetch, resume=t.resume)
 
     @staticmethod
     def _closed_body(t: Outgoing, code: ErrorCode, text: str, *, end: bool) -> frames.Closed:
@@ -702,15 +752,21 @@ class Sender:
         return self.windows[chunk.level], chunk.tile.transfer.windows[chunk.level]
 
     def _start_layer(self, t: Outgoing, layer: _Layer, now: float) -> None:
-        """The receiver's wants are known: say the plan (and the end), queue the chunks."""
-        self._emit(t, self._plan_body(layer), now)
+        """The receiver's wants are known: say the plan (and the end), queue the chunks that it lacks."""
+        plan = self._plan_body(layer)
+        self._emit(t, plan, now)
         if layer.digests is not None:
             self._emit(t, frames.End(layer=layer.index, digests=layer.digests), now)
+        held = t.held.get(layer.index)
+        if held is None or held.plan != plan.digest() or len(held.levels) != len(layer.tiles):
+            held = None  # cut otherwise than in the session that it is from: all is sent
         for tile in layer.tiles:
             tile.want = min(wanted_levels(t.wants, tile.tile, tile.levels), t.level + 1)
             tile.chunks = [Chunk(tile, level, t.flow, (layer.index, tile.place)) for level in range(tile.levels)]
+            there = min(held.levels[tile.place], tile.want) if held is not None else 0
+            tile.received = (1 << there) - 1
             for chunk in tile.chunks[: tile.want]:
-                self._move(chunk, "wanted")
+                self._move(chunk, "held" if chunk.level < there else "wanted")
             self._judge(tile)
         t.progress_at = now
         self._check_confirmed(t)
@@ -814,6 +870,7 @@ class Sender:
     def _check_confirmed(self, t: Outgoing) -> None:
         if t.state is OutgoingState.SENDING and t.confirmed:
             t.state = advance(OUTGOING, t.state, "confirmed")
+            self.restarts = 0
             self._bury(t, self._closed_body(t, ErrorCode.NO_ERROR, "", end=True), complete=True)
 
     def _close(self, t: Outgoing, code: ErrorCode, text: str) -> None:

@@ -176,6 +176,8 @@ class Config:
     """A handshake (of TLS and of the session) that takes longer has failed."""
     session_timeout: float = 30.0
     """A session without a stripe for so long has failed."""
+    session_restarts: int = 8
+    """How often a client whose session the server has forgotten begins a new one, before a transfer was confirmed."""
     lease: float = 120.0
     """A transfer that makes no progress for so long is abandoned, and what it borrowed is released."""
     retry_interval: float = 0.5
@@ -205,8 +207,9 @@ class Config:
         for name in ("residual_floor", "urgent_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"Config.{name} must be in [0, 1), not {getattr(self, name)!r}")
-        if self.resends < 0:
-            raise ConfigError("Config.resends must not be negative")
+        for name in ("resends", "session_restarts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"Config.{name} must not be negative")
         if self.secret is not None:
             if self.secrets:
                 raise ConfigError("Config.secret is short for one nameless secret: give either it or Config.secrets")

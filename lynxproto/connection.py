@@ -386,8 +386,19 @@ class Connection:
 
     # --- sending side
 
-    def open(self, manifest: Manifest, now: float, *, deadline: float = float("inf"), fetch: int | None = None) -> int:
+    def open(
+        self,
+        manifest: Manifest,
+        now: float,
+        *,
+        deadline: float = float("inf"),
+        fetch: int | None = None,
+        resume: bytes = b"",
+    ) -> int:
         """Offer a transfer (OPEN); returns its id. ``deadline`` (same clock) breaks ties between anchors.
+
+        ``resume`` is a secret of 32 random bytes: a later offer of the same manifest with the same secret, in another
+        session or by another process, is sent only what the receiver has not kept of this one.
 
         Allowed before the handshake is over. Raises :class:`~lynxproto.errors.LocalError` for a closed session,
         another identity than the configured one, or codecs or sizes that the peer has said it refuses.
@@ -395,7 +406,7 @@ class Connection:
         self._check_open()
         self._ctx.now = now
         transfer = self._new_id()
-        self._sender.open(transfer, manifest, now, deadline, fetch)
+        self._sender.open(transfer, manifest, now, deadline, fetch=fetch, resume=resume)
         if fetch is not None:
             self._requests.pop(fetch, None)
         return transfer
@@ -468,10 +479,20 @@ class Connection:
 
     # --- receiving side
 
-    def accept(self, transfer: int, now: float, wants: Sequence[Want] | None = None) -> None:
-        """Memory is ready (ACCEPT). ``wants`` says what this side lacks; None means everything."""
+    def accept(
+        self,
+        transfer: int,
+        now: float,
+        wants: Sequence[Want] | None = None,
+        held: Sequence[frames.HeldLayer] = (),
+    ) -> None:
+        """Memory is ready (ACCEPT). ``wants`` says what this side lacks; None means everything.
+
+        ``held`` is what it has kept of the same transfer (:attr:`~lynxproto.events.TransferOffered.resume`, the same
+        peer, the same manifest). What of it counts is told by :class:`~lynxproto.events.PlanReceived`.
+        """
         self._ctx.now = now
-        self._receiver.accept(transfer, now, wants)
+        self._receiver.accept(transfer, now, wants, held)
 
     def reject(self, transfer: int, code: ErrorCode, text: str, now: float) -> None:
         """Refuse an offered transfer (REJECT)."""
@@ -819,13 +840,29 @@ class Connection:
             return
         # Nobody is known in a handshake: a stranger may cost this stripe, not a session that stands.
         refused = isinstance(error, _PeerRefusal)
-        fatal = self._state is SessionState.CONNECTING or (refused and error.code is ErrorCode.NOT_FOUND)
         shown = _as_refusal(error) if refused else error
         self._drop_stripe(stripe, shown)
         if not refused:
             stripe.control.append(self._ctx.encode(frames.Error(code=error.code, text=str(error))))
-        if fatal:
+        if refused and error.code is ErrorCode.NOT_FOUND and self._state is SessionState.SUSPENDED:
+            if self._sender.restarts < self._ctx.config.session_restarts:
+                self._start_over(shown)
+            else:
+                self._fail(shown, tell=False)
+        elif self._state is SessionState.CONNECTING and (self._ctx.peer is None or error.code in _REFUSALS):
             self._fail(shown, tell=False)
+
+    def _start_over(self, error: RemoteError) -> None:
+        """The server has forgotten the session: begin another, and offer in it what this side was sending."""
+        self._state = advance(SESSION, self._state, "forgotten")
+        self._session, self._token = None, b""
+        for other in self._stripes.values():
+            if not other.closed:  # it asks for the session that is gone
+                self._drop_stripe(other, error)
+        self._receiver.abandon(error)
+        self._receiver.start_over()
+        self._requests.clear()
+        self._sender.start_over(self._ctx.now)
 
     def _drop_stripe(self, stripe: Stripe, error: RemoteError | None) -> None:
         was_ready = stripe.ready
@@ -1089,6 +1126,10 @@ class Connection:
 
 
 _GREASE_RATE: Final = 1 / 64
+#: What a new attempt would not change.
+_REFUSALS: Final = frozenset(
+    {ErrorCode.AUTHENTICATION, ErrorCode.VERSION, ErrorCode.UNKNOWN_CRITICAL, ErrorCode.NOT_FOUND}
+)
 _HELLOS: Final = frozenset({FrameType.HELLO, FrameType.HELLO_ACK})
 _MAX_REPLIES: Final = 10_000
 _OF_SESSION: Final[dict[int, Callable[[Connection, Stripe, int, Any], None]]] = {

@@ -43,7 +43,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandshakeCompleted:
-    """The session is up (once a session, on its first stripe): transfers may be opened."""
+    """The session is up (once a session, on its first stripe): transfers may be opened.
+
+    Comes again when the server has forgotten the session and the client began a new one. Transfers that this side sends
+    go on in it: the peer is offered them anew. Those that it was receiving have failed.
+    """
 
     session: bytes
     peer_name: str
@@ -112,6 +116,8 @@ class TransferOffered:
     manifest: Manifest
     fetch: int | None
     """The request that this answers, if the peer opened it because of ``fetch``."""
+    resume: bytes
+    """The sender's secret, by which it may resume the transfer in another session; b"" if it will not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,13 +132,16 @@ class TransferRefused:
 class PlanReceived:
     """The tiles of one layer. Comes before any :class:`ChunkReceived` or :class:`LayerEnded` of that layer.
 
-    ``levels[i]`` is the number of levels of ``tiles[i]`` that will come: 0 for tiles that were not wanted.
+    ``levels[i]`` is the number of levels of ``tiles[i]`` that this side wants: 0 for tiles that were not wanted.
+    ``held[i]`` of them, the lowest, will not come: this side said when it accepted that it holds them. Call
+    ``applied`` for them as for chunks that came.
     """
 
     transfer: int
     layer: int
     tiles: tuple[Tile, ...]
     levels: tuple[int, ...]
+    held: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +218,10 @@ class FetchFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferAccepted:
-    """The receiver has its memory ready. ``wants`` is what it lacks; the connection asks for those chunks only."""
+    """The receiver has its memory ready; again, if its side of the session was forgotten.
+
+    ``wants`` is what it lacks; the connection asks for those chunks only.
+    """
 
     transfer: int
     wants: tuple[Want, ...]

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import numpy as np
+import xxhash
 
 from lynxproto import _cbor
 from lynxproto.chunk import PARTS, Tile, TokenSet
@@ -438,26 +439,32 @@ class HelloAck(Body):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open(Body):
-    """A manifest (as CBOR of its own), and the FETCH that it answers, if any."""
+    """A manifest (as CBOR of its own), the FETCH that it answers, if any, and the secret by which it may be resumed."""
 
     TYPE = FrameType.OPEN
     manifest: bytes
     fetch: int | None = None
+    resume: bytes = b""
 
     def _to_map(self) -> dict[str, Any]:
         fetch = b"" if self.fetch is None else self.fetch.to_bytes(16, "big")
-        return {"manifest": self.manifest, "fetch": fetch}
+        return {"manifest": self.manifest, "fetch": fetch, "resume": self.resume}
 
     @classmethod
     def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Open:
         fetch = f.data("fetch", 0, 16)
         if len(fetch) not in (0, 16):
             raise ProtocolError("OPEN: a request id has 16 bytes")
+        resume = f.data("resume", 0, RESUME_KEY_SIZE, default=b"")
+        if len(resume) not in (0, RESUME_KEY_SIZE):
+            raise ProtocolError(f"OPEN: a resume key has {RESUME_KEY_SIZE} bytes")
         manifest = f.data("manifest", 1, limits.control_bytes)
-        return cls(manifest=manifest, fetch=int.from_bytes(fetch, "big") if fetch else None)
+        return cls(manifest=manifest, fetch=int.from_bytes(fetch, "big") if fetch else None, resume=resume)
 
 
 TILE_STATUS_SIZE: Final = 3
+#: Bytes of the secret in OPEN by which a sender may resume the transfer in another session.
+RESUME_KEY_SIZE: Final = 32
 
 
 class TileStatus(NamedTuple):
@@ -512,6 +519,30 @@ class LayerStatus(NamedTuple):
             raise ProtocolError(f"{what}: a layer's status must be [layer, flags, 3 bytes a tile]")
         layer, flags, packed = value
         return cls(layer, bool(flags & 1), bool(flags & 2), packed)
+
+
+class HeldLayer(NamedTuple):
+    """What a receiver holds of one layer from another session: of each tile of a plan, so many of its lowest levels."""
+
+    layer: int
+    plan: bytes
+    """:meth:`Plan.digest` of the plan that the tiles belong to."""
+    levels: bytes
+    """One byte a tile, in plan order."""
+
+    def as_list(self) -> list[Any]:
+        """The wire form."""
+        return list(self)
+
+    @classmethod
+    def from_list(cls, value: Any) -> HeldLayer:
+        """Decode :meth:`as_list`'s form."""
+        if type(value) is not list or [type(item) for item in value] != [int, bytes, bytes]:
+            raise ProtocolError("ACCEPT: field 'held' holds something else than [layer, plan, levels]")
+        layer = cls(*value)
+        if not 0 <= layer.layer <= 0xFFFF or len(layer.plan) != 16 or max(layer.levels, default=0) > MAX_LEVELS:
+            raise ProtocolError(f"ACCEPT: held layer {layer.layer}: a value is out of its range")
+        return layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -573,18 +604,22 @@ class Resume(Status):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accept(Resume):
-    """The same, with the transfer's first credit: memory is ready."""
+    """The same, with the transfer's first credit: memory is ready. ``held``: what it has from another session."""
 
     TYPE = FrameType.ACCEPT
     credit: tuple[int, ...]
+    held: tuple[HeldLayer, ...] = ()
 
     def _to_map(self) -> dict[str, Any]:
-        return {**Resume._to_map(self), "credit": list(self.credit)}
+        held = [layer.as_list() for layer in self.held]
+        return {**Resume._to_map(self), "credit": list(self.credit), "held": held}
 
     @classmethod
     def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Self:
         wants = tuple(Want.from_list(v) for v in f.array("want", MAX_WANTS))
-        return cls(credit=f.integers("credit", MAX_LEVELS), wants=wants, **cls._take(f, limits))
+        credit = f.integers("credit", MAX_LEVELS)
+        held = tuple(HeldLayer.from_list(v) for v in f.array("held", limits.layers, default=()))
+        return cls(credit=credit, wants=wants, held=held, **cls._take(f, limits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -670,6 +705,10 @@ class Plan(Body):
 
     def _to_map(self) -> dict[str, Any]:
         return {"layer": self.layer, "tiles": [key.as_list() for key in self.tiles], "levels": bytes(self.levels)}
+
+    def digest(self) -> bytes:
+        """16 bytes that name this plan: xxh3-128 of its deterministic CBOR, big-endian."""
+        return xxhash.xxh3_128_digest(_cbor.dumps(self._to_map()))
 
     @classmethod
     def _from_fields(cls, f: _cbor.Fields, limits: Limits) -> Plan:

@@ -95,7 +95,7 @@ SESSION: Final = _table(
     {
         _s.CONNECTING: {"stripe ready": _s.ACTIVE, "end": _s.CLOSED},
         _s.ACTIVE: {"stripe ready": _s.ACTIVE, "last stripe lost": _s.SUSPENDED, "end": _s.CLOSED},
-        _s.SUSPENDED: {"stripe ready": _s.ACTIVE, "end": _s.CLOSED},
+        _s.SUSPENDED: {"stripe ready": _s.ACTIVE, "forgotten": _s.CONNECTING, "end": _s.CLOSED},
         _s.CLOSED: {},
     }
 )
@@ -114,7 +114,7 @@ _o = OutgoingState
 OUTGOING: Final = _table(
     {
         _o.OFFERED: {"accept": _o.SENDING, "reject": _o.CLOSED, "end": _o.CLOSED},
-        _o.SENDING: {"confirmed": _o.CLOSED, "end": _o.CLOSED},
+        _o.SENDING: {"confirmed": _o.CLOSED, "forgotten": _o.OFFERED, "end": _o.CLOSED},
         _o.CLOSED: {},
     }
 )
@@ -133,7 +133,7 @@ INCOMING: Final = _table(
 _c = ChunkState
 CHUNK: Final = _table(
     {
-        _c.IDLE: {"wanted": _c.WAITING},
+        _c.IDLE: {"wanted": _c.WAITING, "held": _c.ARRIVED},
         _c.WAITING: {"requested": _c.ENCODING, "arrived": _c.ARRIVED, "unwanted": _c.IDLE},
         _c.ENCODING: {"encoded": _c.READY, "arrived": _c.ARRIVED, "unwanted": _c.IDLE},
         _c.READY: {"started": _c.SENDING, "arrived": _c.ARRIVED, "restarted": _c.WAITING, "unwanted": _c.IDLE},

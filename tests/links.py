@@ -20,7 +20,7 @@ from lynxproto.config import Config, Limits
 from lynxproto.connection import Connection
 from lynxproto.digest import tile_digest
 from lynxproto.errors import ErrorCode
-from lynxproto.frames import HEADER_SIZE, Header
+from lynxproto.frames import HEADER_SIZE, Header, HeldLayer, Plan, TileKey
 from lynxproto.manifest import Identity, LayerSpec, Manifest
 
 
@@ -133,6 +133,17 @@ class Received:
     complete: bool = False
     released: bool | None = None
     error: Any = None
+    before: Received | None = None  # what was kept of the same transfer in another session
+
+    def held(self) -> list[HeldLayer]:
+        """What a receiver that kept all this would say in ACCEPT."""
+        layers = []
+        for index in {tile.layer: None for tile in self.plan}:
+            tiles = [tile for tile in self.plan if tile.layer == index]
+            levels = tuple(self.manifest.codecs[tile.codec].get("levels", 1) for tile in tiles)
+            plan = Plan(layer=index, tiles=tuple(TileKey.of(tile) for tile in tiles), levels=levels)
+            layers.append(HeldLayer(index, plan.digest(), bytes(len(self.levels[tile]) for tile in tiles)))
+        return layers
 
     def spec(self, tile: Tile) -> ChunkSpec:
         return tile.spec(self.manifest.dtype, self.manifest.layer(tile.layer).head_dim(tile.part))
@@ -157,6 +168,7 @@ class Shell:
         self.released: dict[int, bool] = {}
         self.errors: dict[int, Any] = {}
         self.received: dict[int, Received] = {}
+        self.kept: dict[bytes, Received] = {}  # resume key -> what outlives a session, and this process
         self.accepts: Any = lambda event: None  # wants, or an exception's (code, text) to reject
         self.hold = False  # keep received chunks instead of applying them
         self.waiting: list[ev.ChunkReceived] = []
@@ -172,7 +184,7 @@ class Shell:
 
     def send(self, words: dict[Any, Any], now: float, *, finish: bool = True, **kw: Any) -> int:
         """Open a transfer of a whole cache and say everything at once."""
-        open_kw = {k: kw.pop(k) for k in ("fetch", "deadline") if k in kw}
+        open_kw = {k: kw.pop(k) for k in ("fetch", "deadline", "resume") if k in kw}
         step = kw.pop("step", 5)
         manifest = manifest_of(words, **kw)
         c = self.connection
@@ -238,19 +250,26 @@ class Shell:
 
     def on_TransferOffered(self, event: ev.TransferOffered, now: float) -> None:
         assert event.transfer not in self.received, "offered twice"
-        self.received[event.transfer] = Received(event.manifest)
+        before = self.kept.get(event.resume)
+        if before is not None and before.manifest != event.manifest:
+            before = None
+        got = self.received[event.transfer] = Received(event.manifest, before=before)
+        if event.resume:
+            self.kept[event.resume] = got
         answer = self.accepts(event)
         if isinstance(answer, ErrorCode):
             self.connection.reject(event.transfer, answer, "no", now)
         elif answer != "later":
-            self.connection.accept(event.transfer, now, answer)
+            self.connection.accept(event.transfer, now, answer, before.held() if before else ())
 
     def on_PlanReceived(self, event: ev.PlanReceived, now: float) -> None:
         got = self.received[event.transfer]
-        for tile, levels in zip(event.tiles, event.levels, strict=True):
+        for tile, levels, held in zip(event.tiles, event.levels, event.held, strict=True):
             assert tile not in got.plan, "planned twice"
             got.plan[tile] = levels
-            got.levels[tile] = []
+            got.levels[tile] = got.before.levels[tile][:held] if held and got.before else []
+            for level in range(held):
+                self.connection.applied(event.transfer, tile, level, now)
 
     def on_ChunkReceived(self, event: ev.ChunkReceived, now: float) -> None:
         if self.hold:

@@ -506,8 +506,8 @@ def test_a_stranger_cannot_join_nor_hurt_a_session():
     check_equal(world, transfer, words)
 
 
-def test_joining_a_session_that_is_gone_ends_it():
-    world = World()
+def test_joining_a_session_that_is_gone_ends_it_where_no_other_may_begin():
+    world = World(client=small_config(session_restarts=0))
     transfer = world.client.send(cache(), 0.0, finish=False)
     world.settle()
     world.pipes[0].cut()

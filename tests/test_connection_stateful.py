@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from links import Pipe, Received, World, cache, small_config
+from links import Pipe, Received, Shell, World, cache, small_config
 
 from lynxproto import events as ev
 from lynxproto.config import MAX_LEVELS
@@ -43,6 +43,7 @@ class LossyLink(RuleBasedStateMachine):
         self.world.new_pipe()
         self.failures_allowed = False  # once a rule was broken that a session may not survive
         self.sent: list[tuple[int, int]] = []
+        self.restarts = 0
 
     # --- helpers
 
@@ -59,7 +60,8 @@ class LossyLink(RuleBasedStateMachine):
         if shell.connection.closed or len(self.sent) >= 6:
             return
         other.accepts = lambda event: wants
-        self.sent.append((side, shell.send(cache(seed), self.world.now, levels=levels)))
+        key = Random(len(self.sent)).randbytes(32)
+        self.sent.append((side, shell.send(cache(seed), self.world.now, levels=levels, resume=key)))
 
     @rule(side=SIDES, hold=st.booleans())
     def apply(self, side: int, hold: bool) -> None:
@@ -148,6 +150,30 @@ class LossyLink(RuleBasedStateMachine):
         alive = [pipe for pipe in self.world.pipes if pipe.alive]
         if len(alive) < 3 and not any(shell.connection.closed for shell in self.world.shells):
             self.world.new_pipe()
+
+    @rule()
+    @precondition(lambda self: self.restarts < 3 and not any(side for side, _ in self.sent))
+    def server_restarts(self) -> None:
+        """Its process is gone, and with it all but what it kept of transfers; the client begins another session."""
+        world = self.world
+        if any(shell.connection.closed for shell in world.shells):
+            return
+        self.restarts += 1
+        for pipe in world.pipes:
+            if pipe.alive:
+                pipe.cut()
+        self.after()
+        self.new_server()
+        world.new_pipe()
+        self.after()
+        if world.server.connection.closed:  # it did not know the session
+            self.new_server()
+
+    def new_server(self) -> None:
+        world, old = self.world, self.world.server
+        world.shells[1] = new = Shell(CONFIG, client=False, seed=3 + self.restarts)
+        new.kept, new.accepts = old.kept, old.accepts
+        new.received = {t: got for t, got in old.received.items() if t in world.client.released}
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
     def wait(self, seconds: float) -> None:

@@ -831,10 +831,9 @@ def test_chaos(seed: int) -> None:
     run(main)
 
 
-def test_a_restarted_receiver_does_not_know_the_session() -> None:
+def test_a_restarted_receiver_is_offered_the_transfer_again() -> None:
     cache = make_cache(layers=4, tokens=600)
     impatient = Config(retry_interval=0.01)
-
     dead = False
 
     def meddle(number: int, direction: str, offset: int, data: bytearray) -> bytearray | None:
@@ -846,13 +845,19 @@ def test_a_restarted_receiver_does_not_know_the_session() -> None:
             receiver = await listen("tcp://127.0.0.1:0").__aenter__()
             proxy = Proxy(receiver.url, meddle)
             async with proxy as url, connect(url, impatient, link=slow(0.3, cache)) as sender:
-                sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+                outgoing = sender.open(cache.manifest)
+                sending = asyncio.ensure_future(outgoing.send(cache))
                 await (await first(receiver)).ready(level=0, layer=0)
                 dead, proxy.target = True, after.url  # not even its goodbye gets through
                 await receiver.aclose()
-                with pytest.raises(PeerError, match="no such session"):
-                    await sending
-            assert proxy.streams > 1
+                incoming = await first(after)
+                await incoming.exact()
+                assert incoming.id == outgoing.id
+                assert_same(incoming.arrays, cache)
+                await sending
+                again = sender.open(cache.manifest)  # the session is as good as new
+                await asyncio.gather(again.send(cache), (await first(after)).exact())
+            assert proxy.streams > 2
 
     run(main)
 

@@ -52,7 +52,7 @@ def span(key: Key) -> str:
     found = f"{key.range}, {key.items}" if key.items else key.range
     if key.required:
         return found
-    default = {None: "null", "": '`""`'}.get(key.default, str(key.default))
+    default = {None: "null", "": '`""`', b"": "empty", (): "empty"}.get(key.default, str(key.default))
     return f"{found}; default {default}" if found else f"default {default}"
 
 
