@@ -44,6 +44,7 @@ class LossyLink(RuleBasedStateMachine):
         self.failures_allowed = False  # once a rule was broken that a session may not survive
         self.sent: list[tuple[int, int]] = []
         self.restarts = 0
+        self.over: set[int] = set()  # for its sender, when the receiver's process ended
 
     # --- helpers
 
@@ -83,7 +84,7 @@ class LossyLink(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject, level: int | None, by_sender: bool) -> None:
         side, transfer = data.draw(st.sampled_from(self.sent))
         shell = self.world.shells[side if by_sender else 1 - side]
-        if not by_sender and transfer not in shell.received:
+        if not by_sender and (transfer not in shell.received or transfer in self.over):
             return
         if not by_sender and level is not None and shell.received[transfer].released is not None:
             return
@@ -173,7 +174,7 @@ class LossyLink(RuleBasedStateMachine):
         world, old = self.world, self.world.server
         world.shells[1] = new = Shell(CONFIG, client=False, seed=3 + self.restarts)
         new.kept, new.accepts = old.kept, old.accepts
-        new.received = {t: got for t, got in old.received.items() if t in world.client.released}
+        self.over |= world.client.released.keys()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
     def wait(self, seconds: float) -> None:
@@ -237,6 +238,8 @@ class LossyLink(RuleBasedStateMachine):
             sender, receiver = world.shells[side], world.shells[1 - side]
             assert transfer in sender.released, "the sender never released it"
             got = receiver.received.get(transfer)
+            if transfer in self.over:
+                continue
             if sender.released[transfer]:
                 assert got is not None
                 assert got.released is True
