@@ -34,12 +34,16 @@ from lynxproto.errors import (
     NotFoundError,
     PayloadError,
     SpecError,
+    StateError,
     TransferCancelledError,
+    TransportError,
 )
-from lynxproto.manifest import LayerSpec, Manifest
+from lynxproto.frames import HeldLayer, Plan, TileKey
+from lynxproto.manifest import LayerSpec, Manifest, Want
 
 if TYPE_CHECKING:
     from lynxproto._peer import Peer
+    from lynxproto.spool import Spool
 
 __all__ = ["Incoming"]
 
@@ -68,6 +72,12 @@ class _Tile:
     landed: bytes | None = None  # the digest of the words that arrived in place
     digest: bytes | None = None  # what END says it must be
     verified: bool = False
+    kept: int = 0  # levels that the spool has
+
+    @property
+    def held(self) -> int:
+        """How many of its lowest levels are here, decoded or to be decoded next."""
+        return self.pending[-1].level + 1 if self.pending else self.decoded + 1
 
     def show(self, decode: Callable[[NDArray[Any]], DecodeState]) -> DecodeState:
         """Let ``decode`` write the tile's words; an explicit token set is scattered into the destination."""
@@ -139,6 +149,10 @@ class Incoming:
         manifest: Manifest,
         arrays: Mapping[tuple[int, Part], Any],
         options: Options,
+        *,
+        name: str,
+        wants: Sequence[Want] | None,
+        spool: Spool | StateError | None,
     ) -> None:
         self.id = transfer
         self.manifest = manifest
@@ -153,6 +167,12 @@ class Incoming:
         self.final: int | None = None
         self.on_progress: Callable[[Progress], object] | None = None
         self.changed = Signal()
+        self.wants = wants
+        self.spool = None if isinstance(spool, StateError) else spool
+        self._no_spool = spool if isinstance(spool, StateError) else None
+        self.name = name
+        self.moving = asyncio.Lock()
+        self.ending = False  # it is about to be released
         self._peer = peer
         self._intermediate = options.intermediate
         self._codecs = [get_codec(config) for config in manifest.codecs]
@@ -167,7 +187,7 @@ class Incoming:
                 )
         _check_apart(self._words)
         self._tiles: dict[Tile, _Tile] = {}
-        self._plans: dict[int, list[_Tile]] = {}
+        self._plans: dict[int, Plan] = {}
         self._behind: dict[int, Counter[int]] = {}  # layer -> level -> tiles that have not reached it
         self._awaited: Counter[tuple[int, int | None]] = Counter()
         self._told = -1  # levels up to this one are known to be ready
@@ -274,29 +294,82 @@ class Incoming:
 
     # --- events
 
+    @property
+    def state_error(self) -> StateError | None:
+        """Why nothing (more) of it is kept."""
+        return self._no_spool if self.spool is None else self.spool.error
+
+    def held(self) -> list[HeldLayer]:
+        """What is here already, of a session before this one: in memory, or in the spool."""
+        if not self._plans:
+            return [] if self.spool is None else self.spool.held()
+        layers = []
+        for index, plan in self._plans.items():
+            tiles = [self._tiles.get(key.tile()) for key in plan.tiles]
+            layers.append(HeldLayer(index, plan.digest(), bytes(tile.held if tile else 0 for tile in tiles)))
+        return layers
+
+    async def move(self, peer: Peer, transfer: int) -> None:
+        """Go on in another session, as ``transfer``. What still comes in the one before is dropped there."""
+        before, old = self._peer, self.id
+        del before.incoming[old]
+        text = "the transfer goes on in another session"
+        before.connection.cancel(old, time.monotonic(), text=text)
+        before.let_go(old)
+        before.pump()
+        await before.stop_landing(old)
+        await before.workers.settle(self)
+        self._peer, self.id = peer, transfer
+        self.complete = False
+        for tile in self._tiles.values():
+            tile.attempt = 0
+        self.stats.carry_over()
+
     def on_plan(self, event: events.PlanReceived) -> None:
         """The tiles of a layer."""
         layer = self.manifest.layer(event.layer)
-        behind = self._behind[layer.index] = Counter()
-        plan = self._plans[layer.index] = []
-        for tile, levels in zip(event.tiles, event.levels, strict=True):
-            if levels == 0:
-                continue
-            codec = self._codecs[tile.codec]
-            state = _Tile(
-                tile=tile,
-                layer=layer,
-                spec=tile.spec(self.manifest.dtype, layer.head_dim(tile.part)),
-                codec=codec,
-                words=self._words[tile.layer, tile.part],
-                last=levels - 1,
-                exact=codec.levels - 1,
-            )
-            plan.append(state)
-            self._tiles[tile] = state
-            self.stats.plan(levels)
-            behind.update(range(MAX_LEVELS))
+        totals = tuple(self._codecs[tile.codec].levels for tile in event.tiles)
+        plan = Plan(layer=layer.index, tiles=tuple(map(TileKey.of, event.tiles)), levels=totals)
+        if plan != self._plans.get(layer.index):  # else the session is another, and its tiles are as they were
+            self._tiles = {tile: state for tile, state in self._tiles.items() if tile.layer != layer.index}
+            self._plans[layer.index] = plan
+            self._behind[layer.index] = Counter()
+        for tile, levels, held in zip(event.tiles, event.levels, event.held, strict=True):
+            if levels:
+                self._plan_tile(layer, tile, levels, held)
         self.changed.notify()
+
+    def _plan_tile(self, layer: LayerSpec, tile: Tile, levels: int, held: int) -> None:
+        state = self._tiles.get(tile)
+        if state is None:
+            state = self._tiles[tile] = self._new_tile(layer, tile, levels)
+            self.stats.plan(levels)
+            self._behind[layer.index].update(range(MAX_LEVELS))
+        if state.held > held:  # there was no room to tell the sender
+            self._restart(state, 0)
+        elif state.held == held:
+            for level in range(held):
+                self._peer.connection.applied(self.id, tile, level, time.monotonic())
+        elif self.spool is not None:
+            for level, payload in enumerate(self.spool.payloads(tile, held)):
+                chunk = events.ChunkReceived(
+                    transfer=self.id, tile=tile, level=level, payload=payload, attempt=0, last=level == levels - 1
+                )
+                state.pending.append(chunk)
+            state.kept = held
+            self._advance(state)
+
+    def _new_tile(self, layer: LayerSpec, tile: Tile, levels: int) -> _Tile:
+        codec = self._codecs[tile.codec]
+        return _Tile(
+            tile=tile,
+            layer=layer,
+            spec=tile.spec(self.manifest.dtype, layer.head_dim(tile.part)),
+            codec=codec,
+            words=self._words[tile.layer, tile.part],
+            last=levels - 1,
+            exact=codec.levels - 1,
+        )
 
     def on_chunk(self, event: events.ChunkReceived) -> None:
         """A chunk to decode."""
@@ -321,18 +394,22 @@ class Incoming:
     def land(self, tile: Tile) -> memoryview | None:
         """Where the words of ``tile`` belong, if they are contiguous there."""
         state = self._tiles.get(tile)
-        if state is None or not tile.tokens.is_range:
+        if state is None or not tile.tokens.is_range or self.spool is not None:  # what is kept passes through here
             return None
         words = tile_view(state.words, state.layer, tile)
         return words.reshape(-1).view(np.uint8).data if words.flags.c_contiguous else None
 
-    def on_layer_ended(self, event: events.LayerEnded, planned: tuple[Tile, ...]) -> None:
+    def on_layer_ended(self, event: events.LayerEnded) -> None:
         """Digests of a layer's tiles."""
-        for tile, digest in zip(planned, event.digests, strict=True):
-            state = self._tiles.get(tile)
-            if state is not None:
-                state.digest = digest
-                self._advance(state)
+        for key, digest in zip(self._plans[event.layer].tiles, event.digests, strict=True):
+            state = self._tiles.get(key.tile())
+            if state is None:
+                continue
+            if state.verified and state.digest == digest:  # in the session before
+                self._peer.connection.tile_verified(self.id, state.tile, time.monotonic())
+                continue
+            state.digest, state.verified = digest, False
+            self._advance(state)
 
     def on_result(self, event: events.ResultReceived) -> None:
         """Prefill's result."""
@@ -363,6 +440,7 @@ class Incoming:
 
     async def release(self, complete: bool) -> None:
         """Nothing more will arrive: stop writing to the destination."""
+        self.ending = True
         for timer in self._timers:
             timer.cancel()
         if complete:
@@ -371,6 +449,12 @@ class Incoming:
             await self._peer.workers.drop(self)
             await self._peer.stop_landing(self.id)
             self._tiles.clear()
+        if self.spool is not None:
+            # Whatever only ended the session may be resumed; what ended the transfer may not.
+            resumable = self._peer.over or isinstance(self.error, DeadlineError | TransportError)
+            if complete or not resumable:
+                self.spool.discard()
+            self.spool.close()
         self.released = True
         self.stats.released = time.monotonic()
         self.changed.notify()
@@ -418,12 +502,27 @@ class Incoming:
             show = self._wanted(tile, level)
             digest = level == tile.exact and bool(tile.digest)
             state = tile.state
-            self._run(tile, level, chunks, lambda: _decode(tile, state, payloads, show, digest))
+            fresh = [chunk for chunk in chunks if chunk.level >= tile.kept]
+            tile.kept = level + 1
+
+            def work() -> _Outcome:
+                self._keep(fresh)
+                return _decode(tile, state, payloads, show, digest)
+
+            self._run(tile, level, chunks, work)
         elif tile.landed and tile.digest:
             landed, tile.landed = tile.landed, None
             self._check_digest(tile, landed)
         elif tile.shown == tile.exact and tile.digest and not tile.verified and tile.landed is None:
             self._run(tile, level, [], lambda: _verify(tile))
+
+    def _keep(self, chunks: Sequence[events.ChunkReceived]) -> None:
+        """On a worker: append what has come to the spool."""
+        if self.spool is not None:
+            for chunk in chunks:
+                self.spool.plan(self.id, self._plans[chunk.tile.layer])
+                codec = self._codecs[chunk.tile.codec]
+                self.spool.keep(self.id, chunk.tile, chunk.level, chunk.payload, codec.wire_id)
 
     def _run(
         self, tile: _Tile, level: int, chunks: Sequence[events.ChunkReceived], work: Callable[[], _Outcome]
@@ -492,6 +591,7 @@ class Incoming:
 
     def _restart(self, tile: _Tile, attempt: int) -> None:
         tile.attempt = attempt
+        tile.kept = 0
         tile.state = tile.landed = None
         tile.decoded = -1
         tile.pending = []

@@ -19,6 +19,7 @@ from lynxproto.errors import ConfigError
 from lynxproto.linkpolicy import AutoPolicy
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
+from lynxproto.spool import StateFolder
 from lynxproto.transports import Link
 
 __all__ = ["Allocate", "Deadline", "OnFetch", "Options", "Wants", "allocate_arrays"]
@@ -78,6 +79,7 @@ class Options:
     stripes: int = 1
     threads: int | None = None
     connect_timeout: float = 10.0
+    state: StateFolder | None = None
     capture: CaptureWriter | None = None
 
     def __post_init__(self) -> None:

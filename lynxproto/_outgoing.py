@@ -25,7 +25,7 @@ from lynxproto.errors import (
     StreamClosedError,
     TransferCancelledError,
 )
-from lynxproto.manifest import LayerSpec, Manifest, Want, wanted_levels
+from lynxproto.manifest import LayerSpec, Manifest
 from lynxproto.policy import Policy
 
 if TYPE_CHECKING:
@@ -108,7 +108,6 @@ class Outgoing:
         self._written: set[int] = set()
         #: (layer, its tiles, their digests as far as they are known) until the layer is ended
         self._digests: dict[int, tuple[tuple[Tile, ...], dict[Tile, bytes]]] = {}
-        self._wants: Sequence[Want] | None = None
         self._planning = 0
         self._counted: list[int] = []
         self._finishing = False
@@ -262,11 +261,10 @@ class Outgoing:
             self._counted = list(counters.sent_frames)
             self.stats.update(counters.sent_frames, counters.sent_bytes, time.monotonic())
 
-    def on_accepted(self, wants: Sequence[Want]) -> None:
+    def on_accepted(self) -> None:
         """The peer accepted."""
         self.accepted = True
         self._accepted_at = time.monotonic()
-        self._wants = wants
         for index, (tiles, known) in self._digests.items():
             unsent = [tile for tile in tiles if tile not in known and not self._digested_when_sent(tile)]
             self._digest(self.manifest.layer(index), unsent)
@@ -312,8 +310,8 @@ class Outgoing:
         self._peer.pump()
 
     def _digested_when_sent(self, tile: Tile) -> bool:
-        """Whether encoding the tile makes its digest: its payload is its words, and the peer seems to want it."""
-        return self._codecs[tile.codec].verbatim and (self._wants is None or wanted_levels(self._wants, tile, 1) > 0)
+        """Whether encoding the tile makes its digest: its payload is its words, and the peer seems to lack it."""
+        return self._codecs[tile.codec].verbatim and self._peer.connection.will_send(self.id, tile)
 
     def _digest(self, layer: LayerSpec, tiles: Sequence[Tile]) -> None:
         """Digest these tiles on a worker."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import Future
@@ -32,13 +33,16 @@ from lynxproto.errors import (
     PeerError,
     RejectedError,
     RemoteError,
+    StateError,
     StreamClosedError,
     TransferCancelledError,
     TransportError,
 )
+from lynxproto.frames import RESUME_KEY_SIZE
 from lynxproto.linkpolicy import AutoPolicy
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
+from lynxproto.spool import Spool, transfer_name
 from lynxproto.transports import ByteStream
 
 __all__ = ["Dial", "Peer"]
@@ -56,6 +60,8 @@ class Endpoint(Protocol):
     options: Options
     workers: Workers
     journal: Journal
+    running: dict[str, Incoming]
+    """Incoming transfers of all sessions that may be resumed, by name (:func:`~lynxproto.spool.transfer_name`)."""
 
     def offer(self, incoming: Incoming, /) -> None:
         """A transfer was accepted."""
@@ -121,12 +127,12 @@ class Peer:
         self.link = LinkAware(self, self._options.policy)
         self._offer = endpoint.offer
         self._on_over = endpoint.on_over
+        self._running = endpoint.running
         self._dial = dial
         self._gate = gate
         self._in_gate = False
         self._held: dict[int, int] = {}  # transfers counted at the gate, and their bytes
         self._stripes: dict[int, _Stripe] = {}
-        self._plans: dict[tuple[int, int], tuple[Tile, ...]] = {}
         self._offered: set[int] = set()
         self._fetches: dict[int, asyncio.Future[Incoming]] = {}
         self._loop = asyncio.get_running_loop()
@@ -404,11 +410,9 @@ class Peer:
             case events.ChunkReceived():
                 self._incoming_of(event.transfer, lambda transfer: transfer.on_chunk(event))
             case events.PlanReceived():
-                self._plans[event.transfer, event.layer] = event.tiles
                 self._incoming_of(event.transfer, lambda transfer: transfer.on_plan(event))
             case events.LayerEnded():
-                planned = self._plans[event.transfer, event.layer]
-                self._incoming_of(event.transfer, lambda transfer: transfer.on_layer_ended(event, planned))
+                self._incoming_of(event.transfer, lambda transfer: transfer.on_layer_ended(event))
             case events.ResultReceived():
                 self._incoming_of(event.transfer, lambda transfer: transfer.on_result(event))
             case events.TransferComplete():
@@ -423,7 +427,7 @@ class Peer:
             case events.TransferRefused():
                 self._tell_refused(event.transfer, event.error)
             case events.TransferAccepted():
-                self.outgoing[event.transfer].on_accepted(event.wants)
+                self.outgoing[event.transfer].on_accepted()
             case events.TileDigested():
                 self.outgoing[event.transfer].on_digested(event.tile, event.digest)
             case events.TransferRejected():
@@ -517,7 +521,7 @@ class Peer:
             self._gate.open_transfer(self.principal.key, nbytes)
             self._held[transfer] = nbytes
 
-    def _let_go(self, transfer: int) -> None:
+    def let_go(self, transfer: int) -> None:
         nbytes = self._held.pop(transfer, None)
         if nbytes is not None and self._gate is not None:
             self._gate.close_transfer(self.principal.key, nbytes)
@@ -538,12 +542,14 @@ class Peer:
     async def _release(self, transfer: int, complete: bool) -> None:
         self._offered.discard(transfer)
         side = self.outgoing.pop(transfer, None) or self.incoming.pop(transfer, None)
-        self._plans = {key: tiles for key, tiles in self._plans.items() if key[0] != transfer}
         if side is not None:
-            await side.release(complete)
+            if isinstance(side, Incoming):
+                await self._release_incoming(side, complete=complete)
+            else:
+                await side.release(complete)
             direction = "out" if isinstance(side, Outgoing) else "in"
             self.journal.transfer_closed(direction, side, self.name, time.monotonic())
-        self._let_go(transfer)
+        self.let_go(transfer)
         self.changed.notify()
 
     def _end(self, error: LynxError | None, orderly: bool = False) -> None:
@@ -597,9 +603,15 @@ class Peer:
     # --- transfers
 
     def open(
-        self, manifest: Manifest, policy: Policy | AutoPolicy | None, deadline: float, fetch: int | None = None
+        self,
+        manifest: Manifest,
+        policy: Policy | AutoPolicy | None,
+        deadline: float,
+        *,
+        fetch: int | None = None,
+        resume: bytes | None = None,
     ) -> Outgoing:
-        """Offer a transfer."""
+        """Offer a transfer. Without a ``resume`` secret of the caller's it can go on as long as this process lives."""
         if self.over:
             raise self.error or StreamClosedError("the session was closed by this side")
         chosen = policy or self._options.policy
@@ -609,7 +621,8 @@ class Peer:
             chosen = choice.policy
         chosen.require(manifest.identity)
         manifest = replace(manifest, codecs=chosen.codecs, lossy=chosen.lossy)
-        transfer = self.connection.open(manifest, time.monotonic(), deadline=deadline, fetch=fetch)
+        secret = secrets.token_bytes(RESUME_KEY_SIZE) if resume is None else resume
+        transfer = self.connection.open(manifest, time.monotonic(), deadline=deadline, fetch=fetch, resume=secret)
         for other in self.outgoing.values():
             other.alone = False
         outgoing = self.outgoing[transfer] = Outgoing(self, transfer, manifest, chosen)
@@ -635,44 +648,93 @@ class Peer:
 
     async def _consider(self, event: events.TransferOffered) -> None:
         """Let the user allocate (on a thread: it may take its time), then accept."""
-        transfer, options = event.transfer, self._options
+        transfer = event.transfer
         waiting = self._fetches.get(event.fetch) if event.fetch is not None else None
+        incoming = resumed = None
         refused: Exception | None = None
         try:
             if self.draining:
                 raise PeerError("this side is shutting down; send it to another", ErrorCode.SHUTDOWN)
             if waiting is None:  # what this side asked for needs no permission
-                self._hold(transfer, event.manifest.nbytes)
                 await self._authorize(TransferRequest(action="push", principal=self.principal, manifest=event.manifest))
-            arrays = await asyncio.to_thread(options.allocate, event.manifest)
-            wants = None if options.wants is None else await asyncio.to_thread(options.wants, event.manifest)
+                resumed = await self._resumed(event)
+                self._hold(transfer, event.manifest.nbytes)
+            incoming = resumed or await self._make(event)
             if transfer not in self._offered:  # the sender changed its mind meanwhile
                 raise TransferCancelledError(f"transfer {transfer:032x} was cancelled by {self.name}")
-            incoming = Incoming(self, transfer, event.manifest, arrays, options)
         except Exception as error:  # whatever the user's callbacks raise
             refused = error
         if refused is not None:
-            self._let_go(transfer)
+            self.let_go(transfer)
             self._tell_refused(transfer, refused, event.manifest.request_id)
             if not isinstance(refused, LynxError):
                 _log.error("what refused it is a mistake of this program", exc_info=refused)
             text = str(refused) if isinstance(refused, LynxError) else "the receiver has no memory for it"
             code = refused.code if isinstance(refused, PeerError | LimitError) else ErrorCode.INTERNAL
             self.connection.reject(transfer, code, text, time.monotonic())
-        else:
+            if (side := resumed or incoming) is not None:
+                side.fail(refused if isinstance(refused, LynxError) else LocalError(f"cannot go on: {refused!r}"))
+                await self._release_incoming(side, complete=False)
+        elif incoming is not None:
             self.incoming[transfer] = incoming
             self.journal.transfer_opened("in", incoming, self.name)
-            self.connection.accept(transfer, time.monotonic(), wants)
+            self.connection.accept(transfer, time.monotonic(), incoming.wants, incoming.held())
         if waiting is not None:
             if waiting.done():  # nobody waits any more
                 pass
             elif refused is not None:
                 waiting.set_exception(refused)
-            else:
+            elif incoming is not None:
                 waiting.set_result(incoming)
-        elif refused is None:
+        elif refused is None and incoming is not None and resumed is None:
             self._offer(incoming)
         self.pump()
+
+    async def _resumed(self, event: events.TransferOffered) -> Incoming | None:
+        """The same transfer, if it runs in another session, perhaps a dead one: it goes on in this one."""
+        running = self._running.get(self._name(event))
+        if running is None:
+            return None
+        async with running.moving:
+            if running.ending or running.error is not None:
+                await running.wait_released()
+                return None
+            await running.move(self, event.transfer)
+            return running
+
+    def _name(self, event: events.TransferOffered) -> str:
+        if not event.resume or event.fetch is not None:
+            return ""
+        return transfer_name(self.principal.name, event.resume, event.manifest)
+
+    async def _make(self, event: events.TransferOffered) -> Incoming:
+        """Memory for the transfer, and what was kept of it."""
+        options, name = self._options, self._name(event)
+        arrays = await asyncio.to_thread(options.allocate, event.manifest)
+        wants = None if options.wants is None else await asyncio.to_thread(options.wants, event.manifest)
+        spool: Spool | StateError | None = None
+        if options.state is not None and name:
+            try:
+                spool = await asyncio.to_thread(options.state.open, name)
+            except StateError as error:
+                _log.warning("transfer %032x cannot go on after a restart: %s", event.transfer, error)
+                spool = error
+        try:
+            incoming = Incoming(
+                self, event.transfer, event.manifest, arrays, options, name=name, wants=wants, spool=spool
+            )
+        except BaseException:
+            if isinstance(spool, Spool):
+                spool.close()
+            raise
+        if name:
+            self._running[name] = incoming
+        return incoming
+
+    async def _release_incoming(self, incoming: Incoming, *, complete: bool) -> None:
+        await incoming.release(complete)
+        if self._running.get(incoming.name) is incoming:
+            del self._running[incoming.name]
 
     async def _serve(self, event: events.FetchRequested) -> None:
         """Let the user look the key up (on a thread), then send what it found."""
@@ -696,7 +758,7 @@ class Peer:
             return
         try:
             await self.link.get_to_know()
-            outgoing = self.open(cache.manifest, None, float("inf"), event.request)
+            outgoing = self.open(cache.manifest, None, float("inf"), fetch=event.request)
             await outgoing.send_cache(cache)
         except LynxError as error:
             _log.warning("a fetched cache was not delivered: %s", error)

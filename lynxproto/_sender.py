@@ -111,6 +111,8 @@ class _Tile:
         self.codec_id = codec.wire_id
         self.levels = codec.levels
         self.max_sizes = max_sizes(codec, transfer.manifest, tile)
+        self.verbatim = codec.verbatim
+        self.digested = False
         self.start_over()
 
     def start_over(self) -> None:
@@ -121,8 +123,6 @@ class _Tile:
         self.applied = 0
         self.verified = False
         self.done = False
-        self.verbatim = codec.verbatim
-        self.digested = False
         self.chunks: list[Chunk] = []
 
 
@@ -386,6 +386,13 @@ class Sender:
         chunk.payload, chunk.crc = view, crc
         t.progress_at = now
         self._move(chunk, "encoded")
+
+    def will_send(self, transfer: int, tile: Tile) -> bool:
+        t = self._get(transfer)
+        if t is None:
+            return False
+        chunks = t.by_tile[tile].chunks
+        return not chunks or chunks[0].state not in (ChunkState.IDLE, ChunkState.ARRIVED)
 
     def end_layer(self, transfer: int, index: int, digests: Sequence[bytes], now: float) -> None:
         t = self._get(transfer)

@@ -40,6 +40,7 @@ class TransferStats:
     """Sender, with an automatic policy: the one that was chosen."""
     reason: str = ""
     """Why."""
+    _before: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -56,11 +57,17 @@ class TransferStats:
         for level in range(levels):
             self.levels.setdefault(level, LevelStats()).total_chunks += 1
 
+    def carry_over(self) -> None:
+        """The transfer goes on in another session, whose counters begin at 0."""
+        self._before = {level: (stats.chunks, stats.bytes) for level, stats in self.levels.items()}
+
     def update(self, frames: Sequence[int], nbytes: Sequence[int], now: float) -> list[int]:
         """The connection's counters by level have become these; returns the levels that moved."""
         moved = []
-        for level, (chunks, total) in enumerate(zip(frames, nbytes, strict=True)):
-            if chunks:
+        for level, (new_chunks, new_bytes) in enumerate(zip(frames, nbytes, strict=True)):
+            if new_chunks:
+                before = self._before.get(level, (0, 0))
+                chunks, total = before[0] + new_chunks, before[1] + new_bytes
                 stats = self.levels.setdefault(level, LevelStats())
                 if chunks != stats.chunks:
                     stats.chunks, stats.bytes = chunks, total

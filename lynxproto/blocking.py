@@ -186,9 +186,7 @@ class _Session:
 
     def close(self) -> None:
         """Close: unfinished transfers are cancelled, and no thread touches their arrays when this returns."""
-        if self._endpoint.io is not None and not self._endpoint.closed:
-            self._endpoint.io.submit(self._endpoint.shut()).result()
-            self._endpoint.stop()
+        self._endpoint.close()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no new transfers, and let those under way finish; False if some are left after ``timeout`` seconds."""
@@ -220,11 +218,16 @@ class Sender(_Session):
         self._endpoint = self._client = endpoint
 
     def open(
-        self, manifest: Manifest, policy: Policy | AutoPolicy | None = None, *, deadline: float = float("inf")
+        self,
+        manifest: Manifest,
+        policy: Policy | AutoPolicy | None = None,
+        *,
+        deadline: float = float("inf"),
+        resume: bytes | None = None,
     ) -> OutgoingTransfer:
         """Offer a transfer."""
         io = self._client.thread()
-        return OutgoingTransfer(io, io.call(self._client.peer.open, manifest, policy, deadline))
+        return OutgoingTransfer(io, io.call(self._client.offer_out, manifest, policy, deadline, resume))
 
     def fetch(
         self,

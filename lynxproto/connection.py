@@ -450,6 +450,10 @@ class Connection:
         self._ctx.now = now
         self._sender.chunk_encoded(transfer, tile, level, payload, now, crc=crc)
 
+    def will_send(self, transfer: int, tile: Tile) -> bool:
+        """Whether level 0 of a planned tile may have to be encoded: not if the peer does not want it, or holds it."""
+        return self._sender.will_send(transfer, tile)
+
     def end_layer(self, transfer: int, layer: int, digests: Sequence[bytes], now: float) -> None:
         """Digests (16 bytes each, :func:`lynxproto.digest.tile_digest`) of the planned tiles, in plan order (END).
 

@@ -38,6 +38,7 @@ __all__ = [
     "RemoteError",
     "SpecError",
     "SpeculationError",
+    "StateError",
     "StreamClosedError",
     "TransferCancelledError",
     "TransportError",
@@ -110,6 +111,10 @@ class BudgetError(LocalError, ValueError):
 
 class PolicyError(LocalError, ValueError):
     """A policy file that is broken, or that was made for another model or revision."""
+
+
+class StateError(LocalError):
+    """A state folder, or a spool in it, that cannot be used or holds no more."""
 
 
 class CalibrationError(LocalError, ValueError):

@@ -12,9 +12,11 @@ import contextlib
 import logging
 import os
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -39,6 +41,7 @@ from lynxproto.errors import (
     ErrorCode,
     LimitError,
     LynxError,
+    StateError,
     StreamClosedError,
     TransportError,
 )
@@ -46,6 +49,7 @@ from lynxproto.frames import Error, control_frame
 from lynxproto.linkpolicy import AutoPolicy
 from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.policy import Policy
+from lynxproto.spool import StateFolder
 from lynxproto.transports import ByteStream, Link, Listener, check_plaintext, open_listener, open_stream
 
 __all__ = [
@@ -85,6 +89,8 @@ class _Endpoint:
         self.draining = False
         self.finished = Counters()  # of sessions that are forgotten
         self.journal = Journal(options.observe)
+        self.running: dict[str, Incoming] = {}
+        self._closing = threading.Lock()
         self._offers: deque[Incoming] = deque()
         self._changed: Signal
 
@@ -168,12 +174,14 @@ class _Endpoint:
         await asyncio.gather(*(peer.aclose() for peer in self.peers))
         self.peers.clear()
 
-    def stop(self) -> None:
-        """End the threads (not on the I/O thread)."""
-        if self.io is not None:
-            self.workers.stop()
-            self.io.stop()
-            self.io = None
+    def close(self) -> None:
+        """End everything. Blocks, also while another caller is at it; not to be called on the I/O thread."""
+        with self._closing:
+            if self.io is not None:
+                self.io.submit(self.shut()).result()
+                self.workers.stop()
+                self.io.stop()
+                self.io = None
 
 
 class _Client(_Endpoint):
@@ -198,6 +206,12 @@ class _Client(_Endpoint):
         self.peer = Peer(self, dial=self._dial)
         self.peers.add(self.peer)
         await self.peer.establish()
+
+    def offer_out(
+        self, manifest: Manifest, policy: Policy | AutoPolicy | None, deadline: float, resume: bytes | None
+    ) -> Outgoing:
+        """Offer a transfer (on the I/O thread)."""
+        return self.peer.open(manifest, policy, deadline, resume=resume)
 
     def exhausted(self) -> bool:
         return self.closed or self.peer.over
@@ -447,6 +461,14 @@ class IncomingTransfer(_Transfer):
         return self._side.degraded
 
     @property
+    def state_error(self) -> StateError | None:
+        """Why this transfer cannot go on after a restart, though there is a state folder: it is full, or broken.
+
+        The transfer itself is not affected.
+        """
+        return self._side.state_error
+
+    @property
     def on_progress(self) -> Callable[[Progress], object] | None:
         """Called when chunks have arrived, on the I/O thread: it must be quick and must not wait."""
         return self._side.on_progress
@@ -518,11 +540,7 @@ class _Session:
 
     async def aclose(self) -> None:
         """Close: unfinished transfers are cancelled, and no thread touches their arrays when this returns."""
-        endpoint = self._endpoint
-        if endpoint.io is None or endpoint.closed:
-            return
-        await asyncio.shield(asyncio.wrap_future(endpoint.io.submit(endpoint.shut())))
-        await asyncio.to_thread(endpoint.stop)
+        await asyncio.shield(asyncio.to_thread(self._endpoint.close))
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no new transfers or sessions (peers are told SHUTDOWN), and let those under way finish.
@@ -561,19 +579,26 @@ class Sender(_Session):
     _endpoint: _Client
 
     def open(
-        self, manifest: Manifest, policy: Policy | AutoPolicy | None = None, *, deadline: float = float("inf")
+        self,
+        manifest: Manifest,
+        policy: Policy | AutoPolicy | None = None,
+        *,
+        deadline: float = float("inf"),
+        resume: bytes | None = None,
     ) -> OutgoingTransfer:
         """Offer a transfer; write to it at once, while the peer still makes room.
 
         ``policy`` cuts it into tiles and chooses codecs (default: the session's, which may choose for each transfer:
         :meth:`Policy.auto`); the manifest's ``codecs`` and ``lossy`` follow from it. ``deadline``
         (``time.monotonic()``) decides between anchors of several transfers.
+        ``resume``: 32 random bytes (``secrets.token_bytes(32)``), as secret as the cache. Whoever opens the same
+        manifest with the same policy and secret again, after a restart, sends only what the receiver lacks.
 
         Raises :class:`~lynxproto.errors.LocalError` for what this side or the handshake rules out, and the session's
         error if it is over.
         """
         io = self._endpoint.thread()
-        return OutgoingTransfer(io, io.call(self._endpoint.peer.open, manifest, policy, deadline))
+        return OutgoingTransfer(io, io.call(self._endpoint.offer_out, manifest, policy, deadline, resume))
 
     async def fetch(
         self, key: FetchKey, wants: Sequence[Want] | None = None, *, lease: float = 0.0
@@ -666,6 +691,7 @@ def listen(
     insecure: bool = False,
     link: Link | None = None,
     threads: int | None = None,
+    state: StateFolder | str | Path | None = None,
     capture: CaptureWriter | None = None,
 ) -> Receiver:
     """Listen for peers: ``async with listen("tcps://0.0.0.0:7411", tls=...) as receiver``. Port 0 takes a free one.
@@ -678,8 +704,10 @@ def listen(
     that (:class:`~lynxproto.access.TransferRequest`); it runs on a thread, before anything is allocated or looked up,
     and False refuses with FORBIDDEN. ``observe(event, fields)``: told what happens, as the log is (on the I/O thread;
     ``docs/operations.md`` lists the events). ``deadlines``: see :class:`Deadline`. ``intermediate``: decode
-    every level as it arrives, not only the first, the last and those that somebody waits for. ``capture`` records what
-    crosses the session's streams, unencrypted; the caller closes it after the session. ``tls`` (for ``tcps://``): see
+    every level as it arrives, not only the first, the last and those that somebody waits for. ``state``: a folder
+    (:class:`~lynxproto.spool.StateFolder`) in which received chunks are kept, so that transfers go on after a restart;
+    it is readable for this user only. ``capture`` records what crosses the session's streams,
+    unencrypted; the caller closes it after the session. ``tls`` (for ``tcps://``): see
     :func:`lynxproto.transports.server_context`; ``insecure`` as in :func:`connect`.
     """
     options = Options(
@@ -695,6 +723,7 @@ def listen(
         insecure=insecure,
         link=link,
         threads=threads,
+        state=StateFolder(state) if isinstance(state, str | Path) else state,
         capture=capture,
     )
     return Receiver(_Server(url, config, options))

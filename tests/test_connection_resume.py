@@ -125,9 +125,12 @@ def check(world: World, words: Any = WORDS) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["sent", "answered"])
-@pytest.mark.parametrize("happens", [the_link_breaks, the_receiver_restarts, both_restart])
-def test_goes_on_after_a_cut_at_any_byte(happens: Callable[[World], None], side: int) -> None:
-    """Every byte after the handshake: both sides end complete and equal, and what the receiver kept is not sent."""
+@pytest.mark.parametrize(("happens", "step"), [(the_link_breaks, 1), (the_receiver_restarts, 5), (both_restart, 5)])
+def test_goes_on_after_a_cut_at_any_byte(happens: Callable[[World], None], step: int, side: int) -> None:
+    """Every byte after the handshake: both sides end complete and equal, and what the receiver kept is not sent.
+
+    Where a process restarts every fifth byte: nothing else than the link has half a frame.
+    """
     world, _ = begin()
     start = 0
     while not world.client.seen(ev.HandshakeCompleted):
@@ -135,7 +138,7 @@ def test_goes_on_after_a_cut_at_any_byte(happens: Callable[[World], None], side:
     stop = start + flow(world, side, 1 << 30)
     check(world)
     chunks = sum(world.server.connection.counters.received_frames)
-    for position in range(start, stop):
+    for position in range(start, stop, step):
         world, _ = begin()
         assert flow(world, side, position) == position
         cut(world)

@@ -726,7 +726,11 @@ class Proxy:
     async def _accept(self) -> None:
         while True:
             near = await self._listener.accept()
-            far = await open_stream(self.target)
+            try:
+                far = await open_stream(self.target)
+            except LynxError:  # nobody is there just now
+                await near.aclose()
+                continue
             self.streams += 1
             self._tasks.add(asyncio.ensure_future(self._forward(self.streams, "up", near, far)))
             self._tasks.add(asyncio.ensure_future(self._forward(self.streams, "down", far, near)))
