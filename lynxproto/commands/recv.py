@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fetch", "recv"]
 
+#: Seconds that telling the sender that there is no room may take.
+_REFUSAL_S = 1.0
 _OUTPUT = click.Path(file_okay=False, path_type=Path)
 
 
@@ -80,6 +82,7 @@ async def _recv(
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if over.done():
+                await receiver.drain(_REFUSAL_S)  # or the sender would hear that the session was closed, and not why
                 over.result()
             taken.append(await first)
         finally:
