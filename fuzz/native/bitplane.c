@@ -5,7 +5,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     script s = {data, size};
     const int width = 1 << below(&s, 3);
     const size_t rows = 1 + below(&s, 5);
-    const size_t row_words = rows == 1 ? 1 + below(&s, 600) : 8 * (1 + below(&s, 40));
+    const size_t row_words = rows == 1 ? 1 + below(&s, 200) : 8 * (1 + below(&s, 10));
     const ptrdiff_t gap = (ptrdiff_t)width * (ptrdiff_t)below(&s, 9);
     const ptrdiff_t stride = (ptrdiff_t)row_words * width + gap;
     int first = (int)below(&s, (uint32_t)(8 * width)), last = first + 1 + (int)below(&s, (uint32_t)(8 * width - first));
