@@ -8,24 +8,28 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 from lynxproto import capture
-from lynxproto.frames import HEADER_SIZE, FrameType, Header
+from lynxproto.conformance.vectors import Case, default_vectors, load
+from lynxproto.frames import HEADER_SIZE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from links import World, cache
+
+from fuzz.targets.codecs import VECTORS
 
 _SCRIPTS = 200
 
 
 def write_seeds(folder: Path) -> None:
     """Make ``folder``/TARGET for each target that can use more than nothing to begin with."""
+    cases = load(default_vectors())
     frames = _genuine_frames()
+    said = [*frames, *_data_of(cases, "frames")]
     inputs = {
-        "frames": [_as_body(frame) for frame in frames if frame[6] != FrameType.DATA]
-        + [b"\0" + frame for frame in frames],
-        "capture": _captures(frames),
+        "frames": [*map(_as_body, said), *(b"\0" + frame for frame in said)],
+        "capture": [*_captures(frames), *_data_of(cases, "capture")],
         "connection": _scripts(1),
-        "codecs": _scripts(2),
+        "codecs": [*_scripts(2), *_of_vectors(cases)],
         "hq_decode": _scripts(3),
         "hq_encode": _scripts(5),
         "bitplane": _scripts(4),
@@ -55,9 +59,19 @@ def _genuine_frames() -> list[bytes]:
     return said
 
 
+def _data_of(cases: list[Case], op: str) -> list[bytes]:
+    return [bytes.fromhex(case.input["data"]) for case in cases if case.op == op]
+
+
+def _of_vectors(cases: list[Case]) -> list[bytes]:
+    """For the codecs target: each vector as it is."""
+    count = sum(case.op == "decode" for case in cases)
+    return [bytes([VECTORS]) + i.to_bytes(2, "little") for i in range(count)]
+
+
 def _as_body(frame: bytes) -> bytes:
-    header = Header.unpack(frame[:HEADER_SIZE])
-    return bytes([header.type & 0xFF]) + frame[HEADER_SIZE:]
+    """For the frames target: the type, then what follows the header."""
+    return frame[6:7] + frame[HEADER_SIZE:]
 
 
 def _captures(frames: list[bytes]) -> list[bytes]:

@@ -1,13 +1,14 @@
 """Payloads of every codec: C on each instruction set and plain torch agree on bytes, words and refusals.
 
-The input picks a codec, a tile and what its words are like, then changes bytes of genuine payloads. Whatever these are
-then, each implementation ends with words or with a PayloadError, and all with the same. Unchanged payloads give the
-words back.
+The input picks one of the specification's vectors, or a codec, a tile and what its words are like; then it changes
+bytes of the payloads. Whatever these are then, each implementation ends with words or with a PayloadError, and all
+with the same. Unchanged payloads give the words back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from fuzz.targets.bytesource import ByteSource
 from lynxproto import ChunkSpec, get_codec
 from lynxproto.codecs._library import ISAS, instruction_set, lib, select_instruction_set
 from lynxproto.codecs.abc import Codec
-from lynxproto.errors import PayloadError
+from lynxproto.conformance.vectors import default_vectors, load
+from lynxproto.errors import LynxError, PayloadError
 
 try:
     from lynxproto.codecs.bitplane_torch import TorchBitplane
@@ -45,6 +47,8 @@ _CONFIGS: tuple[dict[str, Any], ...] = (
     {"id": "raw"},
     {"id": "raw", "zstd": 1},
 )
+#: Inputs that begin with this byte are about a vector.
+VECTORS = 255
 _TOKENS = (1, 7, 8, 33, 64, 65, 130)
 _DIMS = (8, 16, 40, 64, 72)
 #: One decode in so many runs through torch too: it is a hundred times slower on tiles of this size.
@@ -55,8 +59,39 @@ Outcome = bytes | type[PayloadError]
 
 
 def run(data: bytes) -> None:
-    """One tile, encoded, damaged, decoded."""
+    """One tile, or vector, damaged and decoded."""
     script = ByteSource(data)
+    if data[:1] == bytes([VECTORS]):
+        _vector(script)
+    else:
+        _tile(script)
+
+
+@cache
+def _vectors() -> list[dict[str, Any]]:
+    return [case.input for case in load(default_vectors()) if case.op == "decode"]
+
+
+def _vector(script: ByteSource) -> None:
+    """A vector's payloads, damaged or not; what they must give is `lynxproto conformance`'s to say."""
+    case = _vectors()[script.number(3) // 256 % len(_vectors())]
+    heads, tokens, dim = case["shape"]
+    levels = [bytearray.fromhex(payload) for payload in case["payloads"]]
+    try:
+        codec = get_codec(case["codec"])
+        spec = ChunkSpec(
+            part=case["part"], dtype=case["dtype"], heads=heads, tokens=tokens, head_dim=dim, layer=case.get("layer", 0)
+        )
+        codec.max_encoded_size(spec, len(levels) - 1)
+    except LynxError:  # some vectors are of configs and tiles that are refused
+        return
+    if not levels or spec.nbytes > 1 << 16:
+        return
+    _damage(levels, script)
+    _decode(codec, spec, [bytes(level) for level in levels], with_torch=False)
+
+
+def _tile(script: ByteSource) -> None:
     codec = get_codec(_CONFIGS[script.below(len(_CONFIGS))])
     spec = ChunkSpec(
         part=("key", "value")[script.below(2)],
@@ -144,7 +179,7 @@ def _encode(codec: Codec, spec: ChunkSpec, words: Words, *, with_torch: bool) ->
 
 def _decode(codec: Codec, spec: ChunkSpec, levels: Sequence[bytes], *, with_torch: bool) -> Outcome:
     def numpy() -> Outcome:
-        out = np.zeros(spec.shape, np.uint16)
+        out = np.zeros(spec.shape, spec.word_dtype)
         try:
             codec.decode(spec, levels, out)
         except PayloadError:
