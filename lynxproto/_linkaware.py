@@ -59,8 +59,11 @@ class LinkAware:
                     nbytes = size
                     began = time.monotonic()
                     seconds = max(await self._send_ballast(size) - trip, 1e-9)
-                    if seconds >= _SECONDS[0] or size >= _BYTES[1]:
+                    if seconds >= _SECONDS[0]:
                         return size / seconds
+                    if size >= _BYTES[1]:  # a fast link: what else the machine does must not make it look slow
+                        again = [await self._send_ballast(size) - trip for _ in range(2)]
+                        return size / max(min(seconds, *again), 1e-9)
                     size = min(4 * size, _BYTES[1])
         except TimeoutError:  # slower than that, then
             return nbytes / (time.monotonic() - began) if nbytes else None

@@ -15,7 +15,9 @@ __all__ = ["bench"]
 _COMMANDS = {
     "codec": "lynxproto.bench.codec:codec",
     "instructions": "lynxproto.bench.instructions:instructions",
+    "link": "lynxproto.bench.link:link",
     "quality": "lynxproto.bench.quality:quality",
+    "ucx": "lynxproto.bench.ucx:ucx",
 }
 
 
