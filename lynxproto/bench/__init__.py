@@ -13,6 +13,7 @@ __all__ = ["bench"]
 
 #: name -> "module:attribute" of a click command
 _COMMANDS = {
+    "chaos": "lynxproto.bench.chaos.command:chaos",
     "codec": "lynxproto.bench.codec:codec",
     "instructions": "lynxproto.bench.instructions:instructions",
     "link": "lynxproto.bench.link:link",
@@ -35,4 +36,4 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup)
 def bench() -> None:
-    """Measure codecs and caches on this machine, beside other people's in the same run."""
+    """Measure this machine: codecs and caches beside other people's, transfers over damaged links."""

@@ -1,0 +1,89 @@
+"""Seeds on several processes, one at a time on each; a process that answers no more counts as hung and is replaced."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Final
+
+from lynxproto.bench.chaos.scenario import Scenario
+from lynxproto.bench.chaos.sides import Outcome
+from lynxproto.bench.chaos.transfer import HANG_S, run_seed
+
+__all__ = ["run_seeds"]
+
+_context: Final = multiprocessing.get_context("spawn")
+#: What a seed may take beyond :data:`HANG_S` before its process is given up: it judges itself before.
+_GRACE_S: Final = 30.0
+
+
+def _work(pipe: Connection) -> None:
+    while (seed := pipe.recv()) is not None:
+        pipe.send(run_seed(seed))
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.pipe, theirs = _context.Pipe()
+        self.process: SpawnProcess = _context.Process(target=_work, args=(theirs,))
+        self.process.start()
+        theirs.close()
+        self.seed = -1
+        self.since = 0.0
+
+    def begin(self, seed: int) -> None:
+        """Run one."""
+        self.seed, self.since = seed, time.monotonic()
+        self.pipe.send(seed)
+
+    def take(self) -> Outcome:
+        """What became of it."""
+        try:
+            outcome: Outcome = self.pipe.recv()
+        except EOFError:
+            return self.lost("its process died")
+        return outcome
+
+    def lost(self, why: str) -> Outcome:
+        """The process is of no use any more."""
+        s = Scenario.of(self.seed)
+        return Outcome(self.seed, s.fault, (s.expected.sender, s.expected.receiver), wrong=[why])
+
+    def end(self) -> None:
+        """Stop it, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.pipe.close()
+
+
+def run_seeds(seeds: Sequence[int], workers: int) -> Iterator[Outcome]:
+    """What became of each seed, in the order that they end."""
+    todo = list(reversed(seeds))
+    running: list[_Worker] = []
+    try:
+        while todo or running:
+            while todo and len(running) < workers:
+                running.append(_Worker())
+                running[-1].begin(todo.pop())
+            ready = wait([worker.pipe for worker in running], timeout=1.0)
+            for worker in list(running):
+                late = time.monotonic() - worker.since > HANG_S + _GRACE_S
+                if worker.pipe in ready:
+                    outcome = worker.take()
+                elif late:
+                    outcome = worker.lost(f"its process did not answer for {HANG_S + _GRACE_S:g} s")
+                else:
+                    continue
+                if todo and not late and worker.process.is_alive():
+                    worker.begin(todo.pop())
+                else:
+                    running.remove(worker)
+                    worker.end()
+                yield outcome
+    finally:
+        for worker in running:
+            worker.end()
