@@ -14,6 +14,7 @@ import hashlib
 import logging
 import mmap
 import os
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -29,10 +30,11 @@ from lynxproto.errors import ProtocolError, StateError
 from lynxproto.frames import HEADER_SIZE, FrameType, Header, HeldLayer, TileKey
 from lynxproto.manifest import Manifest
 
-__all__ = ["Spool", "StateFolder", "transfer_name"]
+__all__ = ["ResumeSecrets", "Spool", "StateFolder", "transfer_name"]
 
 _log = logging.getLogger("lynxproto")
 _SUFFIX: Final = ".spool"
+_SECRET: Final = ".resume"
 _DAY_S: Final = 86_400.0
 #: A spool was made by this side of frames that had passed its limits.
 _LIMITS: Final = Limits(frame_bytes=(1 << 32) - 1, control_bytes=1 << 31, tokens=1 << 32, tiles=1 << 31)
@@ -44,6 +46,55 @@ def transfer_name(principal: str, resume: bytes, manifest: Manifest) -> str:
     return hashlib.sha256(b"".join(len(item).to_bytes(8, "little") + item for item in fields)).hexdigest()
 
 
+def _make_folder(path: Path, suffix: str, max_age: float) -> None:
+    """Make the folder, and forget what nobody has used for so long. Raises :class:`~lynxproto.errors.StateError`."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for old in path.glob("*" + suffix):
+            with contextlib.suppress(OSError):  # another process was faster
+                if old.stat().st_mtime < time.time() - max_age:
+                    old.unlink()
+    except OSError as error:
+        raise StateError(f"cannot use the state folder {path}: {error.strerror or error}") from error
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise StateError(f"cannot use the state folder {path}: it is not writable")
+
+
+class ResumeSecrets:
+    """A folder in which a sender keeps the secrets of unfinished transfers, for a process that goes on with them.
+
+    Raises :class:`~lynxproto.errors.StateError` if it cannot be made or written.
+    """
+
+    def __init__(self, path: str | Path, *, max_age: float = 7 * _DAY_S) -> None:
+        self.path = Path(path)
+        _make_folder(self.path, _SECRET, max_age)
+
+    def secret(self, *what: str) -> bytes:
+        """The secret of the transfer that ``what`` tells apart from all others: the one that is kept, or a new one."""
+        path = self._path(what)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                kept = path.read_bytes()
+                if len(kept) == frames.RESUME_KEY_SIZE:
+                    return kept
+            fresh = path.with_suffix(f".{os.getpid()}")
+            fresh.touch(0o600)
+            fresh.write_bytes(secrets.token_bytes(frames.RESUME_KEY_SIZE))
+            fresh.rename(path)
+            return path.read_bytes()
+        except OSError as error:
+            raise StateError(f"cannot keep {path}: {error.strerror or error}") from error
+
+    def forget(self, *what: str) -> None:
+        """The transfer is over."""
+        with contextlib.suppress(OSError):
+            self._path(what).unlink()
+
+    def _path(self, what: tuple[str, ...]) -> Path:
+        return self.path / (hashlib.sha256("\0".join(what).encode()).hexdigest() + _SECRET)
+
+
 class StateFolder:
     """A folder of spools. ``max_bytes`` bounds all of them together; those unused for ``max_age`` seconds go.
 
@@ -53,14 +104,7 @@ class StateFolder:
     def __init__(self, path: str | Path, *, max_bytes: int = 64 << 30, max_age: float = 7 * _DAY_S) -> None:
         self.path = Path(path)
         self.max_bytes = max_bytes
-        self.max_age = max_age
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._clean()
-        except OSError as error:
-            raise StateError(f"cannot use the state folder {self.path}: {error.strerror or error}") from error
-        if not os.access(self.path, os.R_OK | os.W_OK | os.X_OK):
-            raise StateError(f"cannot use the state folder {self.path}: it is not writable")
+        _make_folder(self.path, _SUFFIX, max_age)
 
     def open(self, name: str) -> Spool:
         """The spool of a transfer (:func:`transfer_name`): what was kept, or an empty one.
@@ -76,12 +120,6 @@ class StateFolder:
             with contextlib.suppress(OSError):  # another process removed it
                 total += path.stat().st_size
         return total
-
-    def _clean(self) -> None:
-        for path in self.path.glob("*" + _SUFFIX):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < time.time() - self.max_age:
-                    path.unlink()
 
 
 @dataclass(slots=True)

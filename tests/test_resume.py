@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_session import Proxy, assert_same, connect, first, listen, make_cache, run, slow
 
+from lynxproto.cachefile import load_cache, save_cache
 from lynxproto.codecs import get_codec
 from lynxproto.config import Config
 from lynxproto.errors import StateError, TransferCancelledError
 from lynxproto.policy import Policy
-from lynxproto.spool import StateFolder, transfer_name
+from lynxproto.spool import ResumeSecrets, StateFolder, transfer_name
 
 QUICK = Config(retry_interval=0.01, retry_limit=0.05)
 CACHE = make_cache(layers=4, tokens=600)
@@ -328,3 +334,69 @@ def test_old_spools_go(tmp_path: Path) -> None:
     os.utime(tmp_path / "old.spool", (0, 0))
     StateFolder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["new.spool"]
+
+
+# --- commands
+
+
+@contextmanager
+def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    line = [sys.executable, "-m", "lynxproto", *arguments, "--insecure", "--json"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_bytes(folder: Path, nbytes: int) -> None:
+    """Until the receiver has kept so much."""
+    for _ in range(2000):
+        if sum(path.stat().st_size for path in folder.glob("*.spool")) > nbytes:
+            return
+        time.sleep(0.005)
+    raise AssertionError("nothing was kept")
+
+
+@pytest.mark.parametrize("who", ["send", "recv"])
+def test_commands_that_are_killed_go_on_when_they_are_given_again(tmp_path: Path, who: str) -> None:
+    save_cache(tmp_path / "cache", CACHE)
+    url, state, secret = f"unix://{tmp_path}/socket", tmp_path / "state", tmp_path / "secrets"
+    recv = ("recv", url, "-o", str(tmp_path / "out"), "--state", str(state))
+    send = ("send", str(tmp_path / "cache"), url, "--state", str(secret))
+    with ExitStack() as stack:
+        receiver = stack.enter_context(command(*recv))
+        assert receiver.stderr is not None
+        assert receiver.stderr.readline().startswith("listening")
+        sender = stack.enter_context(command(*send, "--link", "8M"))
+        wait_for_bytes(state, 200_000)
+        if who == "send":
+            sender.kill()
+            sender = stack.enter_context(command(*send))
+        else:
+            receiver.kill()
+            receiver.wait()
+            receiver = stack.enter_context(command(*recv))
+        sent, error = sender.communicate(timeout=60)
+        assert sender.returncode == 0, error
+        got, error = receiver.communicate(timeout=60)
+        assert receiver.returncode == 0, error
+    if who == "send":
+        assert json.loads(sent)["bytes"] < 0.9 * json.loads(got)["bytes"]
+    else:
+        assert json.loads(got)["bytes"] < 0.9 * json.loads(sent)["bytes"]
+    assert_same(load_cache(json.loads(got)["path"]).arrays, CACHE)
+    assert not list(state.iterdir())
+    assert not list(secret.iterdir())
+
+
+def test_secrets_are_kept_for_the_file_that_they_are_of(tmp_path: Path) -> None:
+    kept = ResumeSecrets(tmp_path / "secrets")
+    secret = kept.secret("file", "1")
+    assert secret == ResumeSecrets(tmp_path / "secrets").secret("file", "1")
+    assert secret != kept.secret("file", "2")
+    assert [oct(path.stat().st_mode & 0o777) for path in (tmp_path / "secrets").iterdir()] == ["0o600", "0o600"]
+    kept.forget("file", "1")
+    assert secret != kept.secret("file", "1")
+    with pytest.raises(StateError, match="cannot use the state folder"):
+        ResumeSecrets(next((tmp_path / "secrets").iterdir()))

@@ -16,7 +16,7 @@ from lynxproto.commands import logs
 from lynxproto.commands.settings import PREFIX, Settings, check_environment, defaults_of, load_file, read_secret, size
 from lynxproto.config import Secret
 
-__all__ = ["COMMANDS", "BitRate", "SessionOptions", "Size", "session_command"]
+__all__ = ["COMMANDS", "STATE_OPTION", "BitRate", "SessionOptions", "Size", "session_command"]
 
 #: The commands whose options may be set in a file and in the environment, by name.
 COMMANDS: dict[str, click.Command] = {}
@@ -100,6 +100,14 @@ def _of_servers() -> list[click.Parameter]:
             help="Seconds that transfers have to finish after SIGTERM.",
         ),
     ]  # fmt: skip
+
+
+#: For commands that receive.
+STATE_OPTION = click.Option(
+    ["--state"],
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that keeps what has arrived, so that transfers go on after a restart of this process.",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

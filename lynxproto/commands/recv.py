@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lynxproto.commands.options import SessionOptions, session_command
+from lynxproto.commands.options import STATE_OPTION, SessionOptions, session_command
 from lynxproto.errors import LynxError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _OUTPUT = click.Path(file_okay=False, path_type=Path)
     click.Option(["-o", "--output"], type=_OUTPUT, required=True, help="Directory for the dump; made if need be."),
     click.Option(["--model"], help="Accept only caches of this model."),
     click.Option(["--revision"], default="", help="Accept only this revision of the model."),
+    STATE_OPTION,
     server=True,
     log_level="warning",
 )
@@ -48,6 +49,7 @@ async def _recv(
     output: Path,
     model: str | None,
     revision: str,
+    state: Path | None,
 ) -> int:
     from lynxproto.commands.folder import Folder
     from lynxproto.commands.progress import Watch, summarize
@@ -91,7 +93,9 @@ async def _recv(
     try:
         with options.recording() as recording, options.measuring() as metrics:
             observe = None if metrics is None else metrics.observe
-            async with listen(url, **arguments, allocate=allocate, capture=recording, observe=observe) as receiver:
+            async with listen(
+                url, **arguments, allocate=allocate, state=state, capture=recording, observe=observe
+            ) as receiver:
                 if metrics is not None:
                     metrics.watch(receiver.snapshot)
                 if not options.quiet:

@@ -54,6 +54,11 @@ __all__ = ["send"]
         ["--attention"], type=click.Path(dir_okay=False, path_type=Path),
         help="With --policy-file: a .npy of how much each token was attended to, [layers, kv_heads, tokens].",
     ),
+    click.Option(
+        ["--state"], type=click.Path(file_okay=False, path_type=Path),
+        help="Folder that keeps the secrets of unfinished transfers: when this command is given again after it was"
+        " killed, only what the receiver lacks is sent. With the policy auto only if it chooses the same again.",
+    ),
     click.Option(["--request-id"], help="What the receiver knows the cache by (default: its file's name)."),
     click.Option(["--model"], help="Model of a saved DynamicCache (.pt), which does not say itself."),
     click.Option(["--revision"], default="", help="Revision of that model."),
@@ -83,6 +88,7 @@ async def _send(
     budget: float | None,
     importance: Any,
     attention: Path | None,
+    state: Path | None,
     request_id: str | None,
     model: str | None,
     revision: str,
@@ -92,6 +98,7 @@ async def _send(
     from lynxproto.commands.progress import Watch, summarize
     from lynxproto.commands.stopping import UNFINISHED
     from lynxproto.session import connect
+    from lynxproto.spool import ResumeSecrets
 
     paths = find_caches(path, SUFFIXES)
     if request_id is not None and len(paths) > 1:
@@ -107,6 +114,7 @@ async def _send(
             raise ConfigError("--policy-file and --calibration exclude each other: a policy file holds widths")
         mass = None if attention is None else _attention(attention)
         chosen = [_tiered(policy_file, budget, importance, mass, cache) for _, cache in caches]
+    kept = None if state is None else ResumeSecrets(state)
     arguments = options.session(url, content, server=False)
     if policy == "auto":  # one for all: it learns from what they take
         arguments["policy"] = chosen[0]
@@ -119,11 +127,21 @@ async def _send(
                 if stop.asked.is_set():
                     return UNFINISHED
                 name = request_id or cache.manifest.request_id or one.stem
-                transfer = session.open(replace(cache.manifest, request_id=name), None if policy == "auto" else how)
+                manifest, this = replace(cache.manifest, request_id=name), _of_file(one, url, name)
+                secret = None if kept is None else kept.secret(*this)
+                transfer = session.open(manifest, None if policy == "auto" else how, resume=secret)
                 async with Watch(transfer, quiet=options.quiet):
                     await transfer.send(cache, importance=mass)
+                if kept is not None:
+                    kept.forget(*this)
                 summarize("send", transfer, as_json=options.json, path=one)
     return 0
+
+
+def _of_file(path: Path, url: str, request_id: str) -> tuple[str, ...]:
+    """What tells the sending of a file apart from all others; a file that has changed is another."""
+    found = path.stat()
+    return (str(path.resolve()), str(found.st_size), str(found.st_mtime_ns), url, request_id)
 
 
 def _policy(policy: Any, preset: str, calibration: Path | None, cache: Cache) -> Policy | AutoPolicy:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lynxproto.commands.options import SessionOptions, Size, session_command
+from lynxproto.commands.options import STATE_OPTION, SessionOptions, Size, session_command
 from lynxproto.errors import ConfigError, LynxError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _log = logging.getLogger("lynxproto")
     ),
     click.Option(["--model"], help="Accept only caches of this model."),
     click.Option(["--revision"], default="", help="Accept only this revision of the model."),
+    STATE_OPTION,
     server=True,
     log_level="info",
 )  # fmt: skip
@@ -73,6 +74,7 @@ async def _serve(
     allow_pull: tuple[str, ...],
     model: str | None,
     revision: str,
+    state: Path | None,
 ) -> int:
     from lynxproto.commands.folder import Folder
     from lynxproto.commands.stopping import UNFINISHED
@@ -106,6 +108,7 @@ async def _serve(
             allocate=folder.allocate,
             on_fetch=folder.find,
             authorize=authorize,
+            state=state,
             capture=recording,
             observe=observe,
         ) as receiver:
