@@ -72,14 +72,42 @@ class Endpoint(Protocol):
 
 #: What is asked of the connection at once is what the link lately carried in this time, within bounds: a more urgent
 #: frame has to wait for it (and for the kernel's share), and each time costs some CPU.
-_SEND_S: Final = 2e-3
-_SEND_BYTES: Final = (16 << 10, 2 << 20)
+_SEND_S: Final = 1e-3
+#: The link's speed is taken over so long.
+_RATE_S: Final = 5e-3
+_SEND_BYTES: Final = (16 << 10, 4 << 20)
 #: Protocol timers are looked at so late at most.
 _TIMER_SLACK_S: Final = 5e-3
 #: Seconds that a stream may take to let go of the memory of a transfer that is over.
 _RECLAIM_S: Final = 1.0
 #: Seconds that a stream which is to be closed may take to send its last words.
 _LINGER_S: Final = 2.0
+#: The same where a frame is half sent and the link is slow.
+_LONG_LINGER_S: Final = 10.0
+
+
+class _Pace:
+    """How many bytes to ask of the connection at once: what the link carries in ``_SEND_S``."""
+
+    def __init__(self) -> None:
+        self.limit = _SEND_BYTES[0]
+        self.rate: float | None = None
+        """Bytes a second; None while too little went to tell."""
+        self._bytes = 0
+        self._since = self._until = 0.0
+
+    def sent(self, nbytes: int, started: float, ended: float) -> None:
+        """``nbytes`` went from ``started`` to ``ended``. A single send tells little: a buffer may have had room."""
+        if started - self._until > _RATE_S:  # the link was idle
+            self._bytes, self._since = 0, started
+        self._bytes += nbytes
+        self._until = ended
+        elapsed = ended - self._since
+        if elapsed >= _RATE_S:
+            low, high = _SEND_BYTES
+            self.rate = self._bytes / elapsed
+            self.limit = int(max(low, min(self.rate * _SEND_S, high)))
+            self._bytes, self._since = 0, ended
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +115,7 @@ class _Stripe:
     number: int
     stream: ByteStream
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    pace: _Pace = field(default_factory=_Pace)
     sending: asyncio.Future[None] | None = None  # while the stream sends what it was given last
     interrupted: asyncio.Future[None] | None = None  # until receiving has let go of its buffer
     closing: bool = False
@@ -214,13 +243,12 @@ class Peer:
         self._lost(stripe, error)
 
     async def _send(self, stripe: _Stripe) -> None:
-        low, high = _SEND_BYTES
-        limit = low
+        pace = stripe.pace
         try:
             while True:
                 stripe.wake.clear()
                 started = time.monotonic()
-                data = self.connection.data_to_send(started, stripe.number, limit)
+                data = self.connection.data_to_send(started, stripe.number, pace.limit)
                 if data:
                     stripe.sending = self._loop.create_future()
                     self.link.meter.begin(time.monotonic())
@@ -231,8 +259,7 @@ class Peer:
                         stripe.sending.set_result(None)
                         stripe.sending = None
                     nbytes = sum(part.nbytes for part in data)
-                    rate = nbytes / max(time.monotonic() - started, 1e-9)
-                    limit = int(max(low, min(rate * _SEND_S, 2 * limit, high)))
+                    pace.sent(nbytes, started, time.monotonic())
                     self.bytes_sent += nbytes
                     for transfer in self.connection.lent(stripe.number):
                         if transfer in self.outgoing:
@@ -309,7 +336,12 @@ class Peer:
         if not stripe.closing:
             stripe.closing = True
             stripe.wake.set()
-            stripe.linger = self._loop.call_later(_LINGER_S, lambda: self._track(self._hang_up(stripe)))
+            seconds = _LINGER_S
+            if stripe.sending is not None:  # the rest of a frame must go before a GOAWAY can
+                rest = self.connection.unsent(stripe.number) + stripe.pace.limit
+                rate = stripe.pace.rate or 1.0  # not known yet: the link is slow
+                seconds = min(max(seconds, 1.5 * rest / rate), _LONG_LINGER_S)
+            stripe.linger = self._loop.call_later(seconds, lambda: self._track(self._hang_up(stripe)))
             self._redial()
 
     def _redial(self) -> None:

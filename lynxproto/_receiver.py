@@ -18,7 +18,7 @@ from lynxproto.chunk import PARTS, Tile
 from lynxproto.codecs.abc import Codec
 from lynxproto.config import MAX_LEVELS
 from lynxproto.counters import Counters
-from lynxproto.digest import Digest
+from lynxproto.digest import Digest, pieces
 from lynxproto.errors import (
     DeadlineError,
     DigestError,
@@ -164,10 +164,12 @@ class Arrival(Target):
         return t.state is IncomingState.RECEIVING and self.attempt == tile.attempt and self.header.level < tile.want
 
     def took(self, nbytes: int) -> memoryview:
-        piece = super().took(nbytes)
-        if self.digest is not None:
-            self.digest.update(piece)
-        return piece
+        if self.digest is None:
+            return super().took(nbytes)
+        first = self.filled
+        for piece in pieces(self.view[first : first + nbytes]):
+            self.digest.update(super().took(piece.nbytes))
+        return self.view[first : self.filled]
 
 
 class Receiver:

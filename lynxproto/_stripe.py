@@ -20,7 +20,11 @@ __all__ = ["FrameHandler", "FrameReader", "Stripe", "Target"]
 _SCRATCH = 64 * 1024
 #: Payloads with less than this still to come are read together with what follows them, and copied once.
 _DIRECT = 8 * 1024
+#: Read after a large payload: a header, and little of the payload that may follow and would be copied.
+_BRIEF = 1024
 _MAX_PROBES = 16
+#: What is read at once, so that checksums find it in the core's cache.
+_DIRECT_MAX = 1 << 20
 #: Where the bytes go that nobody wants.
 _SINK = bytearray(_SCRATCH)
 
@@ -73,6 +77,7 @@ class FrameReader:
         self._in_extension = False
         self._skip = 0
         self._direct = False
+        self._after_large = False  # what comes next is probably the header of another large payload
         self._stopped = False
 
     def stop(self) -> None:
@@ -90,13 +95,14 @@ class FrameReader:
             self._abandon(target)
         elif target is not None and self._start == self._end and len(target.view) - target.filled >= _DIRECT:
             self._direct = True
-            return target.view[target.filled :]
+            return target.view[target.filled : target.filled + _DIRECT_MAX]
         if self._stopped:
             self._start = self._end = 0
         elif self._start:
             self._scratch[: self._end - self._start] = self._scratch[self._start : self._end]
             self._start, self._end = 0, self._end - self._start
-        return memoryview(self._scratch)[self._end :]
+        room = _BRIEF if self._after_large and self._end < _BRIEF else _SCRATCH
+        return memoryview(self._scratch)[self._end : room]
 
     def buffer_updated(self, nbytes: int) -> None:
         """``nbytes`` bytes are in the last buffer."""
@@ -170,6 +176,7 @@ class FrameReader:
         assert header is not None
         self._target = None
         self._direct = False
+        self._after_large = target.filled >= _SCRATCH
         if self._in_extension:
             self._in_extension = False
             self._begin(frames.parse_extension(target.view))

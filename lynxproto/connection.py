@@ -163,7 +163,7 @@ class Connection:
             raise LocalError("secrets that expire need unix_offset")
         self._unix_offset = unix_offset or 0.0
         self._principal = ""
-        self._ctx = ctx = Context(config, random or SystemRandom(), Random(random and random.random()))
+        self._ctx = ctx = Context(config, random or SystemRandom(), Random(None if random is None else random.random()))
         ctx.stripe_alive = self._is_alive
         ctx.take_over = self._take_over
         ctx.land = land
@@ -311,6 +311,11 @@ class Connection:
         if found.out or found.control or found.pongs or found.probed:
             return True
         return found.ready and (bool(self._ctx.control) or self._receiver.due or self._sender.waits)
+
+    def unsent(self, stripe: int = 0) -> int:
+        """Bytes of frames that have begun, or come before all others, and were not given out yet."""
+        found = self._stripe(stripe)
+        return sum(len(part) for parts in (found.out, found.control) for part in parts)
 
     def lent(self, stripe: int = 0) -> frozenset[int]:
         """The transfers whose payloads are among what :meth:`data_to_send` gave out last for ``stripe``."""

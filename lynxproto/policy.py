@@ -116,7 +116,7 @@ class Policy:
         if name == "exact":
             return cls(body=dict(_FINE), sinks=0, recent=0)
         if name in ("raw", "bf16"):
-            return cls(body=dict(_RAW), sinks=0, recent=0)
+            return cls(body=dict(_RAW), sinks=0, recent=0, tile_bytes=2 << 20)  # nothing waits behind these frames
         if name in ("int8", "int4"):
             body = {"id": "hq", "anchor_bits": int(name[3:]), "levels": 1}
             return cls(body=body, sinks=0, recent=0)

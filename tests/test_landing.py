@@ -131,6 +131,22 @@ def test_a_released_payload_is_not_read_any_more() -> None:
     assert got[HEADER_SIZE : HEADER_SIZE + len(sent)] == sent
 
 
+def test_cancel_stops_bytes_within_one_chunk() -> None:
+    """What goes out after it is the rest of the frame that had begun, and control frames."""
+    world, words, _ = landing_world()
+    transfer = world.client.send(words, 0.0, codecs=RAW, step=200)
+    client = world.client.connection
+    while client.counters.sent_frames[0] < 2:  # in the middle of the third
+        exchange(world)
+    before = client.counters.sent_bytes[0]
+    client.cancel(transfer, 0.0)
+    world.client.handle_events(0.0)
+    while client.data_to_send(0.0):
+        pass
+    largest = max(tile_words(words, tile).nbytes for tile in world.server.received[transfer].plan)
+    assert client.counters.sent_bytes[0] - before <= largest + HEADER_SIZE
+
+
 def test_a_landing_of_the_wrong_size_is_a_bug_of_the_shell() -> None:
     world, words, _ = landing_world()
     world.server.land = lambda transfer, tile: memoryview(bytearray(3))

@@ -608,6 +608,27 @@ def test_closing_a_side_ends_what_is_under_way() -> None:
     run(lambda: main(False))
 
 
+def test_a_goodbye_waits_for_the_frame_that_is_half_sent() -> None:
+    """However slow the link: a peer that is not told would wait for the session to be resumed."""
+    cache = make_cache(layers=1, heads=1, tokens=6000, dim=64)
+    link = TokenBucket(cache.manifest.nbytes * 8 / 6, 4096)  # each of the two frames takes three seconds
+
+    async def main() -> None:
+        policy = Policy.named("bf16")
+        async with listen(next(_names)) as receiver:
+            async with connect(receiver.url, policy=policy, link=link) as sender:
+                sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+                incoming = await first(receiver)
+                while not incoming.arrays[0, "key"].any():
+                    await asyncio.sleep(0.01)
+            with pytest.raises((TransferCancelledError, ConnectionClosedError)):
+                await incoming.exact()
+            with pytest.raises(LynxError):
+                await sending
+
+    run(main)
+
+
 def test_iteration_ends_with_close() -> None:
     async def main() -> None:
         async with listen(next(_names)) as receiver:

@@ -26,8 +26,8 @@ __all__ = ["UNSENT_BYTES", "TCPTransport", "UnixTransport", "connect_tcp", "conn
 #: class already sit in the socket; with this bound an urgent frame waits for about this much, whatever the send buffer.
 UNSENT_BYTES: Final = 128 << 10
 #: The same once the link's speed is known: what it carries in this time, within bounds.
-_UNSENT_S: Final = 1e-3
-_UNSENT: Final = (64 << 10, 4 << 20)
+_UNSENT_S: Final = 0.5e-3
+_UNSENT: Final = (32 << 10, 4 << 20)
 #: Bytes in flight beyond 1.5 round trips: what the link carries in this time. Timers fire up to 2 ms late.
 _QUEUE_S: Final = 3e-3
 _QUEUE_BYTES: Final = 64 << 10
@@ -79,12 +79,12 @@ def _stream(sock: socket.socket) -> SocketStream:
 
 
 class TCPStream(SocketStream):
-    """A TCP connection that keeps little in flight, so that what is sent next arrives soon.
+    """A TCP connection that keeps little under way, so that what is sent next arrives soon.
 
-    The kernel's congestion control may fill the queue of a router on the way: tens of milliseconds of bytes that a more
-    urgent frame cannot overtake. This stream measures what its peer acknowledges, and lets no more than that link's
-    bandwidth times 1.5 round trips and 3 ms be under way (BBR's idea, in user space,
-    whatever the kernel's algorithm). It grows by half in each measurement while the link carries more.
+    Most congestion control fills the queue of a router on the way: tens of milliseconds of bytes that a more urgent
+    frame cannot overtake. BBR does not, and then only the kernel's unsent bytes need a bound. With any other, this
+    stream lets no more be under way than the link carries in 1.5 round trips and 3 ms: BBR's idea in user space. What
+    the link carries is what the peer acknowledges; while it carries more, the bound grows by half in each measurement.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -94,6 +94,7 @@ class TCPStream(SocketStream):
         self._since = 0.0
         self._busy = False  # the link had something to do since then
         self._unsent = UNSENT_BYTES
+        self._kernel_bounds = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr")
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
         """See :meth:`ByteStream.send`."""
@@ -115,11 +116,12 @@ class TCPStream(SocketStream):
             self._rates.append((acked - self._acked) / elapsed)
             self._since, self._acked = now, acked
             self._set_unsent(max(self._rates))
-        if not self._rates:
+        if not self._rates or self._kernel_bounds:
             return 0.0
         rate = max(1.0, *self._rates)
         over = under_way - max(rate * (1.5e-6 * min(min_rtt, rtt) + _QUEUE_S), _QUEUE_BYTES)
-        return min(over / rate, 0.1)
+        wait: float = over / rate
+        return min(wait, 0.1)
 
     def _set_unsent(self, rate: float) -> None:
         low, high = _UNSENT

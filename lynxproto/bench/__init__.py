@@ -19,6 +19,7 @@ _COMMANDS = {
     "link": "lynxproto.bench.link:link",
     "quality": "lynxproto.bench.quality:quality",
     "ucx": "lynxproto.bench.ucx:ucx",
+    "transport": "lynxproto.bench.transport:transport",
 }
 
 
