@@ -701,6 +701,8 @@ class Peer:
             self._tell_refused(transfer, refused, event.manifest.request_id)
             if not isinstance(refused, LynxError):
                 _log.error("what refused it is a mistake of this program", exc_info=refused)
+            # Its traceback holds this frame, and so what the user allocated, until the collector comes by.
+            refused.__traceback__ = None
             text = str(refused) if isinstance(refused, LynxError) else "the receiver has no memory for it"
             code = refused.code if isinstance(refused, PeerError | LimitError) else ErrorCode.INTERNAL
             self.connection.reject(transfer, code, text, time.monotonic())

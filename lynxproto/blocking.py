@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from lynxproto import session
+from lynxproto._endpoint import Client, Server
 from lynxproto._incoming import Incoming
 from lynxproto._io import IOThread
 from lynxproto._outgoing import Outgoing, borrow
@@ -163,7 +164,7 @@ class IncomingTransfer(_Transfer[Incoming]):
 class _Session:
     """An open endpoint: iterate over it to receive transfers."""
 
-    _endpoint: session._Client | session._Server
+    _endpoint: Client | Server
 
     @property
     def url(self) -> str:
@@ -214,7 +215,7 @@ class _Session:
 class Sender(_Session):
     """See :class:`lynxproto.session.Sender`."""
 
-    def __init__(self, endpoint: session._Client) -> None:
+    def __init__(self, endpoint: Client) -> None:
         self._endpoint = self._client = endpoint
 
     def open(
@@ -245,7 +246,7 @@ class Sender(_Session):
 class Receiver(_Session):
     """See :class:`lynxproto.session.Receiver`."""
 
-    def __init__(self, endpoint: session._Server) -> None:
+    def __init__(self, endpoint: Server) -> None:
         self._endpoint = endpoint
 
 

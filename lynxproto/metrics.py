@@ -17,7 +17,6 @@ from lynxproto.session import Snapshot
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-    from prometheus_client.registry import Collector
 except ImportError as error:
     raise MissingDependencyError(
         f"metrics need prometheus-client ({error}); run: pip install 'lynxproto[metrics]'"
@@ -35,8 +34,11 @@ def class_name(level: int) -> str:
     return "anchor" if level == 0 else f"residual_{level}"
 
 
-class Metrics(Collector):
-    """Metrics of all the sessions given to :meth:`watch`; pass :meth:`observe` to their ``observe``."""
+class Metrics:
+    """Metrics of all the sessions given to :meth:`watch`, a collector of prometheus-client.
+
+    Pass :meth:`observe` to their ``observe``.
+    """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()

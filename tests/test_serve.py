@@ -126,6 +126,22 @@ def test_rules_say_who_may_push_and_pull(tmp_path: Path) -> None:
     assert not list((tmp_path / "store").glob("*")) if (tmp_path / "store").exists() else True
 
 
+def test_an_open_door_is_told(tmp_path: Path) -> None:
+    run = command("serve", f"unix://{tmp_path}/socket", "--root", tmp_path / "store")
+    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        told = ""
+        while "serving " not in told:
+            told = server.stderr.readline()
+            assert told
+            if "whoever can connect to" in told:
+                break
+        server.send_signal(signal.SIGINT)
+        _, err = server.communicate(timeout=60)
+    assert "whoever can connect to unix://" in told
+    assert (server.returncode, "SIGINT: finishing" in err) == (0, True)
+
+
 def test_metrics_are_scraped(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client", reason="the extra `metrics` is not installed")
     import socket

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
@@ -343,6 +345,38 @@ def test_wants_are_all_that_is_sent() -> None:
 
 
 # --- what ends early
+
+
+def test_what_was_allocated_for_a_transfer_that_is_cancelled_meanwhile_is_let_go() -> None:
+    cache = make_cache()
+    asked, cancelled, freed = threading.Event(), threading.Event(), threading.Event()
+
+    class Arrays(dict[Any, Any]):
+        pass
+
+    def allocate(manifest: Manifest) -> Any:
+        arrays = Arrays(lynxproto.session.allocate_arrays(manifest))
+        weakref.finalize(arrays, freed.set)
+        asked.set()
+        cancelled.wait(30)
+        return arrays
+
+    async def main() -> None:
+        async with listen(next(_names), allocate=allocate) as receiver, connect(receiver.url) as sender:
+            transfer = sender.open(cache.manifest)
+            await asyncio.to_thread(asked.wait, 30)
+            await transfer.cancel()
+            (peer,) = receiver._endpoint.peers
+            while peer._offered:  # until the receiver knows
+                await asyncio.sleep(0.005)
+            cancelled.set()
+            assert await asyncio.to_thread(freed.wait, 30)
+
+    gc.disable()  # at once, not when the collector comes by
+    try:
+        run(main)
+    finally:
+        gc.enable()
 
 
 def test_other_identities_are_refused_before_data_moves() -> None:

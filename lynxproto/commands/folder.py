@@ -57,6 +57,7 @@ class Folder:
 
     With ``quota`` (bytes), a cache that would go beyond it is refused, or (``evict``) the least recently used are
     removed. A file appears whole, or not at all. ``replace``: a cache takes the place of an older one of its id.
+    ``limit``: how many may come. ``abandoned`` is called, from any thread, when a transfer ends before it is accepted.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class Folder:
         evict: bool = False,
         replace: bool = False,
         limit: int | None = None,
+        abandoned: Callable[[], object] | None = None,
     ) -> None:
         self.path = path
         self._quota = quota
         self._evict = evict
         self._replace = replace
         self._left = limit
+        self._abandoned = abandoned
         self._lock = threading.Lock()
         self._landing: set[CacheFileWriter] = set()
         self._index: dict[bytes, Path] = {}
@@ -116,6 +119,13 @@ class Folder:
             return _Landing(writer, self._forget)
 
     def _forget(self, writer: CacheFileWriter) -> None:
+        """Nobody holds the arrays any more. If nobody ever waited for them, their sender left before it began."""
+        if writer in self._landing:
+            self._close(writer)
+            if self._abandoned is not None:
+                self._abandoned()
+
+    def _close(self, writer: CacheFileWriter) -> None:
         self._landing.discard(writer)
         writer.discard()
 
@@ -166,7 +176,7 @@ class Folder:
                 commit = partial(landing.writer.commit)
             path = await asyncio.to_thread(commit)
         finally:
-            self._forget(landing.writer)
+            self._close(landing.writer)
         with self._lock:
             self._remember(path, transfer.manifest.request_id)
         return path

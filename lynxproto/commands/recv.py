@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,16 +55,22 @@ async def _recv(
     from lynxproto.commands.folder import Folder
     from lynxproto.commands.progress import Watch, summarize
     from lynxproto.commands.stopping import UNFINISHED
+    from lynxproto.errors import TransferCancelledError
     from lynxproto.manifest import Identity, Manifest
     from lynxproto.session import IncomingTransfer, listen
 
-    folder = Folder(output, limit=1)
     loop = asyncio.get_running_loop()
-    over: asyncio.Future[None] = loop.create_future()  # there is no room
+    over: asyncio.Future[None] = loop.create_future()  # there is no room, or the sender left
 
     def no_room(error: LynxError) -> None:
         if not over.done():
             over.set_exception(error)
+
+    def left() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: this command is over
+            loop.call_soon_threadsafe(no_room, TransferCancelledError("the sender left before its transfer began"))
+
+    folder = Folder(output, limit=1, abandoned=left)
 
     def allocate(manifest: Manifest) -> Any:
         try:

@@ -93,6 +93,8 @@ async def _serve(
     arguments = options.session(
         url, content, server=True, identity=None if model is None else Identity(model=model, revision=revision)
     )
+    if not arguments["config"].accepted_secrets and (options.any_client or arguments["tls"] is None):
+        _log.warning("no certificates and no secret are asked for: whoever can connect to %s is let in", url)
     landing: dict[asyncio.Task[None], IncomingTransfer] = {}
     with options.recording() as recording, options.measuring() as metrics:
 

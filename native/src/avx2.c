@@ -22,7 +22,6 @@
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
 #include "ranks.h"
-#include "rows.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -819,7 +818,6 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 
 const lynx_kernels lynx_avx2 = {
     .range = range,
-    .survey = survey,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,
