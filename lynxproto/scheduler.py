@@ -86,22 +86,20 @@ class _Class(Generic[C]):
     def __init__(self, state: ChunkState, level: int) -> None:
         self._state = state
         self._level = level
-        self._chunks: dict[int, list[tuple[tuple[int, int], int, C]]] = {}
+        #: transfer -> its chunks; never an empty heap, though all of it may have left
+        self.chunks: dict[int, list[tuple[tuple[int, int], int, C]]] = {}
         self._ranks: dict[int, Any] = {}  # as the transfer stands in the heap now
         self._heap: list[tuple[Any, int]] = []
         self._aside: set[int] = set()  # transfers that are not in the heap: their own anchors come first
         self._served: dict[int, float] = {}
         self._pushes = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._chunks)
-
     def push(self, chunk: C) -> None:
         """Add a chunk."""
         order = chunk.flow.order
-        chunks = self._chunks.get(order)
+        chunks = self.chunks.get(order)
         if chunks is None:  # one that was idle has no claim on the time it missed
-            chunks = self._chunks[order] = []
+            chunks = self.chunks[order] = []
             if self._level and self._heap:
                 self._served[order] = max(self._served.get(order, 0.0), self._heap[0][0])
         self._pushes += 1
@@ -111,7 +109,7 @@ class _Class(Generic[C]):
 
     def forget(self, order: int) -> None:
         """Drop all chunks of a transfer."""
-        for known in (self._chunks, self._ranks, self._served):
+        for known in (self.chunks, self._ranks, self._served):
             known.pop(order, None)
         self._aside.discard(order)
 
@@ -129,13 +127,13 @@ class _Class(Generic[C]):
 
     def top(self, order: int) -> C | None:
         """The first chunk of a transfer."""
-        chunks = self._chunks.get(order)
+        chunks = self.chunks.get(order)
         while chunks:
             if chunks[0][2].state is self._state:
                 return chunks[0][2]
             heappop(chunks)
         if chunks is not None:  # emptied
-            del self._chunks[order]
+            del self.chunks[order]
             self._ranks.pop(order, None)
             self._aside.discard(order)
         return None
@@ -189,10 +187,14 @@ class ChunkQueue(Generic[C]):
 
     def __init__(self, state: ChunkState) -> None:
         self._classes: list[_Class[C]] = [_Class(state, level) for level in range(MAX_LEVELS)]
+        self._residuals = self._classes[1:]
 
     def __bool__(self) -> bool:
         """Whether there may be a chunk."""
-        return any(self._classes)
+        for class_ in self._classes:  # noqa: SIM110 -- this is asked all the time, and a generator costs more than it does
+            if class_.chunks:
+                return True
+        return False
 
     def push(self, chunk: C) -> None:
         """Add a chunk that has just entered this queue's state."""
@@ -205,11 +207,13 @@ class ChunkQueue(Generic[C]):
 
     def anchors_gone(self, flow: Flow) -> None:
         """None of the transfer's anchors waits any more."""
-        for class_ in self._classes[1:]:
+        for class_ in self._residuals:
             class_.recall(flow.order)
 
     def _residual(self, fits: Callable[[C], Fit], urgent: Collection[Flow], *, behind_anchors: bool) -> C | None:
-        residuals = [class_ for class_ in self._classes[1:] if class_]
+        residuals = [class_ for class_ in self._residuals if class_.chunks]
+        if not residuals:
+            return None
         if not behind_anchors:
             for class_ in residuals:
                 class_.recall()
@@ -238,7 +242,7 @@ class ChunkQueue(Generic[C]):
         ``urgent``: the transfers that asked for that, in the order they are served.
         """
         anchors = self._classes[0]
-        anchor = anchors.first(fits, behind_anchors=False) if anchors else None
+        anchor = anchors.first(fits, behind_anchors=False) if anchors.chunks else None
         # The floor is for other transfers: a residual is worth nothing to one whose own anchor still waits.
         residual = self._residual(fits, urgent, behind_anchors=anchor is not None)
         chunk = anchor if residual is None or (anchor and not share.residual_is_due(size(residual))) else residual
