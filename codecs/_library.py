@@ -8,16 +8,29 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lynxproto.errors import ConfigError, MissingDependencyError
+from lynxproto.errors import CodecError, ConfigError, MissingDependencyError
 
-__all__ = ["ISAS", "address", "error_text", "ffi", "instruction_set", "lib", "parallel", "select_instruction_set"]
+__all__ = [
+    "ISAS",
+    "address",
+    "check",
+    "error_text",
+    "ffi",
+    "instruction_set",
+    "lib",
+    "parallel",
+    "part_count",
+    "scratch",
+    "select_instruction_set",
+    "workspace",
+]
 
-_ABI_VERSION: Final = 4
+_ABI_VERSION: Final = 5
 _BUILD_HINT: Final = "build it with `pip install -e .` (needs a C compiler) in the project's root"
 
 try:
@@ -36,8 +49,6 @@ ISAS: Final[dict[str, int]] = {
     "avx512": lib.LYNX_ISA_AVX512,
     "neon": lib.LYNX_ISA_NEON,
 }
-
-T = TypeVar("T")
 
 _wanted = os.environ.get("LYNXPROTO_ISA")
 if _wanted and ISAS.get(_wanted) != lib.lynx_isa():
@@ -68,15 +79,37 @@ def address(array: NDArray[Any], ctype: str = "uint8_t *") -> Any:
     return ffi.cast(ctype, array.__array_interface__["data"][0])  # array.ctypes.data says the same, slower
 
 
-_memory = threading.local()
+def check(code: int) -> None:
+    """Raise :class:`~lynxproto.errors.CodecError` for what can only be a mistake of ours."""
+    if code != lib.LYNX_OK:
+        raise CodecError(f"native library: {error_text(code)}")
 
 
-def scratch() -> NDArray[np.uint8]:
-    """Working memory for one call of a kernel: the thread's own, since new pages cost more than the call."""
-    if not hasattr(_memory, "scratch"):
-        _memory.scratch = np.empty(lib.lynx_hq_scratch_size(), np.uint8)
-    scratch: NDArray[np.uint8] = _memory.scratch
-    return scratch
+class _Memory(threading.local):
+    """Working memory of a thread, for one call at a time: new pages would cost more than the call."""
+
+    def __init__(self) -> None:
+        self.scratch = np.empty(lib.lynx_hq_scratch_size(), np.uint8)
+        self.scratch_address = ffi.cast("void *", address(self.scratch))
+        self.plan = np.empty(1 << 12, np.uint64)
+        self.plan_address = ffi.cast("void *", address(self.plan))
+
+
+_memory = _Memory()
+
+
+def scratch() -> Any:
+    """The address of the thread's scratch memory for kernels."""
+    return _memory.scratch_address
+
+
+def workspace(plan: int) -> tuple[Any, Any]:
+    """The addresses of ``plan`` bytes and of scratch memory, both the thread's own."""
+    memory = _memory
+    if plan > memory.plan.nbytes:
+        memory.plan = np.empty(plan // 8 + 1, np.uint64)
+        memory.plan_address = ffi.cast("void *", address(memory.plan))
+    return memory.plan_address, memory.scratch_address
 
 
 @cache
@@ -84,20 +117,26 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="lynxproto-codec")
 
 
-def parallel(work: Callable[[int, int], T], count: int, threads: int) -> list[T]:
-    """Call ``work(first, last)`` on up to ``threads`` ranges that cover ``[0, count)``; results in order.
+def part_count(count: int, threads: int) -> int:
+    """How many parts :func:`parallel` makes of ``count`` things. Raises ConfigError for less than one thread."""
+    if threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {threads}")
+    return min(threads, count)
+
+
+def parallel(work: Callable[[int, int, int], None], count: int, parts: int) -> None:
+    """Call ``work(part, first, last)`` on ranges that cover ``[0, count)``, each on a thread of its own.
 
     An error of any range is raised when all have ended.
     """
-    if threads < 1:
-        raise ConfigError(f"threads must be at least 1, not {threads}")
-    parts = min(threads, count)
     if parts <= 1:
-        return [work(0, count)]
+        work(0, 0, count)
+        return
     cuts = [count * i // parts for i in range(parts + 1)]
-    futures = [_pool().submit(work, a, b) for a, b in pairwise(cuts[1:])]
+    futures = [_pool().submit(work, i, a, b) for i, (a, b) in enumerate(pairwise(cuts[1:]), 1)]
     try:
-        first = work(cuts[0], cuts[1])  # the caller's thread takes its share
+        work(0, cuts[0], cuts[1])  # the caller's thread takes its share
     finally:
         wait(futures)  # even after an error: nobody may touch the caller's memory once this returns
-    return [first, *(future.result() for future in futures)]
+    for future in futures:
+        future.result()

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lynxproto.chunk import DTYPES, ChunkSpec, as_words
+from lynxproto.chunk import DTYPES, ChunkSpec, Paged, as_words
 from lynxproto.codecs._library import address, error_text, ffi, lib
+from lynxproto.codecs._view import dense_words, place_words
 from lynxproto.codecs.abc import Buffer, Codec, DecodeState
 from lynxproto.codecs.raw import zstd_bound, zstd_compress, zstd_decompress
 from lynxproto.errors import CodecError, ConfigError, PayloadError, SpecError
@@ -72,7 +73,8 @@ class Bitplane(Codec):
         """See :meth:`Codec.encode`."""
         wanted = list(range(self.levels)) if levels is None else list(levels)
         self._check(spec, wanted)
-        words, rows, row_words, stride = _rows(as_words(spec, array))
+        dense = dense_words(spec, array) if isinstance(array, Paged) else as_words(spec, array)
+        words, rows, row_words, stride = _rows(dense)
         plane_bytes = _plane_bytes(spec)
         payloads: list[Buffer] = []
         for level in wanted:
@@ -93,7 +95,9 @@ class Bitplane(Codec):
         self._check(spec, range(len(levels)))
         if not levels:
             raise SpecError("bitplane: no levels to decode")
-        target = None if out is None else as_words(spec, out, writable=True)
+        paged = isinstance(out, Paged)
+        target = np.empty(spec.shape, spec.word_dtype) if paged else out
+        target = None if target is None else as_words(spec, target, writable=True)
         bodies = [self._body(spec, level, payload) for level, payload in enumerate(levels)]
         if target is not None:
             plane_bytes = _plane_bytes(spec)
@@ -109,6 +113,8 @@ class Bitplane(Codec):
                 raise CodecError(f"bitplane: {error_text(code)}")
             if not np.shares_memory(words, target):
                 target[...] = words.reshape(spec.shape)
+            if paged:
+                place_words(spec, target, out)
         return DecodeState(len(levels) - 1, tuple(levels))
 
     def refine(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import zstandard
 
-from lynxproto.chunk import ChunkSpec, as_words
+from lynxproto.chunk import ChunkSpec, Paged, as_words
 from lynxproto.codecs.abc import Buffer, Codec, DecodeState
 from lynxproto.errors import ConfigError, PayloadError, SpecError
 
@@ -63,6 +63,10 @@ class Raw(Codec):
         self, spec: ChunkSpec, array: Any, *, levels: Sequence[int] | None = None, threads: int = 1
     ) -> list[Buffer]:
         """See :meth:`Codec.encode`. Without ``zstd`` a contiguous array is not copied: the payload borrows it."""
+        if isinstance(array, Paged):
+            from lynxproto.codecs._view import dense_words  # arrays do not need the native library
+
+            array = dense_words(spec, array)
         words = np.ascontiguousarray(as_words(spec, array))
         wanted = [0] if levels is None else list(levels)
         if any(level != 0 for level in wanted):
@@ -73,7 +77,6 @@ class Raw(Codec):
 
     def decode(self, spec: ChunkSpec, levels: Sequence[Buffer], out: Any | None, *, threads: int = 1) -> DecodeState:
         """See :meth:`Codec.decode`."""
-        words = None if out is None else as_words(spec, out, writable=True)
         if len(levels) != 1:
             raise SpecError(f"raw: got {len(levels)} levels of a codec with 1")
         payload: Buffer = levels[0]
@@ -86,8 +89,14 @@ class Raw(Codec):
                 f"raw level 0: {what}: {body.nbytes} bytes for a tile of {spec.nbytes}"
                 f" (byte offset {min(body.nbytes, spec.nbytes)})"
             )
-        if words is not None:
-            words[...] = body.view(spec.word_dtype).reshape(spec.shape)
+        if out is not None:
+            words = body.view(spec.word_dtype).reshape(spec.shape)
+            if isinstance(out, Paged):
+                from lynxproto.codecs._view import place_words
+
+                place_words(spec, words, out)
+            else:
+                as_words(spec, out, writable=True)[...] = words
         return DecodeState(0, tuple(levels))
 
     def refine(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lynxproto.errors import SpecError
 
-__all__ = ["DTYPES", "PARTS", "ChunkSpec", "Part", "Tile", "TokenSet", "as_words"]
+__all__ = ["DTYPES", "PARTS", "ChunkSpec", "Paged", "Part", "Tile", "TokenSet", "as_words"]
 
 Part = Literal["key", "value", "packed-kv", "latent", "opaque"]
 PARTS: Final[tuple[Part, ...]] = get_args(Part)
@@ -149,19 +149,78 @@ def as_words(spec: ChunkSpec, array: Any, *, writable: bool = False) -> NDArray[
     Raises :class:`~lynxproto.errors.SpecError` when the array does not match ``spec``, is not contiguous in its
     last dimension, is read-only though ``writable`` is asked for, or lives on a device.
     """
-    if type(array).__module__.split(".")[0] == "torch":
-        array = _torch_words(array, spec.word_dtype.itemsize)
+    if isinstance(array, Paged):
+        raise SpecError("a paged cache is no array; hq, bitplane and raw take it as it is")
+    words = _unsigned(spec, array, writable)
+    if words.shape != spec.shape:
+        raise SpecError(f"array has shape {words.shape}, the spec {spec.shape}")
+    return words
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Paged:
+    """Tokens of a paged cache, which codecs take in place of an array ``[heads, tokens, head_dim]``, without a copy.
+
+    ``pages`` are all pages of the cache, of keys or of values: an array or CPU tensor ``[pages, page_tokens, heads,
+    head_dim]`` (``layout="NHD"``) or ``[pages, heads, page_tokens, head_dim]`` (``"HND"``) with any strides but in
+    ``head_dim``. ``table`` numbers the pages that hold the tokens, in their order; ``first`` tokens of the first of
+    them come before. A tile that is decoded must not have a page twice in its table.
+
+    Raises :class:`~lynxproto.errors.SpecError` for a layout, a table or a shape that cannot be.
+    """
+
+    pages: Any
+    table: Any
+    layout: Literal["NHD", "HND"] = "NHD"
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("NHD", "HND"):
+            raise SpecError(f"Paged.layout must be 'NHD' or 'HND', not {self.layout!r}")
+        if len(self.pages.shape) != 4:
+            raise SpecError(f"pages have shape {tuple(self.pages.shape)}, not 4 dimensions")
+        table = np.ascontiguousarray(self.table, np.int64)
+        if table.ndim != 1 or (table.size and not 0 <= int(table.min()) <= int(table.max()) < self.pages.shape[0]):
+            raise SpecError(f"Paged.table must be a list of page numbers from 0 to {self.pages.shape[0] - 1}")
+        if not isinstance(self.first, int) or not 0 <= self.first < max(1, self.page_tokens):
+            raise SpecError(f"Paged.first must be a token of the first page, not {self.first!r}")
+        object.__setattr__(self, "table", table)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return int(self.pages.shape[1 if self.layout == "NHD" else 2])
+
+    def words(self, spec: ChunkSpec, *, writable: bool = False) -> NDArray[Any]:
+        """All pages as unsigned words ``[pages, heads, page_tokens, head_dim]``, a view.
+
+        Raises :class:`~lynxproto.errors.SpecError` as :func:`as_words` does, and where the table has too few pages.
+        """
+        words = _unsigned(spec, self.pages, writable)
+        words = words.transpose(0, 2, 1, 3) if self.layout == "NHD" else words
+        if (words.shape[1], words.shape[3]) != (spec.heads, spec.head_dim):
+            raise SpecError(f"pages have {words.shape[1]} heads of {words.shape[3]}, the spec {spec.shape}")
+        if self.table.size * self.page_tokens < self.first + spec.tokens:
+            raise SpecError(
+                f"{self.table.size} pages of {self.page_tokens} tokens do not hold {self.first + spec.tokens}"
+            )
+        return words
+
+
+def _unsigned(spec: ChunkSpec, array: Any, writable: bool) -> NDArray[Any]:
+    """The words of an array of any shape, as they lie."""
     if not isinstance(array, np.ndarray):
-        raise SpecError(f"expected a NumPy array or a torch tensor, got {type(array).__name__}")
-    if array.shape != spec.shape:
-        raise SpecError(f"array has shape {array.shape}, the spec {spec.shape}")
-    if array.dtype.itemsize != spec.word_dtype.itemsize:
-        raise SpecError(f"array dtype {array.dtype} does not hold {spec.dtype} words")
-    if spec.head_dim > 1 and array.strides[2] != array.dtype.itemsize:
+        if type(array).__module__.split(".")[0] != "torch":
+            raise SpecError(f"expected a NumPy array or a torch tensor, got {type(array).__name__}")
+        array = _torch_words(array, spec.word_dtype.itemsize)
+    dtype = array.dtype
+    if dtype.itemsize != spec.word_dtype.itemsize:
+        raise SpecError(f"array dtype {dtype} does not hold {spec.dtype} words")
+    if array.ndim and array.shape[-1] > 1 and array.strides[-1] != dtype.itemsize:
         raise SpecError("the last dimension (head_dim) must be contiguous; call .contiguous() or np.ascontiguousarray")
     if writable and not array.flags.writeable:
         raise SpecError("the output array is read-only")
-    return cast(NDArray[Any], array if array.dtype == spec.word_dtype else array.view(spec.word_dtype))
+    return cast(NDArray[Any], array if dtype == spec.word_dtype else array.view(spec.word_dtype))
 
 
 def _torch_words(tensor: Any, itemsize: int) -> NDArray[Any]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from reference_hq import Sections, Tile, biases_of, exponents_of, nibbles, payloads, spreads, weights, widths_by_range
 
 from lynxproto import ChunkSpec, get_codec
+from lynxproto.chunk import Paged, as_words
 from lynxproto.codecs._library import (
     ISAS,
     address,
@@ -279,6 +280,61 @@ def test_strided_arrays(part: str) -> None:
     backwards = np.zeros_like(words)[::-1, ::-1]
     codec.decode(spec, levels, backwards)
     assert np.array_equal(backwards, words)
+
+
+PAGED_CONFIGS: list[dict[str, Any]] = [
+    {"id": "hq", **PRESETS["dense"]},
+    {"id": "hq", **PRESETS["fast"]},
+    {"id": "raw"},
+    {"id": "bitplane", "planes": [9, 7]},
+]
+
+
+@pytest.mark.parametrize("config", PAGED_CONFIGS)
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize(("page_tokens", "first"), [(16, 0), (16, 5), (128, 0), (100, 99), (1, 0)])
+def test_paged_caches(config: dict[str, Any], layout: Any, page_tokens: int, first: int) -> None:
+    heads, tokens, dim = 2, 200, 80
+    random = np.random.default_rng(page_tokens + first)
+    used = -(-(first + tokens) // page_tokens)
+    table = random.permutation(used + 3)[:used]
+    axes = (used + 3, page_tokens, heads) if layout == "NHD" else (used + 3, heads, page_tokens)
+    cache, other = (np.full((*axes, dim), 7, np.uint16) for _ in range(2))
+    words = make("channels", "bfloat16", (heads, tokens, dim), 3)
+    for t in range(tokens):
+        page, inside = table[(first + t) // page_tokens], (first + t) % page_tokens
+        cache[(page, inside) if layout == "NHD" else (page, slice(None), inside)] = words[:, t]
+    codec = get_codec(config)
+    for part in PARTS:
+        spec = specification(part, "bfloat16", words.shape)
+        levels = codec.encode(spec, Paged(cache, table, layout, first), threads=2)
+        assert [bytes(level) for level in levels] == [bytes(level) for level in codec.encode(spec, words)]
+        for count in range(1, len(levels) + 1):
+            other[...] = 7
+            codec.decode(spec, levels[:count], Paged(other, table, layout, first), threads=2)
+            page, inside = table[(first + 150) // page_tokens], (first + 150) % page_tokens
+            place = other[page, inside] if layout == "NHD" else other[page, :, inside]
+            assert np.array_equal(place, decoded(codec, spec, levels[:count])[:, 150])
+        assert np.array_equal(other, cache)
+
+
+def test_paged_caches_are_checked() -> None:
+    pages = np.zeros((4, 16, 2, 64), np.uint16)
+    spec = specification("key", "bfloat16", (2, 40, 64))
+    codec = get_codec("hq", preset="fast")
+    for bad, what in (
+        (lambda: Paged(pages, [0, 1, 4]), "0 to 3"),
+        (lambda: Paged(pages, [0, -1]), "0 to 3"),
+        (lambda: Paged(pages[0], [0]), "dimensions"),
+        (lambda: Paged(pages, [0], "NDH"), "layout"),
+        (lambda: Paged(pages, [0], first=16), "first"),
+        (lambda: codec.encode(spec, Paged(pages, [0, 1])), "do not hold"),
+        (lambda: codec.encode(spec, Paged(pages, [0, 1, 2], "HND")), "heads"),
+        (lambda: codec.encode(spec, Paged(pages[..., ::2], [0, 1, 2])), "contiguous"),
+        (lambda: as_words(spec, Paged(pages, [0, 1, 2])), "paged"),
+    ):
+        with pytest.raises(SpecError, match=what):
+            bad()
 
 
 def test_sizes_of_a_cache_like_ours() -> None:
@@ -586,19 +642,14 @@ def test_hostile_folds_of_the_rest_are_errors() -> None:
             decoded(codec, spec, [levels[0], broken, *levels[2:]])
 
 
-def c_tile(part: str, dtype: str, shape: tuple[int, int, int], widths: NDArray[np.uint8]) -> Any:
-    tile = ffi.new("lynx_hq_tile *")
-    tile.dtype, tile.part = DTYPES.index(dtype), PARTS.index(part)
-    tile.heads, tile.tokens, tile.head_dim = shape
-    tile.widths = address(widths, "const uint8_t *")
-    return tile
-
-
 def test_bad_widths_are_refused() -> None:
-    sizes = ffi.new("lynx_hq_sizes *")
+    bounds = ffi.new("lynx_hq_bounds *")
     for part, widths in (("key", [9] * 64), ("value", [3] * 63 + [4])):
         array = np.array(widths, np.uint8)
-        assert lib.lynx_hq_measure(c_tile(part, "bfloat16", (1, 8, 64), array), sizes) == lib.LYNX_ERR_ARGUMENT
+        shape = {"part": PARTS.index(part), "heads": 1, "tokens": 8, "head_dim": 64, "levels": 3}
+        config = ffi.new("lynx_hq_config *", shape)
+        config.widths = address(array, "const uint8_t *")
+        assert lib.lynx_hq_measure(config, bounds) == lib.LYNX_ERR_ARGUMENT
 
 
 # --- interface

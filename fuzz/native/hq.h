@@ -2,6 +2,7 @@
 #ifndef FUZZ_HQ_H
 #define FUZZ_HQ_H
 
+#include "../../native/src/hq.h"
 #include "common.h"
 
 enum { FOLD_TABLE, ANCHOR, HEADERS, PARAMS, REST_TABLE, REST, RANK_TABLE, RANKS, SECTIONS };
@@ -19,25 +20,31 @@ static uint8_t *table(const sections *e, int section) {
     return e->size[section] > 0 ? e->at[section] : NULL;
 }
 
-static sections encode(const lynx_hq_tile *tile, const lynx_hq_sizes *sizes, const uint16_t *words) {
-    const bool rest_table = tile->fold && lynx_hq_folds_rest(tile);
-    sections e = {.size = {tile->fold ? LYNX_HQ_FOLD_HEADER * sizes->blocks : 0, sizes->anchor,
-                           LYNX_HQ_PARAM_HEADER * sizes->blocks, sizes->max_params,
-                           rest_table ? LYNX_HQ_FOLD_HEADER * sizes->blocks : 0, sizes->rest,
-                           LYNX_HQ_RANK_HEADER * sizes->blocks, sizes->max_rank}};
+static lynx_view dense(const lynx_tile *tile, const uint16_t *words) {
+    return (lynx_view){.words = (uint16_t *)(uintptr_t)words, .token_stride = tile->head_dim,
+                       .head_stride = (ptrdiff_t)tile->head_dim * (ptrdiff_t)tile->tokens};
+}
+
+static sections encode(const lynx_tile *tile, const lynx_sizes *sizes, const uint16_t *words) {
+    const bool rest_table = lynx_folds_rest(tile);
+    sections e = {.size = {tile->fold ? FOLD_HEADER * sizes->blocks : 0, sizes->anchor,
+                           PARAM_HEADER * sizes->blocks, sizes->max_params,
+                           rest_table ? FOLD_HEADER * sizes->blocks : 0, sizes->rest,
+                           RANK_HEADER * sizes->blocks, sizes->max_rank}};
     for (int i = 0; i < SECTIONS; i++) {
         e.at[i] = bytes(e.size[i]);
         memset(e.at[i], 0, e.size[i]);
     }
-    lynx_hq_encoded out = {.fold_table = table(&e, FOLD_TABLE), .anchor = e.at[ANCHOR], .param_headers = e.at[HEADERS],
+    lynx_encoded out = {.fold_table = table(&e, FOLD_TABLE), .anchor = e.at[ANCHOR], .param_headers = e.at[HEADERS],
                            .params = e.at[PARAMS], .rest_table = table(&e, REST_TABLE), .rest = e.at[REST],
                            .rank_table = e.at[RANK_TABLE], .rank = e.at[RANKS]};
-    const ptrdiff_t row = tile->head_dim;
-    REQUIRE(lynx_hq_encode(tile, words, row * (ptrdiff_t)tile->tokens, row, 0, sizes->blocks, &out, scratch) == LYNX_OK);
-    REQUIRE(out.anchor_size <= e.size[ANCHOR] && out.params_size <= e.size[PARAMS] && out.rest_size <= e.size[REST] &&
-            out.rank_size <= e.size[RANKS]);
-    const uint64_t used[SECTIONS] = {e.size[FOLD_TABLE], out.anchor_size, e.size[HEADERS], out.params_size,
-                                     e.size[REST_TABLE], out.rest_size, e.size[RANK_TABLE], out.rank_size};
+    const lynx_view view = dense(tile, words);
+    lynx_encode(tile, &view, 0, sizes->blocks, &out, scratch);
+    const lynx_hq_piece *made = &out.made;
+    REQUIRE(made->anchor <= e.size[ANCHOR] && made->params <= e.size[PARAMS] && made->rest <= e.size[REST] &&
+            made->rank <= e.size[RANKS]);
+    const uint64_t used[SECTIONS] = {e.size[FOLD_TABLE], made->anchor, e.size[HEADERS], made->params,
+                                     e.size[REST_TABLE], made->rest, e.size[RANK_TABLE], made->rank};
     for (int i = 0; i < SECTIONS; i++) { /* exact sizes again */
         uint8_t *p = bytes(used[i]);
         memcpy(p, e.at[i], used[i]);
@@ -48,19 +55,17 @@ static sections encode(const lynx_hq_tile *tile, const lynx_hq_sizes *sizes, con
     return e;
 }
 
-static int decode(const lynx_hq_tile *tile, const lynx_hq_sizes *sizes, const sections *e, int levels, uint16_t *words) {
-    const lynx_hq_levels l = {.fold_table = table(e, FOLD_TABLE), .anchor = e->at[ANCHOR], .param_headers = e->at[HEADERS],
+static int decode(const lynx_tile *tile, const lynx_sizes *sizes, const sections *e, int levels, uint16_t *words) {
+    const lynx_levels l = {.fold_table = table(e, FOLD_TABLE), .anchor = e->at[ANCHOR], .param_headers = e->at[HEADERS],
                               .params = e->at[PARAMS], .rest_table = levels > 1 ? table(e, REST_TABLE) : NULL,
                               .rest = levels > 1 ? e->at[REST] : NULL,
                               .rank_table = levels > 2 ? e->at[RANK_TABLE] : NULL, .rank = e->at[RANKS],
                               .anchor_size = e->size[ANCHOR], .params_size = e->size[PARAMS],
                               .rest_size = e->size[REST], .rank_size = e->size[RANKS]};
     lynx_hq_fault fault;
-    const int code = lynx_hq_check(tile, &l, &fault);
-    const ptrdiff_t row = tile->head_dim;
-    return code != LYNX_OK ? code
-                           : lynx_hq_decode(tile, &l, words, row * (ptrdiff_t)tile->tokens, row, 0, sizes->blocks,
-                                            scratch, &fault);
+    const int code = lynx_check(tile, &l, &fault);
+    const lynx_view view = dense(tile, words);
+    return code != LYNX_OK ? code : lynx_decode(tile, &l, &view, 0, sizes->blocks, scratch, &fault);
 }
 
 static void release(sections *e) {
@@ -86,8 +91,8 @@ static void make_words(script *s, uint16_t *words, size_t count) {
 
 /* What a script makes a tile of. `tile` points into this structure. */
 typedef struct {
-    lynx_hq_tile tile;
-    lynx_hq_sizes sizes;
+    lynx_tile tile;
+    lynx_sizes sizes;
     size_t words;
     uint8_t widths[MAX_CHANNELS];
     int8_t exponents[MAX_CHANNELS], biases[MAX_CHANNELS];
@@ -95,8 +100,8 @@ typedef struct {
 
 static bool make_shape(script *s, shape *x) {
     static const uint32_t tokens[8] = {1, 7, 8, 9, 17, 33, 64, 67};
-    lynx_hq_tile *tile = &x->tile;
-    *tile = (lynx_hq_tile){.dtype = (int32_t)below(s, 2), .part = (int32_t)below(s, 2), .heads = 1 + below(s, 2),
+    lynx_tile *tile = &x->tile;
+    *tile = (lynx_tile){.dtype = (int32_t)below(s, 2), .part = (int32_t)below(s, 2), .heads = 1 + below(s, 2),
                            .tokens = tokens[below(s, 8)], .head_dim = 1 + below(s, 72), .widths = x->widths,
                            .fold = (int32_t)below(s, 2)};
     const uint32_t channels = tile->heads * tile->head_dim, mixed = below(s, 2), width = below(s, 9);
@@ -110,7 +115,11 @@ static bool make_shape(script *s, shape *x) {
     tile->exponents = tile->part == LYNX_VALUE && tile->dtype == LYNX_BFLOAT16 && below(s, 2) ? x->exponents : NULL;
     tile->biases = tile->part == LYNX_VALUE && tile->fold && below(s, 2) ? x->biases : NULL;
     x->words = (size_t)channels * tile->tokens;
-    return lynx_hq_measure(tile, &x->sizes) == LYNX_OK;
+    if (lynx_tile_is_bad(tile)) {
+        return false;
+    }
+    lynx_measure(tile, 0, lynx_count_blocks(tile), &x->sizes);
+    return true;
 }
 
 #endif

@@ -29,7 +29,15 @@ __all__ = ["instructions"]
 
 SCHEMA: Final = "lynxproto.bench.instructions/1"
 #: Functions that are counted, with all that they call. None of them calls another.
-_ENTRY_POINTS: Final = ("lynx_hq_encode", "lynx_hq_decode", "lynx_bitplane_pack", "lynx_bitplane_unpack")
+_ENTRY_POINTS: Final = (
+    "lynx_hq_prepare",
+    "lynx_hq_encode",
+    "lynx_hq_assemble",
+    "lynx_hq_open",
+    "lynx_hq_decode",
+    "lynx_bitplane_pack",
+    "lynx_bitplane_unpack",
+)
 _MARK: Final = "lynx_strerror"
 _SHAPE: Final = (2, 512, 64)
 _PARTS: Final[tuple[Part, Part]] = ("key", "value")

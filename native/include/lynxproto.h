@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define LYNX_ABI_VERSION 4
+#define LYNX_ABI_VERSION 5
 
 enum {
     LYNX_OK = 0,
@@ -26,7 +26,13 @@ enum {
     LYNX_ERR_PARAMETER = 5, /* a scale, zero point or parameter width outside its range */
     LYNX_ERR_CODE = 6,      /* an 8-bit code outside the range of its width */
     LYNX_ERR_RANK = 7,      /* a rank outside its cell, an empty cell, or streams that do not match the codes */
-    LYNX_ERR_FOLD = 8       /* folded planes whose sizes do not match */
+    LYNX_ERR_FOLD = 8,      /* folded planes whose sizes do not match */
+    LYNX_ERR_HEADER = 9,    /* a level's header that says what cannot be */
+    LYNX_ERR_LEVEL = 10,    /* the payload is of another level */
+    LYNX_ERR_MIXED = 11,    /* levels of which some are stored and others are not */
+    LYNX_ERR_TABLE = 12,    /* the tile's own tables: a width over 8, or padding that is not zero */
+    LYNX_STORED = 100,      /* no error: the tile is stored */
+    LYNX_UNDECIDED = 101    /* no error: whether the tile is stored is not known yet */
 };
 
 enum { LYNX_ISA_SCALAR = 0, LYNX_ISA_AVX2 = 1, LYNX_ISA_AVX512 = 2, LYNX_ISA_NEON = 3 };
@@ -54,108 +60,90 @@ int lynx_bitplane_pack(int word_bytes, const void *words, size_t rows, size_t ro
 int lynx_bitplane_unpack(int word_bytes, const uint8_t *const *planes, size_t rows, size_t row_words,
                          ptrdiff_t row_stride, void *words);
 
-/* --- hq -------------------------------------------------------------------------------------------------------
- * A tile of words [heads, tokens, head_dim], cut into blocks of up to 64 tokens x 64 channels of one head, ordered
- * by head, then tokens, then channels. */
-#define LYNX_BLOCK 64
+/* --- views ----------------------------------------------------------------------------------------------------
+ * Where the words of a tile [heads, tokens, head_dim] are; those of a token and head lie next to each other. With `pages`
+ * (a block table) token i of the cache's pages is token (first_token + i) % page_tokens of page
+ * pages[(first_token + i) / page_tokens]; pages are page_stride words apart. */
+typedef struct {
+    void *words;             /* of the first head, and of its first token, or page 0's first token */
+    ptrdiff_t head_stride, token_stride; /* in words */
+    const int64_t *pages;    /* null: the tokens lie token_stride apart */
+    ptrdiff_t page_stride;   /* in words */
+    uint32_t page_tokens, first_token;
+} lynx_view;
 
+/* A tile's words of `word_bytes` (1, 2 or 4) to or from contiguous memory. */
+int lynx_view_gather(const lynx_view *view, int word_bytes, uint32_t heads, uint32_t tokens, uint32_t head_dim, void *out);
+int lynx_view_scatter(const lynx_view *view, int word_bytes, uint32_t heads, uint32_t tokens, uint32_t head_dim,
+                      const void *in);
+
+/* --- hq -------------------------------------------------------------------------------------------------------
+ * A tile's levels, as payloads. One call after the other, on memory of the caller's that is no smaller than said:
+ *     encode: lynx_hq_prepare, lynx_hq_encode for ranges of blocks (by several threads, with scratch of their own),
+ *             lynx_hq_assemble;
+ *     decode: lynx_hq_open, lynx_hq_decode for ranges of blocks. */
 enum { LYNX_BFLOAT16 = 0, LYNX_FLOAT16 = 1 };
 enum { LYNX_KEY = 0, LYNX_VALUE = 1 };
 
+/* A codec's config, for tiles of a shape. spec/codec-hq.md, "Configuration". */
 typedef struct {
     int32_t dtype;         /* LYNX_BFLOAT16 or LYNX_FLOAT16 */
-    int32_t part;          /* LYNX_KEY: a group is a channel over tokens. LYNX_VALUE: a token over channels */
+    int32_t part;          /* LYNX_KEY or LYNX_VALUE */
     uint32_t heads, tokens, head_dim;
-    const uint8_t *widths; /* [heads][head_dim] anchor bits, 0..8; equal within a value group */
-    const int8_t *exponents; /* [heads][head_dim] words are divided by 2^e, -8..7, bfloat16 only; null: none */
-    const int8_t *biases;  /* [heads][head_dim] of value tiles with folding, -8..7; null: zeros */
-    int32_t fold;          /* whether the top planes are folded */
-} lynx_hq_tile;
+    int32_t levels;        /* 1, 2 or 3 */
+    int32_t fold, scaling;
+    const uint8_t *widths; /* [heads][head_dim] anchor bits, 0..8, equal within a value group; null (keys): by range */
+    uint64_t range_bits;   /* what an encoder gives out by range */
+} lynx_hq_config;
 
-/* Sizes that follow from the tile alone. */
 typedef struct {
-    uint64_t blocks;      /* number of blocks */
-    uint64_t groups;      /* number of groups, all blocks */
-    uint64_t anchor;      /* bytes of the anchor planes; with folding, what they take at most */
-    uint64_t rest;        /* bytes of the remaining planes; with folding, what they take at most */
-    uint64_t max_params;  /* the parameters' bound, without block headers */
-    uint64_t max_rank;    /* the rank streams' bound, without block table */
-} lynx_hq_sizes;
+    uint64_t blocks;
+    uint64_t level[3]; /* bytes that an encoder needs for a level; tiles that are stored take others */
+    uint64_t plan;     /* bytes of a plan */
+} lynx_hq_bounds;
 
-#define LYNX_HQ_PARAM_HEADER 6 /* bytes of a block's parameter header */
-#define LYNX_HQ_RANK_HEADER 4  /* bytes of a block's entry in the rank table */
-#define LYNX_HQ_FOLD_HEADER 2  /* bytes of a block's entry in a fold table */
+/* What a range of blocks took; opaque but for its use. */
+typedef struct {
+    uint64_t first, last;
+    uint64_t anchor, params, rest, rank, rank_bound;
+} lynx_hq_piece;
+
+/* Where a payload is wrong: the level and the byte offset in it; the section (0 parameters, 1 codes, 2 ranks, 3 anchor
+ * planes, -1 none of them) and its block; and what was expected: a size, or the level that the payload names. */
+typedef struct {
+    int32_t level;
+    int32_t section;
+    uint64_t block;
+    uint64_t offset;
+    uint64_t expected;
+} lynx_hq_fault;
+
+int lynx_hq_measure(const lynx_hq_config *config, lynx_hq_bounds *bounds);
 
 /* Scratch for one thread; no state is kept in it between calls. */
 size_t lynx_hq_scratch_size(void);
 
-int lynx_hq_measure(const lynx_hq_tile *tile, lynx_hq_sizes *sizes);
-/* The same sizes for blocks [first, last). */
-int lynx_hq_measure_range(const lynx_hq_tile *tile, uint64_t first, uint64_t last, lynx_hq_sizes *sizes);
+/* Choose the tile's own tables. The plan refers to `config`, and has to stay in place. */
+int lynx_hq_prepare(const lynx_hq_config *config, const lynx_view *view, void *plan, void *scratch);
 
-/* Whether the rest section of the tile folds: it has a fold table then. */
-int lynx_hq_folds_rest(const lynx_hq_tile *tile);
+/* Encode blocks [first, last) into the levels whose buffers are not null. */
+int lynx_hq_encode(const void *plan, const lynx_view *view, uint64_t first, uint64_t last, uint8_t *const levels[3],
+                   lynx_hq_piece *piece, void *scratch);
 
-/* What an encoder has to know of the channels, [heads][head_dim]: their ranges and sizes as bfloat16 words (means over
- * blocks of the range and of the largest magnitude), and how far they lie from zero; spec/codec-hq.md, "Spreads" and
- * "Folding". `tile->widths` only has to be valid. */
-int lynx_hq_spreads(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
-                    uint16_t *ranges, uint16_t *sizes, int8_t *biases, void *scratch);
+/* Make payloads of the levels of which all blocks were encoded, in pieces in order, and give their sizes. Returns
+ * LYNX_STORED if the tile has to be stored: the buffers' content is of no use then; or LYNX_UNDECIDED if that can only be
+ * told when the last level is encoded too. */
+int lynx_hq_assemble(const void *plan, uint8_t *const levels[3], const lynx_hq_piece *pieces, uint64_t count,
+                     uint64_t sizes[3]);
 
-/* Encode blocks [first, last). Planes and headers point to the first block of the range. Any of `anchor`,
- * `param_headers` (with `params`), `rest`, `rank_table` (with `rank`) may be null: that section is not made. Each section
- * has the size that lynx_hq_measure_range gives; anchor_size, params_size, rest_size and rank_size return the bytes used. With
- * folding, `anchor` needs `fold_table`, and `rest` needs `rest_table` where lynx_hq_folds_rest says so. */
-typedef struct {
-    uint8_t *fold_table;
-    uint8_t *anchor;
-    uint8_t *param_headers;
-    uint8_t *params;
-    uint8_t *rest_table;
-    uint8_t *rest;
-    uint8_t *rank_table;
-    uint8_t *rank;
-    uint64_t anchor_size;
-    uint64_t params_size;
-    uint64_t rest_size;
-    uint64_t rank_size;
-    uint64_t rank_bound;     /* bytes of rank table and ranks; without these sections, what they take at most */
-    int32_t wants_rank_bound; /* in: whether to work rank_bound out where there is no rank table */
-} lynx_hq_encoded;
+/* Check `count` payloads, but for values. LYNX_STORED: the words follow the header of level 0. The plan refers to the
+ * config and to the payloads. */
+int lynx_hq_open(const lynx_hq_config *config, const uint8_t *const *payloads, const uint64_t *sizes, int count,
+                 void *plan, lynx_hq_fault *fault);
 
-int lynx_hq_encode(const lynx_hq_tile *tile, const uint16_t *words, ptrdiff_t head_stride, ptrdiff_t token_stride,
-                   uint64_t first, uint64_t last, lynx_hq_encoded *out, void *scratch);
-
-/* The sections of a tile's levels, each whole, as received. `rest` null: anchor only. `rank_table` null: 8-bit. */
-typedef struct {
-    const uint8_t *fold_table; /* of tiles with folding */
-    const uint8_t *anchor;
-    const uint8_t *param_headers;
-    const uint8_t *params;
-    const uint8_t *rest_table; /* of tiles that fold it */
-    const uint8_t *rest;
-    const uint8_t *rank_table;
-    const uint8_t *rank;
-    uint64_t anchor_size;
-    uint64_t params_size;
-    uint64_t rest_size;
-    uint64_t rank_size;
-} lynx_hq_levels;
-
-/* Where a payload is wrong: the section (0 parameters, 1 rest planes, 2 ranks, 3 anchor planes), the block, and the byte
- * offset in it. */
-typedef struct {
-    int32_t section;
-    uint64_t block;
-    uint64_t offset;
-} lynx_hq_fault;
-
-/* Check that headers and tables add up to anchor_size, params_size, rest_size and rank_size: the totals only, no values. */
-int lynx_hq_check(const lynx_hq_tile *tile, const lynx_hq_levels *levels, lynx_hq_fault *fault);
-
-/* Decode blocks [first, last) into `words`. lynx_hq_check must have passed for the same levels. */
-int lynx_hq_decode(const lynx_hq_tile *tile, const lynx_hq_levels *levels, uint16_t *words, ptrdiff_t head_stride,
-                   ptrdiff_t token_stride, uint64_t first, uint64_t last, void *scratch, lynx_hq_fault *fault);
+/* Decode blocks [first, last) of opened payloads. After an error the words mean nothing. */
+int lynx_hq_decode(const void *plan, const lynx_view *view, uint64_t first, uint64_t last, void *scratch,
+                   lynx_hq_fault *fault);
 
 #ifdef __cplusplus
 }

@@ -22,6 +22,7 @@
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
 #include "ranks.h"
+#include "rows.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -818,6 +819,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 
 const lynx_kernels lynx_avx2 = {
     .range = range,
+    .survey = survey,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,

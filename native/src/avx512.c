@@ -137,6 +137,7 @@ static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
 #include "ranks.h"
+#include "rows.h"
 
 INLINE __m512i ordered16(__m512i w) {
     return _mm512_ternarylogic_epi64(w, _mm512_srai_epi16(w, 15), _mm512_set1_epi16(0x7fff), 0x78); /* x ^ (y & z) */
@@ -690,6 +691,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 
 const lynx_kernels lynx_avx512 = {
     .range = range,
+    .survey = survey,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,

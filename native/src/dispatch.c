@@ -112,6 +112,14 @@ const char *lynx_strerror(int error) {
         return "ranks do not match the codes";
     case LYNX_ERR_FOLD:
         return "folded planes do not match their size";
+    case LYNX_ERR_HEADER:
+        return "unknown mode, or reserved bytes that are not zero";
+    case LYNX_ERR_LEVEL:
+        return "the payload is of another level";
+    case LYNX_ERR_MIXED:
+        return "some levels of the chunk are stored and others are not";
+    case LYNX_ERR_TABLE:
+        return "a width is over 8 or padding not zero";
     default:
         return "unknown error";
     }

@@ -363,19 +363,4 @@ static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens
 }
 #endif
 
-static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
-                    ptrdiff_t out_stride) {
-    for (int t = 0; t < tokens; t++, rows += stride, out += out_stride) {
-        for (int c = 0; c < ROW; c++) {
-            const uint16_t word = rows[c], magnitude = word & 0x7fff;
-            const uint16_t from = (uint16_t)(magnitude - RESCALE_FIRST); /* large for words below the first */
-            int16_t to = (int16_t)((int16_t)from - shifts[c]);
-            to = (int16_t)(to < 0 ? to + RESCALE_COUNT : to);
-            to = (int16_t)(to >= RESCALE_COUNT ? to - RESCALE_COUNT : to);
-            const uint16_t moved = (uint16_t)((word & 0x8000) | (to + RESCALE_FIRST));
-            out[c] = from < RESCALE_COUNT ? moved : word;
-        }
-    }
-}
-
 #endif

@@ -12,7 +12,7 @@
 #error "lynxproto's kernels read words in memory order and need a little-endian machine"
 #endif
 
-#define ROW LYNX_BLOCK
+#define ROW 64 /* a block is of up to 64 tokens x 64 channels */
 #define BLOCK_VALUES (ROW * ROW)
 
 /* Which channels fold in a section, and how an octet of it looks: the rows of planes 0, 1 and 2, then the others. Masks
@@ -83,6 +83,8 @@ typedef struct {
 typedef struct {
     /* Extremes of each group in the ordered-integer domain, w ^ ((w >> 15) & 0x7fff), where -0 differs from +0. */
     void (*range)(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
+    /* The same of channels, and how many of their words have a sign. */
+    void (*survey)(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs);
     /* Scale and zero point of 64 groups from their extremes; none may be constant or hold special words. */
     void (*choose)(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params);
     /* Codes. Only the portable kernel takes special words and constant groups. */

@@ -30,6 +30,7 @@ static inline uint64_t expand64(uint64_t x, uint64_t mask) {
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
 #include "ranks.h"
+#include "rows.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -377,6 +378,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 
 const lynx_kernels lynx_neon = {
     .range = range,
+    .survey = survey,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,

@@ -31,7 +31,7 @@ typedef struct {
 } zero_list;
 
 /* The fields of zero cells, two to three bytes, and the words that W does not hold. */
-static void rank_zeros(int part, int dtype, const zero_list *zeros, const uint16_t *rows, ptrdiff_t stride,
+static inline void rank_zeros(int part, int dtype, const zero_list *zeros, const uint16_t *rows, ptrdiff_t stride,
                        const lynx_params *params, lynx_streams *streams) {
     uint32_t pair = 0;
     streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
@@ -58,7 +58,7 @@ static void rank_zeros(int part, int dtype, const zero_list *zeros, const uint16
 }
 
 /* The reverse; streams W and X start behind B, whose size is known by now. False for a word outside its cell. */
-static bool unrank_zeros(int part, int dtype, const zero_list *zeros, uint16_t *rows, ptrdiff_t stride,
+static inline bool unrank_zeros(int part, int dtype, const zero_list *zeros, uint16_t *rows, ptrdiff_t stride,
                          const lynx_params *params, lynx_streams *streams) {
     streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
     streams->x_count = 0;

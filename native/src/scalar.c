@@ -24,6 +24,7 @@ static inline uint64_t expand64(uint64_t x, uint64_t mask) {
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
 #include "ranks.h"
+#include "rows.h"
 
 static inline int group_of(int part, int token, int channel) {
     return part == LYNX_KEY ? channel : token;
@@ -267,6 +268,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 
 const lynx_kernels lynx_scalar = {
     .range = range,
+    .survey = survey,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,

@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../src/params.h"
-#include "lynxproto.h"
+#include "../src/hq.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -45,7 +44,11 @@ static void *bytes(uint64_t n) {
 }
 
 static void *copy(const void *from, uint64_t n) {
-    return from == NULL ? NULL : memcpy(bytes(n), from, (size_t)n);
+    return from == NULL ? NULL : memcpy(bytes(n), from, (size_t)n); /* sections that are not there stay so */
+}
+
+static bool same(const void *a, const void *b, uint64_t n) {
+    return n == 0 || memcmp(a, b, (size_t)n) == 0;
 }
 
 enum { ANCHOR, HEADERS, PARAMS, REST, RANK_TABLE, RANKS, FOLD_TABLE, REST_TABLE, SECTIONS };
@@ -56,16 +59,16 @@ typedef struct {
 } encoded;
 
 /* Sections that tiles do not have are null. */
-static bool is_there(const lynx_hq_tile *tile, int section) {
-    return (section != FOLD_TABLE || tile->fold) && (section != REST_TABLE || lynx_hq_folds_rest(tile));
+static bool is_there(const lynx_tile *tile, int section) {
+    return (section != FOLD_TABLE || tile->fold) && (section != REST_TABLE || lynx_folds_rest(tile));
 }
 
 static bool is_variable(int section) {
     return section == ANCHOR || section == PARAMS || section == REST || section == RANKS;
 }
 
-static lynx_hq_levels levels_of(const encoded *e, int count) {
-    lynx_hq_levels levels = {.fold_table = e->section[FOLD_TABLE],
+static lynx_levels levels_of(const encoded *e, int count) {
+    lynx_levels levels = {.fold_table = e->section[FOLD_TABLE],
                              .anchor = e->section[ANCHOR],
                              .param_headers = e->section[HEADERS],
                              .params = e->section[PARAMS],
@@ -80,25 +83,29 @@ static lynx_hq_levels levels_of(const encoded *e, int count) {
     return levels;
 }
 
+static lynx_view dense(uint32_t tokens, uint32_t dim, const uint16_t *words) {
+    return (lynx_view){.words = (uint16_t *)(uintptr_t)words, .token_stride = dim, .head_stride = (ptrdiff_t)dim * (ptrdiff_t)tokens};
+}
+
 /* In two ranges, as threads do; the second first. */
-static encoded encode(const lynx_hq_tile *tile, const uint16_t *words, uint64_t cut, void *scratch) {
-    lynx_hq_sizes all;
-    CHECK(lynx_hq_measure(tile, &all) == LYNX_OK);
+static encoded encode(const lynx_tile *tile, const uint16_t *words, uint64_t cut, void *scratch) {
+    lynx_sizes all;
+    lynx_measure(tile, 0, lynx_count_blocks(tile), &all);
     const uint64_t cuts[3] = {0, cut % (all.blocks + 1), all.blocks};
-    const ptrdiff_t token_stride = tile->head_dim, head_stride = token_stride * (ptrdiff_t)tile->tokens;
+    const lynx_view view = dense(tile->tokens, tile->head_dim, words);
     encoded parts[2];
     for (int part = 1; part >= 0; part--) {
-        lynx_hq_sizes own;
-        CHECK(lynx_hq_measure_range(tile, cuts[part], cuts[part + 1], &own) == LYNX_OK);
+        lynx_sizes own;
+        lynx_measure(tile, cuts[part], cuts[part + 1], &own);
         encoded *e = &parts[part];
-        *e = (encoded){.size = {own.anchor, LYNX_HQ_PARAM_HEADER * own.blocks, own.max_params, own.rest,
-                                LYNX_HQ_RANK_HEADER * own.blocks, own.max_rank,
-                                tile->fold ? LYNX_HQ_FOLD_HEADER * own.blocks : 0,
-                                lynx_hq_folds_rest(tile) ? LYNX_HQ_FOLD_HEADER * own.blocks : 0}};
+        *e = (encoded){.size = {own.anchor, PARAM_HEADER * own.blocks, own.max_params, own.rest,
+                                RANK_HEADER * own.blocks, own.max_rank,
+                                tile->fold ? FOLD_HEADER * own.blocks : 0,
+                                lynx_folds_rest(tile) ? FOLD_HEADER * own.blocks : 0}};
         for (int i = 0; i < SECTIONS; i++) {
             e->section[i] = is_there(tile, i) ? bytes(e->size[i]) : NULL;
         }
-        lynx_hq_encoded out = {.fold_table = e->section[FOLD_TABLE],
+        lynx_encoded out = {.fold_table = e->section[FOLD_TABLE],
                                .anchor = e->section[ANCHOR],
                                .param_headers = e->section[HEADERS],
                                .params = e->section[PARAMS],
@@ -106,17 +113,18 @@ static encoded encode(const lynx_hq_tile *tile, const uint16_t *words, uint64_t 
                                .rest = e->section[REST],
                                .rank_table = e->section[RANK_TABLE],
                                .rank = e->section[RANKS]};
-        CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, cuts[part], cuts[part + 1], &out, scratch) == LYNX_OK);
-        lynx_hq_encoded bound = {.wants_rank_bound = 1};
-        CHECK(lynx_hq_encode(tile, words, head_stride, token_stride, cuts[part], cuts[part + 1], &bound, scratch) == LYNX_OK);
-        CHECK(bound.rank_bound >= out.rank_bound);
-        CHECK(out.rank_bound == out.rank_size + LYNX_HQ_RANK_HEADER * own.blocks);
-        CHECK(out.rest_size <= e->size[REST] && (e->section[REST_TABLE] != NULL || out.rest_size == e->size[REST]));
-        CHECK(out.anchor_size <= e->size[ANCHOR] && (tile->fold || out.anchor_size == e->size[ANCHOR]));
-        e->size[ANCHOR] = out.anchor_size;
-        e->size[PARAMS] = out.params_size;
-        e->size[REST] = out.rest_size;
-        e->size[RANKS] = out.rank_size;
+        lynx_encode(tile, &view, cuts[part], cuts[part + 1], &out, scratch);
+        lynx_encoded bound = {.wants_rank_bound = 1};
+        lynx_encode(tile, &view, cuts[part], cuts[part + 1], &bound, scratch);
+        const lynx_hq_piece *made = &out.made;
+        CHECK(bound.made.rank_bound >= made->rank_bound && bound.made.params == made->params);
+        CHECK(made->rank_bound == made->rank + RANK_HEADER * own.blocks);
+        CHECK(made->rest <= e->size[REST] && (e->section[REST_TABLE] != NULL || made->rest == e->size[REST]));
+        CHECK(made->anchor <= e->size[ANCHOR] && (tile->fold || made->anchor == e->size[ANCHOR]));
+        e->size[ANCHOR] = made->anchor;
+        e->size[PARAMS] = made->params;
+        e->size[REST] = made->rest;
+        e->size[RANKS] = made->rank;
     }
     encoded joined;
     for (int i = 0; i < SECTIONS; i++) {
@@ -137,15 +145,13 @@ static void release(encoded *e) {
     }
 }
 
-static int decode(const lynx_hq_tile *tile, const encoded *e, int count, uint16_t *words, void *scratch) {
-    const lynx_hq_levels levels = levels_of(e, count);
+static int decode(const lynx_tile *tile, const encoded *e, int count, uint16_t *words, void *scratch) {
+    const lynx_levels levels = levels_of(e, count);
+    const lynx_view view = dense(tile->tokens, tile->head_dim, words);
     lynx_hq_fault fault;
-    lynx_hq_sizes sizes;
-    CHECK(lynx_hq_measure(tile, &sizes) == LYNX_OK);
-    const int error = lynx_hq_check(tile, &levels, &fault);
-    const ptrdiff_t token_stride = tile->head_dim, head_stride = token_stride * (ptrdiff_t)tile->tokens;
+    const int error = lynx_check(tile, &levels, &fault);
     return error != LYNX_OK ? error
-                            : lynx_hq_decode(tile, &levels, words, head_stride, token_stride, 0, sizes.blocks, scratch, &fault);
+                            : lynx_decode(tile, &levels, &view, 0, lynx_count_blocks(tile), scratch, &fault);
 }
 
 static uint16_t word_of(int kind, uint32_t i) {
@@ -166,14 +172,14 @@ static uint16_t word_of(int kind, uint32_t i) {
 }
 
 /* Bytes and words do not change when denormals are flushed to zero, on input and output. */
-static void flush_to_zero(const lynx_hq_tile *tile, const encoded *plain, const uint16_t *words, uint16_t *out,
+static void flush_to_zero(const lynx_tile *tile, const encoded *plain, const uint16_t *words, uint16_t *out,
                           void *scratch) {
 #if defined(__x86_64__)
     const uint32_t before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);
     encoded e = encode(tile, words, 0, scratch);
     for (int i = 0; i < SECTIONS; i++) {
-        CHECK(e.size[i] == plain->size[i] && memcmp(e.section[i], plain->section[i], (size_t)e.size[i]) == 0);
+        CHECK(e.size[i] == plain->size[i] && same(e.section[i], plain->section[i], e.size[i]));
     }
     const uint64_t values = (uint64_t)tile->heads * tile->tokens * tile->head_dim;
     uint16_t *flushed = bytes(2 * values);
@@ -214,7 +220,7 @@ static void hq(int isa, int round, void *scratch) {
     const uint64_t values = (uint64_t)heads * tokens * dim;
     uint8_t *widths = bytes((uint64_t)heads * dim);
     int8_t *exponents = bytes((uint64_t)heads * dim);
-    lynx_hq_tile tile = {(int32_t)draw(2), (int32_t)draw(2), heads, tokens, dim, widths, NULL, NULL, (int32_t)draw(2)};
+    lynx_tile tile = {(int32_t)draw(2), (int32_t)draw(2), heads, tokens, dim, widths, NULL, NULL, (int32_t)draw(2)};
     const bool mixed = tile.part == LYNX_KEY && draw(2);
     const uint8_t width = (uint8_t)draw(9);
     for (uint32_t i = 0; i < heads * dim; i++) {
@@ -238,7 +244,7 @@ static void hq(int isa, int round, void *scratch) {
     CHECK(lynx_isa_select(isa) == LYNX_OK);
     encoded e = encode(&tile, words, cut, scratch);
     for (int i = 0; i < SECTIONS; i++) {
-        CHECK(e.size[i] == plain.size[i] && memcmp(e.section[i], plain.section[i], (size_t)e.size[i]) == 0);
+        CHECK(e.size[i] == plain.size[i] && same(e.section[i], plain.section[i], e.size[i]));
     }
     for (int count = 1; count <= 3; count++) {
         CHECK(lynx_isa_select(LYNX_ISA_SCALAR) == LYNX_OK);
@@ -282,6 +288,111 @@ static void hq(int isa, int round, void *scratch) {
     free(words);
     free(out);
     free(other);
+}
+
+/* Payloads: the same from contiguous words and from pages, and back to either; and hostile ones. */
+static void payloads(int isa, void *scratch) {
+    const uint32_t heads = 1 + draw(2), tokens = TOKENS[draw(6)], dim = DIMS[draw(7)];
+    const uint64_t values = (uint64_t)heads * tokens * dim;
+    uint8_t *widths = bytes((uint64_t)heads * dim);
+    memset(widths, (int)draw(9), (size_t)heads * dim);
+    lynx_hq_config config = {(int32_t)draw(2), (int32_t)draw(2), heads, tokens, dim, 1 + (int32_t)draw(3), (int32_t)draw(2),
+                             (int32_t)draw(2), widths, 0};
+    if (config.part == LYNX_KEY && draw(2)) {
+        config.widths = NULL;
+        config.range_bits = draw(8 * heads * dim);
+    }
+    /* Pages in reversed order, with a gap behind each token, and the first tokens of the first page not the tile's. */
+    const uint32_t page = 1 + draw(40), first = draw(page), pages = (first + tokens + page - 1) / page;
+    const ptrdiff_t token_stride = (ptrdiff_t)dim + 3, head_stride = token_stride * page, page_stride = head_stride * heads;
+    int64_t *ids = bytes(8 * (uint64_t)pages);
+    for (uint32_t i = 0; i < pages; i++) {
+        ids[i] = pages - 1 - i;
+    }
+    const uint64_t room = 2 * (uint64_t)page_stride * pages;
+    uint16_t *words = bytes(2 * values), *out = bytes(2 * values), *paged = bytes(room), *other = bytes(room);
+    const int kind = (int)draw(6);
+    for (uint64_t i = 0; i < values; i++) {
+        words[i] = word_of(kind, (uint32_t)i);
+    }
+    const lynx_view plain = dense(tokens, dim, words), back = dense(tokens, dim, out);
+    const lynx_view view = {paged, head_stride, token_stride, ids, page_stride, page, first};
+    const lynx_view there = {other, head_stride, token_stride, ids, page_stride, page, first};
+    memset(paged, 7, (size_t)room);
+    memset(other, 7, (size_t)room);
+    CHECK(lynx_view_scatter(&view, 2, heads, tokens, dim, words) == LYNX_OK);
+    CHECK(lynx_view_gather(&view, 2, heads, tokens, dim, out) == LYNX_OK && memcmp(out, words, 2 * (size_t)values) == 0);
+    lynx_hq_bounds bounds;
+    CHECK(lynx_hq_measure(&config, &bounds) == LYNX_OK);
+    void *plan = bytes(bounds.plan);
+    uint8_t *levels[2][3];
+    uint64_t sizes[2][3] = {{0}};
+    int found[2];
+    for (int i = 0; i < 2; i++) { /* pages on all blocks at once, contiguous words in two pieces */
+        CHECK(lynx_isa_select(i ? isa : LYNX_ISA_SCALAR) == LYNX_OK);
+        for (int level = 0; level < 3; level++) {
+            levels[i][level] = level < config.levels ? bytes(bounds.level[level]) : NULL;
+        }
+        const lynx_view *from = i ? &view : &plain;
+        lynx_hq_piece pieces[2];
+        CHECK(lynx_hq_prepare(&config, from, plan, scratch) == LYNX_OK);
+        const uint64_t cut = i ? bounds.blocks : draw((uint32_t)bounds.blocks + 1);
+        CHECK(lynx_hq_encode(plan, from, cut, bounds.blocks, levels[i], &pieces[1], scratch) == LYNX_OK);
+        CHECK(lynx_hq_encode(plan, from, 0, cut, levels[i], &pieces[0], scratch) == LYNX_OK);
+        found[i] = lynx_hq_assemble(plan, levels[i], pieces, 2, sizes[i]);
+    }
+    CHECK(found[0] == found[1] && (found[0] == LYNX_OK || found[0] == LYNX_STORED));
+    for (int count = 1; count <= config.levels && found[0] == LYNX_OK; count++) {
+        const uint8_t *in[3] = {NULL};
+        for (int level = 0; level < count; level++) {
+            CHECK(sizes[0][level] == sizes[1][level] && sizes[0][level] <= bounds.level[level]);
+            CHECK(memcmp(levels[0][level], levels[1][level], (size_t)sizes[0][level]) == 0);
+            in[level] = copy(levels[0][level], sizes[0][level]);
+        }
+        lynx_hq_fault fault;
+        CHECK(lynx_hq_open(&config, in, sizes[0], count, plan, &fault) == LYNX_OK);
+        CHECK(lynx_hq_decode(plan, &there, 0, bounds.blocks, scratch, &fault) == LYNX_OK);
+        CHECK(lynx_hq_decode(plan, &back, 0, bounds.blocks, scratch, &fault) == LYNX_OK);
+        uint16_t *gathered = bytes(2 * values);
+        CHECK(lynx_view_gather(&there, 2, heads, tokens, dim, gathered) == LYNX_OK);
+        CHECK(memcmp(gathered, out, 2 * (size_t)values) == 0);
+        free(gathered);
+        if (count == config.levels && count > 1) {
+            CHECK(memcmp(out, words, 2 * (size_t)values) == 0 && memcmp(other, paged, (size_t)room) == 0);
+        }
+        for (int mutation = 0; mutation < 6; mutation++) {
+            uint8_t *bad[3] = {NULL};
+            uint64_t bad_sizes[3] = {0};
+            for (int level = 0; level < count; level++) {
+                bad_sizes[level] = sizes[0][level] - (draw(6) == 0 ? draw((uint32_t)sizes[0][level] + 1) : 0);
+                bad[level] = copy(in[level], bad_sizes[level]);
+                for (uint32_t hits = bad_sizes[level] == 0 ? 0 : draw(4); hits > 0; hits--) {
+                    bad[level][draw(draw(2) ? 40 : 1u << 30) % bad_sizes[level]] = (uint8_t)draw(256);
+                }
+            }
+            const uint8_t *const broken[3] = {bad[0], bad[1], bad[2]};
+            int error = lynx_hq_open(&config, broken, bad_sizes, count, plan, &fault);
+            error = error != LYNX_OK ? error : lynx_hq_decode(plan, &there, 0, bounds.blocks, scratch, &fault);
+            const bool good = error == LYNX_OK || error == LYNX_STORED;
+            CHECK(good || (error >= LYNX_ERR_TRUNCATED && fault.level < count && fault.offset <= bad_sizes[fault.level]));
+            for (int level = 0; level < count; level++) {
+                free(bad[level]);
+            }
+        }
+        for (int level = 0; level < count; level++) {
+            free((void *)(uintptr_t)in[level]);
+        }
+    }
+    for (int i = 0; i < 6; i++) {
+        free(levels[i / 3][i % 3]);
+    }
+    free(plan);
+    free(ids);
+    free(words);
+    free(out);
+    free(paged);
+    free(other);
+    free(widths);
 }
 
 static void bitplane(int isa) {
@@ -336,6 +447,7 @@ int main(int argc, char **argv) {
         for (int round = 0; round < rounds; round++) {
             hq(isa, round, scratch);
             bitplane(isa);
+            payloads(isa, scratch);
         }
         first = tested++ == 0 ? digest : first;
         CHECK(digest == first);

@@ -1,0 +1,63 @@
+"""Where a tile's words are, as the native library takes it: arrays of any strides, and paged caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lynxproto.chunk import ChunkSpec, Paged, as_words
+from lynxproto.codecs._library import address, check, ffi, lib
+from lynxproto.errors import SpecError
+
+__all__ = ["View", "dense_words", "place_words", "view_of"]
+
+
+class View:
+    """A ``lynx_view``, and what keeps its memory alive."""
+
+    __slots__ = ("_keep", "c")
+
+    def __init__(self, words: NDArray[Any], table: NDArray[np.int64] | None, first: int) -> None:
+        size, strides, start = words.itemsize, words.strides, words.__array_interface__["data"][0]
+        if start % size or any(stride % size for stride in strides):
+            raise SpecError(f"the array's address or strides {strides} are not multiples of the word's {size} bytes")
+        c = self.c = ffi.new("lynx_view *")
+        c.words = ffi.cast("void *", start)
+        c.head_stride, c.token_stride = strides[-3] // size, strides[-2] // size
+        if table is not None:
+            c.pages = address(table, "const int64_t *")
+            c.page_stride, c.page_tokens, c.first_token = strides[0] // size, words.shape[2], first
+        self._keep = words, table
+
+    def gather(self, spec: ChunkSpec, out: Any) -> None:
+        """Copy all words to an address."""
+        check(lib.lynx_view_gather(self.c, spec.word_dtype.itemsize, *spec.shape, out))
+
+    def scatter(self, spec: ChunkSpec, words: Any) -> None:
+        """Copy all words from an address."""
+        check(lib.lynx_view_scatter(self.c, spec.word_dtype.itemsize, *spec.shape, words))
+
+
+def view_of(spec: ChunkSpec, array: Any, *, writable: bool = False) -> View:
+    """The words of an array, tensor or :class:`~lynxproto.chunk.Paged` that matches ``spec``.
+
+    Raises :class:`~lynxproto.errors.SpecError` as :func:`~lynxproto.chunk.as_words` does, and for addresses and
+    strides that are not multiples of a word.
+    """
+    if isinstance(array, Paged):
+        return View(array.words(spec, writable=writable), array.table, array.first)
+    return View(as_words(spec, array, writable=writable), None, 0)
+
+
+def dense_words(spec: ChunkSpec, pages: Paged) -> NDArray[Any]:
+    """The words of a paged tile as a contiguous array."""
+    words = np.empty(spec.shape, spec.word_dtype)
+    view_of(spec, pages).gather(spec, address(words))
+    return words
+
+
+def place_words(spec: ChunkSpec, words: NDArray[Any], out: Paged) -> None:
+    """The reverse."""
+    view_of(spec, out, writable=True).scatter(spec, address(words))

@@ -1,0 +1,325 @@
+/* The decoder of hq: checks of sizes and parameters, and the kernels in turn, block by block. */
+#include "hq.h"
+
+/* Set scales and offsets from s and z, for bytes that are full codes (`full`) or anchors with zeros below. */
+static void derive(const lynx_planes *planes, bool full, lynx_params *params) {
+    for (int g = 0; g < ROW; g++) {
+        params->scale[g] = bits_float((uint32_t)params->s[g] << 16);
+        params->offset[g] = (int16_t)(params->z[g] + (full ? planes->full[g] : -planes->base[g]));
+    }
+}
+
+static int fail(lynx_hq_fault *fault, int error, int section, uint64_t block, uint64_t offset) {
+    *fault = (lynx_hq_fault){.section = section, .block = block, .offset = offset};
+    return error;
+}
+
+/* Bytes of a block's parameters, or -1 for a header that says what cannot be. */
+static int64_t params_bytes(const uint8_t *header, int groups) {
+    if (header[4] == RAW_PARAMS && header[5] == RAW_PARAMS) {
+        return 4 * (int64_t)groups;
+    }
+    if (header[4] > 13 || header[5] > 12) {
+        return -1;
+    }
+    return ((int64_t)groups * (header[4] + header[5]) + 7) / 8;
+}
+
+/* Bytes of a block's ranks, or -1 for a table entry that says what cannot be. */
+static int64_t ranks_bytes(const uint8_t *entry, const lynx_block *block) {
+    const uint32_t a = load16(entry), more = load16(entry + 2);
+    const int64_t values = (int64_t)block->tokens * block->channels;
+    if (a == RAW_RANKS) {
+        return more == 0 ? 2 * values : -1;
+    }
+    if (a > A_MAX || more > B_MAX + W_MAX + X_MAX) {
+        return -1;
+    }
+    const int64_t size = (int64_t)a + more;
+    return size < 2 * values ? size : -1;
+}
+
+/* Bytes of a block's planes in a section, or -1 for an entry of its fold table that says what cannot be. */
+static int64_t planes_bytes(const uint8_t *entry, const lynx_block *block, int section) {
+    const uint32_t flat = (uint32_t)block->octets * section_octet(block, section);
+    if (entry == NULL || load16(entry) == FLAT) {
+        return flat;
+    }
+    if (load16(entry) > (FOLD_SIZE | 3 * FOLD_PAIRED)) {
+        return -1;
+    }
+    const uint32_t folded = flat - (uint32_t)block->octets * block->column.folded[section] + (load16(entry) & FOLD_SIZE);
+    return folded < flat ? (int64_t)folded : -1;
+}
+
+static const uint8_t *fold_entry(const uint8_t *table, uint64_t block) {
+    return table == NULL ? NULL : table + FOLD_HEADER * block;
+}
+
+int lynx_check(const lynx_tile *tile, const lynx_levels *levels, lynx_hq_fault *fault) {
+    *fault = (lynx_hq_fault){0};
+    const uint64_t blocks = lynx_count_blocks(tile);
+    uint64_t anchor = 0, params = 0, rest = 0, ranks = 0;
+    lynx_block block;
+    for (lynx_first_block(tile, &block); block.index < blocks; lynx_next_block(tile, &block)) {
+        const int64_t planes = planes_bytes(fold_entry(levels->fold_table, block.index), &block, ANCHOR_SECTION);
+        if (planes < 0) {
+            return fail(fault, LYNX_ERR_FOLD, 3, block.index, anchor);
+        }
+        anchor += (uint64_t)planes;
+        if (anchor > levels->anchor_size) {
+            return fail(fault, LYNX_ERR_TRUNCATED, 3, block.index, levels->anchor_size);
+        }
+        const int64_t size = params_bytes(levels->param_headers + PARAM_HEADER * block.index, block.groups);
+        if (size < 0) {
+            return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
+        }
+        params += (uint64_t)size;
+        if (params > levels->params_size) {
+            return fail(fault, LYNX_ERR_TRUNCATED, 0, block.index, levels->params_size);
+        }
+        if (levels->rest != NULL) {
+            const int64_t late = planes_bytes(fold_entry(levels->rest_table, block.index), &block, REST_SECTION);
+            if (late < 0) {
+                return fail(fault, LYNX_ERR_FOLD, 1, block.index, rest);
+            }
+            rest += (uint64_t)late;
+            if (rest > levels->rest_size) {
+                return fail(fault, LYNX_ERR_TRUNCATED, 1, block.index, levels->rest_size);
+            }
+        }
+        if (levels->rank_table == NULL) {
+            continue;
+        }
+        const int64_t more = ranks_bytes(levels->rank_table + RANK_HEADER * block.index, &block);
+        if (more < 0) {
+            return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
+        }
+        ranks += (uint64_t)more;
+        if (ranks > levels->rank_size) {
+            return fail(fault, LYNX_ERR_TRUNCATED, 2, block.index, levels->rank_size);
+        }
+    }
+    if (anchor != levels->anchor_size) {
+        return fail(fault, LYNX_ERR_PADDED, 3, blocks, anchor);
+    }
+    if (params != levels->params_size) {
+        return fail(fault, LYNX_ERR_PADDED, 0, blocks, params);
+    }
+    if (levels->rest != NULL && rest != levels->rest_size) {
+        return fail(fault, LYNX_ERR_PADDED, 1, blocks, rest);
+    }
+    if (levels->rank_table != NULL && ranks != levels->rank_size) {
+        return fail(fault, LYNX_ERR_PADDED, 2, blocks, ranks);
+    }
+    return LYNX_OK;
+}
+
+static bool read_params(const lynx_tile *tile, const lynx_block *block, const uint8_t *header, const uint8_t *in,
+                        uint64_t size, const lynx_planes *planes, bool full, lynx_params *params) {
+    memset(params, 0, sizeof *params);
+    const bool raw = header[4] == RAW_PARAMS;
+    const int s_bits = header[4], z_bits = header[5], bits = s_bits + z_bits;
+    const int s_low = load16(header), z_low = (int16_t)load16(header + 2);
+    if (raw && (s_low != 0 || z_low != 0)) {
+        return false;
+    }
+    uint8_t padded[4 * ROW + 8] = {0}; /* fields are read 8 bytes at a time */
+    memcpy(padded, in, size);
+    const uint16_t least = LYNX_DTYPES[tile->dtype].least, largest = LYNX_DTYPES[tile->dtype].largest;
+    bool good = true;
+    if (raw) {
+        for (int g = 0; g < block->groups; g++) {
+            const uint16_t scale = load16(padded + 4 * g), zero = load16(padded + 4 * g + 2);
+            if (scale == 0) {
+                params->constant |= 1ull << g;
+                params->word[g] = zero;
+            } else {
+                params->s[g] = scale;
+                params->z[g] = (int16_t)zero;
+                good &= scale >= least && scale <= largest && params->z[g] >= -MAX_ZERO_POINT &&
+                        params->z[g] <= MAX_ZERO_POINT;
+            }
+        }
+    } else {
+        uint32_t position = 0;
+        const uint32_t s_mask = (1u << s_bits) - 1, z_mask = (1u << z_bits) - 1;
+        for (int g = 0; g < block->groups; g++, position += (uint32_t)bits) {
+            const uint64_t field = load64(padded + position / 8) >> position % 8;
+            params->s[g] = (uint16_t)(field & s_mask);
+            params->z[g] = (int16_t)(field >> s_bits & z_mask);
+        }
+        int bad = 0;
+        for (int g = 0; g < block->groups; g++) { /* apart, for vectors */
+            const int scale = s_low + SCALE_UNIT * params->s[g], zero = z_low + params->z[g];
+            bad |= (scale < least) | (scale > largest) | (zero < -MAX_ZERO_POINT) | (zero > MAX_ZERO_POINT);
+            params->s[g] = (uint16_t)scale;
+            params->z[g] = (int16_t)zero;
+        }
+        good = bad == 0;
+    }
+    derive(planes, full, params);
+    return good;
+}
+
+static void read_ranks(const uint8_t *entry, const uint8_t *in, lynx_streams *streams) {
+    const uint32_t a = load16(entry), more = load16(entry + 2);
+    memcpy(streams->a, in, a);
+    memset(streams->a + a, 0, SLACK);
+    memcpy(streams->more, in + a, more);
+    memset(streams->more + more, 0, SLACK);
+}
+
+static bool ranks_fit(const lynx_streams *streams, const uint8_t *entry) {
+    const uint32_t more = (streams->b_bits + 7) / 8 + (12 * streams->w_count + 7) / 8 + 2 * streams->x_count;
+    return (streams->a_bits + 7) / 8 == load16(entry) && more == load16(entry + 2);
+}
+
+static void write_constants(int part, const lynx_block *block, const lynx_params *params, uint16_t *rows,
+                            ptrdiff_t stride) {
+    for (int g = 0; g < block->groups; g++) {
+        if (params->constant >> g & 1) {
+            const int n = part == LYNX_KEY ? block->tokens : block->channels;
+            for (int i = 0; i < n; i++) {
+                rows[part == LYNX_KEY ? i * stride + g : g * stride + i] = params->word[g];
+            }
+        }
+    }
+}
+
+/* A folded section of the block, flat again; false if its sizes do not match. */
+static bool unfold_section(const lynx_kernels *kernels, const lynx_block *block, const lynx_fold *fold,
+                           const uint8_t *entry, const uint8_t *in, int64_t size, lynx_scratch *s, uint8_t *flat) {
+    memcpy(s->folded, in, (size_t)size);
+    memset(s->folded + size, 0, SLACK);
+    return kernels->unfold(fold, s->folded, load16(entry), block->tokens, flat);
+}
+
+/* Bytes that the next block is likely to need. Hardware follows one page at a time, and a block's sections are short. */
+static void prefetch(const uint8_t *p, uint64_t size) {
+    for (uint64_t i = 0; i < size; i += 64) {
+        __builtin_prefetch(p + i);
+    }
+}
+
+/* Rows of the block's channels to their places. */
+static void place_rows(const lynx_view *view, const lynx_block *block, const uint16_t *rows) {
+    for (int t = 0; t < block->tokens; t++) {
+        memcpy(row_of(view, block, block->token + (uint32_t)t), rows + t * ROW, 2 * (size_t)block->channels);
+    }
+}
+
+int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_view *view, uint64_t first, uint64_t last,
+                void *scratch, lynx_hq_fault *fault) {
+    const lynx_kernels *kernels = lynx_current();
+    lynx_scratch *s = lynx_scratch_of(scratch);
+    forget_setups(s);
+    const uint8_t *anchor = levels->anchor, *rest = levels->rest, *anchor_end = anchor + levels->anchor_size;
+    uint64_t params = 0, ranks = 0;
+    *fault = (lynx_hq_fault){0};
+    lynx_block block;
+    for (lynx_first_block(tile, &block); block.index < last; lynx_next_block(tile, &block)) {
+        const uint8_t *header = levels->param_headers + PARAM_HEADER * block.index;
+        const uint8_t *entry =
+            levels->rank_table == NULL ? NULL : levels->rank_table + RANK_HEADER * block.index;
+        const uint8_t *folding = fold_entry(levels->fold_table, block.index);
+        const uint8_t *rest_folding = fold_entry(levels->rest_table, block.index);
+        const int64_t anchor_size = planes_bytes(folding, &block, ANCHOR_SECTION);
+        const int64_t rest_size = rest == NULL ? 0 : planes_bytes(rest_folding, &block, REST_SECTION);
+        const int64_t params_size = params_bytes(header, block.groups);
+        const int64_t ranks_size = entry == NULL ? 0 : ranks_bytes(entry, &block);
+        if (anchor_size < 0 || (uint64_t)(anchor - levels->anchor) + (uint64_t)anchor_size > levels->anchor_size) {
+            return fail(fault, LYNX_ERR_FOLD, 3, block.index, (uint64_t)(anchor - levels->anchor));
+        }
+        if (rest_size < 0 ||
+            (rest != NULL && (uint64_t)(rest - levels->rest) + (uint64_t)rest_size > levels->rest_size)) {
+            return fail(fault, LYNX_ERR_FOLD, 1, block.index, (uint64_t)(rest - levels->rest));
+        }
+        if (params_size < 0 || params + (uint64_t)params_size > levels->params_size) {
+            return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
+        }
+        if (ranks_size < 0 || ranks + (uint64_t)ranks_size > levels->rank_size) {
+            return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
+        }
+        if (block.index >= first) {
+            const lynx_setup *setup = lynx_set_up(tile, &block, s);
+            const lynx_planes *planes = &setup->planes;
+            if (!read_params(tile, &block, header, levels->params + params, (uint64_t)params_size, planes, rest != NULL,
+                             &s->params)) {
+                return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
+            }
+            const bool in_place = block.channels == ROW && is_straight(view, &block);
+            uint16_t *rows = in_place ? row_of(view, &block, block.token) : s->words;
+            const ptrdiff_t row_stride = in_place ? view->token_stride : ROW;
+            if (entry != NULL && load16(entry) == RAW_RANKS) {
+                const uint8_t *in = levels->rank + ranks;
+                for (int t = 0; t < block.tokens; t++) {
+                    memcpy(row_of(view, &block, block.token + (uint32_t)t), in, 2 * (size_t)block.channels);
+                    in += 2 * block.channels;
+                }
+            } else {
+                uint16_t *to = setup->shifted ? s->words : rows;
+                const ptrdiff_t stride = setup->shifted ? ROW : row_stride;
+                const uint8_t *in_anchor = anchor, *in_rest = rest;
+                const bool folded = folding != NULL && load16(folding) != FLAT;
+                const bool rest_folded = rest_folding != NULL && load16(rest_folding) != FLAT;
+                if (folded) {
+                    if (!unfold_section(kernels, &block, &planes->fold[0], folding, anchor, anchor_size, s, s->anchor)) {
+                        return fail(fault, LYNX_ERR_FOLD, 3, block.index, (uint64_t)(anchor - levels->anchor));
+                    }
+                    in_anchor = s->anchor;
+                } else if (!planes->uniform && anchor_end - anchor < anchor_size + SLACK) {
+                    in_anchor = memcpy(s->anchor, anchor, (size_t)anchor_size); /* kernels read beyond the end */
+                }
+                if (rest_folded) {
+                    if (!unfold_section(kernels, &block, &planes->fold[1], rest_folding, rest, rest_size, s, s->rest)) {
+                        return fail(fault, LYNX_ERR_FOLD, 1, block.index, (uint64_t)(rest - levels->rest));
+                    }
+                    in_rest = s->rest;
+                } else if (!planes->uniform && rest != NULL) {
+                    in_rest = memcpy(s->rest, rest, (size_t)rest_size);
+                }
+                kernels->unpack(planes, in_anchor, in_rest, block.tokens, s->codes);
+                if (folded || rest_folded) {
+                    int16_t zeros[ROW];
+                    kernels->uncentre(planes, zeros_of(tile->part, planes, &s->params, zeros), block.tokens,
+                                      folded, rest_folded, s->codes);
+                }
+                if (rest != NULL &&
+                    !kernels->check(tile->part, s->codes, block.tokens, planes)) {
+                    return fail(fault, LYNX_ERR_CODE, 1, block.index, (uint64_t)(rest - levels->rest));
+                }
+                if (entry == NULL) {
+                    kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, to, stride);
+                } else {
+                    prefetch(anchor + anchor_size, (uint64_t)anchor_size);
+                    prefetch(rest + rest_size, (uint64_t)rest_size);
+                    prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
+                    read_ranks(entry, levels->rank + ranks, &s->streams);
+                    const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
+                    if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,
+                                       &s->streams, to, stride) != LYNX_OK ||
+                        !ranks_fit(&s->streams, entry)) {
+                        return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
+                    }
+                }
+                if (s->params.constant != 0) {
+                    write_constants(tile->part, &block, &s->params, to, stride);
+                }
+                if (setup->shifted) {
+                    kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, rows, row_stride);
+                }
+                if (!in_place) {
+                    place_rows(view, &block, s->words);
+                }
+            }
+        }
+        params += (uint64_t)params_size;
+        ranks += (uint64_t)ranks_size;
+        anchor += anchor_size;
+        if (rest != NULL) {
+            rest += rest_size;
+        }
+    }
+    return LYNX_OK;
+}

@@ -1,0 +1,334 @@
+/* The encoder of hq: parameters, planes and ranks of blocks around the kernels. */
+#include "hq.h"
+#include "ranks.h"
+
+/* Extremes of a group that holds special words: over the others; 0 if there are none, or none but -0, of which a scale
+ * would be negative. */
+static void finite_range(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const lynx_block *block, int g,
+                         int16_t *low, int16_t *high) {
+    const int n = part == LYNX_KEY ? block->tokens : block->channels;
+    bool any = false;
+    for (int i = 0; i < n; i++) {
+        const uint16_t word = part == LYNX_KEY ? rows[i * stride + g] : rows[g * stride + i];
+        if ((word & 0x7fff) < LYNX_DTYPES[dtype].special) {
+            const int16_t o = ordered(word);
+            *low = !any || o < *low ? o : *low;
+            *high = !any || o > *high ? o : *high;
+            any = true;
+        }
+    }
+    const int16_t minus_zero = ordered(0x8000);
+    if (!any || (*low == minus_zero && *high == minus_zero)) {
+        *low = *high = 0;
+    }
+}
+
+/* Choose s and z of every group from its extremes. Returns whether the block holds a special word outside constant
+ * groups. */
+static bool choose_params(const lynx_kernels *kernels, const lynx_tile *tile, const lynx_block *block,
+                          const lynx_planes *planes, const uint16_t *rows, ptrdiff_t stride, lynx_scratch *s) {
+    lynx_params *params = &s->params;
+    const int16_t limit = LYNX_DTYPES[tile->dtype].special;
+    bool odd = false, special = false;
+    for (int g = block->groups; g < ROW; g++) {
+        s->low[g] = s->low[0]; /* unused groups repeat a used one */
+        s->high[g] = s->high[0];
+    }
+    for (int g = 0; g < ROW; g++) {
+        odd |= (s->low[g] == s->high[g]) | (s->high[g] >= limit) | (s->low[g] < -limit);
+    }
+    params->constant = 0;
+    if (!odd) {
+        kernels->choose(tile->dtype, planes, s->low, s->high, params);
+        return false;
+    }
+    int16_t low[ROW], high[ROW];
+    for (int g = 0; g < block->groups; g++) {
+        low[g] = s->low[g];
+        high[g] = s->high[g];
+        if (low[g] == high[g]) {
+            params->constant |= 1ull << g;
+            params->word[g] = from_ordered(low[g]);
+            low[g] = high[g] = 0;
+        } else if (high[g] >= limit || low[g] < -limit) {
+            special = true;
+            finite_range(tile->part, tile->dtype, rows, stride, block, g, &low[g], &high[g]);
+        }
+    }
+    memset(low + block->groups, 0, sizeof low[0] * (size_t)(ROW - block->groups));
+    memset(high + block->groups, 0, sizeof high[0] * (size_t)(ROW - block->groups));
+    kernels->choose(tile->dtype, planes, low, high, params);
+    for (int g = 0; g < block->groups; g++) {
+        if (params->constant >> g & 1) {
+            params->s[g] = 0;
+            params->z[g] = 0;
+        }
+    }
+    return special;
+}
+
+static int bit_length(uint32_t x) {
+    return x == 0 ? 0 : floor_log2(x) + 1;
+}
+
+/* Write the parameters, unless `header` is null. Returns their bytes. */
+static uint64_t write_params(const lynx_params *params, int groups, uint8_t *header, uint8_t *out) {
+    int s_low = UINT16_MAX, s_high = 0, z_low = INT16_MAX, z_high = INT16_MIN;
+    for (int g = 0; g < groups; g++) {
+        const int s = params->s[g], z = params->z[g];
+        s_low = s < s_low ? s : s_low;
+        s_high = s > s_high ? s : s_high;
+        z_low = z < z_low ? z : z_low;
+        z_high = z > z_high ? z : z_high;
+    }
+    const int s_bits = bit_length((uint32_t)(s_high - s_low) / SCALE_UNIT), z_bits = bit_length((uint32_t)(z_high - z_low));
+    const bool raw = params->constant != 0;
+    const uint32_t bits = raw ? 32 : (uint32_t)(s_bits + z_bits);
+    const uint64_t size = ((uint64_t)groups * bits + 7) / 8;
+    if (header == NULL) {
+        return size;
+    }
+    store16(header, raw ? 0 : (uint32_t)s_low);
+    store16(header + 2, raw ? 0 : (uint32_t)z_low);
+    header[4] = (uint8_t)(raw ? RAW_PARAMS : s_bits);
+    header[5] = (uint8_t)(raw ? RAW_PARAMS : z_bits);
+    uint8_t packed[4 * ROW + 8]; /* the writer stores 8 bytes at a time */
+    bit_writer writer = {packed, 0, 0};
+    for (int g = 0; g < groups; g++) {
+        const uint32_t plain = (uint32_t)(params->s[g] - s_low) / SCALE_UNIT | (uint32_t)(params->z[g] - z_low) << s_bits;
+        const uint32_t z = params->constant >> g & 1 ? params->word[g] : (uint16_t)params->z[g];
+        put(&writer, raw ? params->s[g] | z << 16 : plain, bits);
+    }
+    memcpy(out, packed, size);
+    return size;
+}
+
+static uint64_t rank_bytes(const lynx_streams *streams) {
+    return (streams->a_bits + 7) / 8 + (streams->b_bits + 7) / 8 + (12 * streams->w_count + 7) / 8 +
+           2 * (uint64_t)streams->x_count;
+}
+
+static uint64_t write_ranks(const lynx_streams *streams, uint8_t *table, uint8_t *out) {
+    const uint32_t a = (streams->a_bits + 7) / 8, b = (streams->b_bits + 7) / 8, w = (12 * streams->w_count + 7) / 8;
+    store16(table, a);
+    store16(table + 2, b + w + 2 * streams->x_count);
+    memcpy(out, streams->a, a);
+    memcpy(out + a, streams->b, b);
+    memcpy(out + a + b, streams->w, w);
+    for (uint32_t i = 0; i < streams->x_count; i++) {
+        store16(out + a + b + w + 2 * i, streams->x[i]);
+    }
+    return a + b + w + 2 * (uint64_t)streams->x_count;
+}
+
+static void zero_pad(const lynx_block *block, uint8_t *codes) {
+    memset(codes + block->tokens * ROW, 0, (size_t)(8 * block->octets - block->tokens) * ROW);
+}
+
+/* Pack the block's codes and move the sections' ends. Only uniform planes can be written in place: kernels overrun the
+ * end of others, where another thread's block may begin. */
+static void pack_planes(const lynx_kernels *kernels, const lynx_block *block, const lynx_planes *planes,
+                        const uint8_t *codes, lynx_scratch *s, uint8_t **anchor, uint8_t **rest) {
+    if (*anchor == NULL && *rest == NULL) {
+        return;
+    }
+    const size_t anchor_size = (size_t)block->octets * planes->anchor_octet;
+    const size_t rest_size = (size_t)block->octets * planes->rest_octet;
+    if (planes->uniform) {
+        kernels->pack(planes, codes, block->tokens, *anchor, *rest);
+    } else {
+        kernels->pack(planes, codes, block->tokens, s->anchor, s->rest);
+    }
+    if (*anchor != NULL) {
+        if (!planes->uniform) {
+            memcpy(*anchor, s->anchor, anchor_size);
+        }
+        *anchor += anchor_size;
+    }
+    if (*rest != NULL) {
+        if (!planes->uniform) {
+            memcpy(*rest, s->rest, rest_size);
+        }
+        *rest += rest_size;
+    }
+}
+
+/* A section of centred planes in folded form, if that is smaller, and its entry in the fold table. */
+static bool fold_section(const lynx_kernels *kernels, const lynx_block *block, const lynx_fold *fold,
+                         const uint8_t *flat,
+                         lynx_scratch *s, uint8_t *entry, uint8_t **out) {
+    store16(entry, FLAT);
+    if ((fold->three | fold->two) == 0) {
+        return false;
+    }
+    const uint32_t fixed = (uint32_t)(block->octets * fold->folded_size);
+    const uint32_t made = kernels->fold(fold, flat, block->tokens, s->folded), size = fixed + (made & FOLD_SIZE);
+    if (size >= (uint32_t)(block->octets * fold->flat_size)) {
+        return false;
+    }
+    store16(entry, made);
+    memcpy(*out, s->folded, size);
+    *out += size;
+    return true;
+}
+
+/* The block's planes, folded where that is smaller, and the entries in the fold tables. */
+static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block *block,
+                        const lynx_planes *planes, lynx_scratch *s, uint8_t *anchor_entry, uint8_t *rest_entry, uint8_t **anchor, uint8_t **rest) {
+    uint8_t *none = NULL, *flat = s->flat, *late = s->flat_rest;
+    const bool fold_anchor = *anchor != NULL && anchor_entry != NULL, fold_rest = *rest != NULL && rest_entry != NULL;
+    int16_t zeros[ROW];
+    kernels->centre(planes, zeros_of(part, planes, &s->params, zeros), s->codes, block->tokens, s->centred);
+    pack_planes(kernels, block, planes, s->centred, s, fold_anchor ? &flat : &none, fold_rest ? &late : &none);
+    const bool done = fold_anchor && fold_section(kernels, block, &planes->fold[0], s->flat, s, anchor_entry, anchor);
+    const bool done_rest = fold_rest && fold_section(kernels, block, &planes->fold[1], s->flat_rest, s, rest_entry, rest);
+    pack_planes(kernels, block, planes, s->codes, s, done ? &none : anchor, done_rest ? &none : rest);
+}
+
+#define LEAST_SPREAD 0x2000 /* 2^-63 */
+
+static uint32_t spread_word(float spread) {
+    const uint32_t word = (float_bits(spread) + 0xffffu) >> 16;
+    return word < LEAST_SPREAD || word >= 0x8000 ? LEAST_SPREAD : word; /* 0x8000: nothing but -0 */
+}
+
+/* How far a channel's values lie from zero, by their signs, in units of 4 codes: round(15 (positive - negative) / n). */
+static int8_t bias_of(uint32_t tokens, uint32_t negative) {
+    const int64_t n = tokens, excess = n - 2 * (int64_t)negative;
+    const int64_t bias = (30 * excess + 31 * n) / (2 * n) - 15; /* the dividend is positive */
+    return (int8_t)(bias < -8 ? -8 : bias > 7 ? 7 : bias);
+}
+
+/* The block's values in rows of 64 channels for the kernels: in place, or in scratch where they are fewer (repeats do not
+ * change a group's extremes) or on several pages, or have exponents to divide by. */
+static const uint16_t *block_rows(const lynx_kernels *kernels, const lynx_view *view, const lynx_block *block,
+                                  const lynx_setup *setup, ptrdiff_t *stride, lynx_scratch *s) {
+    const uint16_t *rows = row_of(view, block, block->token);
+    *stride = view->token_stride;
+    if (block->channels < ROW || !is_straight(view, block)) {
+        for (int t = 0; t < block->tokens; t++) {
+            const uint16_t *row = row_of(view, block, block->token + (uint32_t)t);
+            memcpy(s->words + t * ROW, row, 2 * (size_t)block->channels);
+            for (int c = block->channels; c < ROW; c++) {
+                s->words[t * ROW + c] = row[0];
+            }
+        }
+        rows = s->words;
+        *stride = ROW;
+    }
+    if (setup != NULL && setup->shifted) {
+        kernels->rescale(setup->shifts, rows, *stride, block->tokens, s->words, ROW);
+        rows = s->words;
+        *stride = ROW;
+    }
+    return rows;
+}
+
+void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges, uint16_t *sizes, int8_t *biases,
+                  void *scratch) {
+    const lynx_kernels *kernels = lynx_current();
+    lynx_scratch *s = lynx_scratch_of(scratch);
+    const int16_t limit = LYNX_DTYPES[tile->dtype].special;
+    for (uint32_t head = 0; head < tile->heads; head++) {
+        for (uint32_t channel = 0; channel < tile->head_dim; channel += ROW) {
+            uint64_t range[ROW] = {0}, size[ROW] = {0};
+            uint32_t count[ROW] = {0}, negative[ROW] = {0};
+            lynx_block block = {.head = head, .channel = channel};
+            block.channels = tile->head_dim - channel < ROW ? (int)(tile->head_dim - channel) : ROW;
+            for (; block.token < tile->tokens; block.token += ROW) {
+                block.tokens = tile->tokens - block.token < ROW ? (int)(tile->tokens - block.token) : ROW;
+                ptrdiff_t stride;
+                const uint16_t *rows = block_rows(kernels, view, &block, NULL, &stride, s);
+                uint16_t signs[ROW];
+                kernels->survey(rows, stride, block.tokens, s->low, s->high, signs);
+                for (int c = 0; c < ROW; c++) {
+                    const bool tame = s->high[c] < limit && s->low[c] >= -limit;
+                    const float low = tame ? word_value(tile->dtype, from_ordered(s->low[c])) : 0;
+                    const float high = tame ? word_value(tile->dtype, from_ordered(s->high[c])) : 0;
+                    negative[c] += signs[c];
+                    range[c] += tame ? spread_word(high - low) : 0;
+                    size[c] += tame ? spread_word(-low > high ? -low : high) : 0;
+                    count[c] += tame;
+                }
+            }
+            for (int c = 0; c < block.channels; c++) {
+                const uint64_t at = (uint64_t)head * tile->head_dim + channel + (uint64_t)c;
+                ranges[at] = (uint16_t)(count[c] == 0 ? LEAST_SPREAD : range[c] / count[c]);
+                sizes[at] = (uint16_t)(count[c] == 0 ? LEAST_SPREAD : size[c] / count[c]);
+                biases[at] = bias_of(tile->tokens, negative[c]);
+            }
+        }
+    }
+}
+
+void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, lynx_encoded *out,
+                 void *scratch) {
+    const lynx_kernels *kernels = lynx_current();
+    lynx_scratch *s = lynx_scratch_of(scratch);
+    forget_setups(s);
+    uint8_t *fold_table = tile->fold ? out->fold_table : NULL, *rest_table = tile->fold ? out->rest_table : NULL;
+    uint8_t *anchor = out->anchor, *rest = out->rest, *headers = out->param_headers, *params = out->params;
+    uint8_t *table = out->rank_table, *ranks = out->rank;
+    lynx_hq_piece *made = &out->made;
+    *made = (lynx_hq_piece){.first = first, .last = last};
+    lynx_block block;
+    for (lynx_first_block(tile, &block); block.index < last; lynx_next_block(tile, &block)) {
+        if (block.index < first) {
+            continue;
+        }
+        const lynx_setup *setup = lynx_set_up(tile, &block, s);
+        const lynx_planes *planes = &setup->planes;
+        const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
+        ptrdiff_t stride;
+        const uint16_t *rows = block_rows(kernels, view, &block, setup, &stride, s);
+        kernels->range(tile->part, rows, stride, block.tokens, s->low, s->high);
+        const bool special = choose_params(kernels, tile, &block, planes, rows, stride, s);
+        const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
+        quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, planes, &s->params,
+                            s->codes);
+        zero_pad(&block, s->codes);
+        if (fold_table != NULL || rest_table != NULL) {
+            pack_folded(kernels, tile->part, &block, planes, s, fold_table, rest_table, &anchor, &rest);
+            fold_table += fold_table == NULL ? 0 : FOLD_HEADER;
+            rest_table += rest_table == NULL ? 0 : FOLD_HEADER;
+        } else {
+            pack_planes(kernels, &block, planes, s->codes, s, &anchor, &rest);
+        }
+        const uint64_t params_size = write_params(&s->params, block.groups, headers, params);
+        made->params += params_size;
+        if (headers != NULL) {
+            params += params_size;
+            headers += PARAM_HEADER;
+        }
+        if (table == NULL && !out->wants_rank_bound) {
+            continue;
+        }
+        uint64_t size = 2 * values;
+        if (table == NULL && !special && kernels->rank_bound != NULL && tile->dtype == LYNX_BFLOAT16) {
+            size = (kernels->rank_bound(tile->part, s->codes, block.tokens, block.channels, &s->params) + 7) / 8 + 3;
+        } else if (!special) {
+            quantiser->rank(tile->part, tile->dtype, rows, stride, s->codes, block.tokens, block.channels, &s->params,
+                            &s->streams);
+            size = rank_bytes(&s->streams);
+        }
+        const bool raw = size >= 2 * values;
+        made->rank_bound += RANK_HEADER + (raw ? 2 * values : size);
+        if (table == NULL) {
+            continue;
+        }
+        if (raw) {
+            store16(table, RAW_RANKS);
+            store16(table + 2, 0);
+            for (int t = 0; t < block.tokens; t++) {
+                memcpy(ranks, row_of(view, &block, block.token + (uint32_t)t), 2 * (size_t)block.channels);
+                ranks += 2 * block.channels;
+            }
+        } else {
+            ranks += write_ranks(&s->streams, table, ranks);
+        }
+        table += RANK_HEADER;
+    }
+    made->anchor = anchor == NULL ? 0 : (uint64_t)(anchor - out->anchor);
+    made->rest = rest == NULL ? 0 : (uint64_t)(rest - out->rest);
+    made->rank = ranks == NULL ? 0 : (uint64_t)(ranks - out->rank);
+}

@@ -1,0 +1,173 @@
+/* What the files of hq share: tiles, blocks, the sections of a tile, and the scratch memory of a thread. */
+#ifndef LYNX_HQ_H
+#define LYNX_HQ_H
+
+#include "isa.h"
+#include "params.h"
+#include "words.h"
+
+#define RAW_PARAMS 0xff   /* parameter header: both widths; s and z follow in full */
+#define RAW_RANKS 0xffff  /* rank table: size of stream A; the block's words follow */
+#define MAX_ZERO_POINT 1024
+#define SCALE_UNIT 4      /* scales have 6 significant bits: a multiple of 4 as bfloat16 words */
+#define PARAM_HEADER 6    /* bytes of a block's parameter header, */
+#define RANK_HEADER 4     /* of its entry in the rank table, */
+#define FOLD_HEADER 2     /* and of that in a fold table */
+
+/* A tile of words [heads, tokens, head_dim], cut into blocks of up to 64 tokens x 64 channels of one head, ordered by head,
+ * then tokens, then channels. */
+typedef struct {
+    int32_t dtype;           /* LYNX_BFLOAT16 or LYNX_FLOAT16 */
+    int32_t part;            /* LYNX_KEY: a group is a channel over tokens. LYNX_VALUE: a token over channels */
+    uint32_t heads, tokens, head_dim;
+    const uint8_t *widths;   /* [heads][head_dim] anchor bits, 0..8; equal within a value group */
+    const int8_t *exponents; /* [heads][head_dim] words are divided by 2^e, -8..7, bfloat16 only; null: none */
+    const int8_t *biases;    /* [heads][head_dim] of value tiles with folding, -8..7; null: zeros */
+    int32_t fold;            /* whether the top planes are folded */
+} lynx_tile;
+
+/* Sizes of the sections of some of a tile's blocks. */
+typedef struct {
+    uint64_t blocks;
+    uint64_t anchor;      /* bytes of the anchor planes; with folding, what they take at most */
+    uint64_t rest;        /* bytes of the remaining planes; with folding, what they take at most */
+    uint64_t max_params;  /* the parameters' bound, without block headers */
+    uint64_t max_rank;    /* the rank streams' bound, without block table */
+} lynx_sizes;
+
+/* Where blocks [first, last) are encoded to; pointers are to the first block of the range. A null section is not made:
+ * `anchor` goes with `fold_table` where the tile folds, `rest` with `rest_table` where lynx_folds_rest says so,
+ * `param_headers` with `params`, and `rank_table` with `rank`. Each has room for what lynx_measure gives. */
+typedef struct {
+    uint8_t *fold_table, *anchor;
+    uint8_t *param_headers, *params;
+    uint8_t *rest_table, *rest;
+    uint8_t *rank_table, *rank;
+    bool wants_rank_bound; /* whether to work rank_bound out where there is no rank table */
+    lynx_hq_piece made;
+} lynx_encoded;
+
+/* The sections of a tile's levels, each whole, as received. `rest` null: anchor only. `rank_table` null: 8-bit. */
+typedef struct {
+    const uint8_t *fold_table, *anchor;
+    const uint8_t *param_headers, *params;
+    const uint8_t *rest_table, *rest;
+    const uint8_t *rank_table, *rank;
+    uint64_t anchor_size, params_size, rest_size, rank_size;
+} lynx_levels;
+
+/* Sections, in faults. */
+enum { IN_PARAMS = 0, IN_REST = 1, IN_RANKS = 2, IN_ANCHOR = 3 };
+
+bool lynx_tile_is_bad(const lynx_tile *tile);
+uint64_t lynx_count_blocks(const lynx_tile *tile);
+bool lynx_folds_rest(const lynx_tile *tile);
+/* Sizes of blocks [first, last). */
+void lynx_measure(const lynx_tile *tile, uint64_t first, uint64_t last, lynx_sizes *sizes);
+
+/* What an encoder has to know of the channels, [heads][head_dim]: their ranges and sizes as bfloat16 words (means over
+ * blocks of the range and of the largest magnitude), and how far they lie from zero; spec/codec-hq.md, "Spreads" and
+ * "Folding". */
+void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges, uint16_t *sizes, int8_t *biases,
+                  void *scratch);
+void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, lynx_encoded *out,
+                 void *scratch);
+/* Check that headers and tables add up to the sections' sizes: the totals only, no values. */
+int lynx_check(const lynx_tile *tile, const lynx_levels *levels, lynx_hq_fault *fault);
+/* Decode blocks [first, last). lynx_check must have passed for the same levels. */
+int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_view *view, uint64_t first, uint64_t last,
+                void *scratch, lynx_hq_fault *fault);
+
+/* --- blocks --------------------------------------------------------------------------------------------------- */
+
+/* What follows from the widths of a column of blocks: 64 channels of a head. */
+typedef struct {
+    uint32_t width_sum; /* sum of its channels' widths */
+    uint32_t folded[2]; /* channels whose top planes fold, in the anchor and in the rest section */
+} lynx_column;
+
+#define COLUMNS 16 /* of a head that are remembered; more are worked out again for each block */
+
+/* A walk over blocks in order. */
+typedef struct {
+    uint64_t index;
+    uint32_t head, token, channel; /* of the block's first value */
+    int tokens, channels, octets, groups;
+    lynx_column column;
+    lynx_column columns[COLUMNS];
+} lynx_block;
+
+void lynx_first_block(const lynx_tile *tile, lynx_block *block);
+void lynx_next_block(const lynx_tile *tile, lynx_block *block);
+
+static inline uint32_t section_octet(const lynx_block *block, int section) {
+    const uint32_t sum = block->column.width_sum;
+    return section == ANCHOR_SECTION ? sum : 8u * (uint32_t)block->channels - sum;
+}
+
+/* --- scratch -------------------------------------------------------------------------------------------------- */
+
+/* What the kernels need to know of a column. */
+typedef struct {
+    uint32_t head, first; /* which it is; head UINT32_MAX: none */
+    lynx_planes planes;
+    int16_t shifts[ROW], unshifts[ROW]; /* exponents of the channels, in words; and their negatives */
+    bool shifted;                       /* some exponent is not 0 */
+} lynx_setup;
+
+#define SETUPS 4 /* that are remembered */
+
+typedef struct {
+    lynx_setup setups[SETUPS];
+    lynx_params params;
+    int16_t low[ROW], high[ROW];
+    _Alignas(64) uint16_t words[BLOCK_VALUES];
+    _Alignas(64) uint8_t codes[BLOCK_VALUES];
+    _Alignas(64) uint8_t centred[BLOCK_VALUES];
+    uint8_t anchor[8 * 8 * ROW + SLACK], rest[8 * 8 * ROW + SLACK];
+    uint8_t flat[8 * 8 * ROW + SLACK], flat_rest[8 * 8 * ROW + SLACK];
+    uint8_t folded[FOLDED_MAX + SLACK];
+    lynx_streams streams;
+} lynx_scratch;
+
+lynx_scratch *lynx_scratch_of(void *scratch);
+static inline void forget_setups(lynx_scratch *s) {
+    for (int i = 0; i < SETUPS; i++) {
+        s->setups[i].head = UINT32_MAX;
+    }
+}
+
+/* The block's column set up for the kernels, which may be so from an earlier block. */
+const lynx_setup *lynx_set_up(const lynx_tile *tile, const lynx_block *block, lynx_scratch *s);
+
+/* --- views ---------------------------------------------------------------------------------------------------- */
+
+static inline uint16_t *row_of(const lynx_view *view, const lynx_block *block, uint32_t token) {
+    uint16_t *words = view->words;
+    words += (ptrdiff_t)block->head * view->head_stride + block->channel;
+    if (view->pages == NULL) {
+        return words + (ptrdiff_t)token * view->token_stride;
+    }
+    const uint32_t at = view->first_token + token;
+    return words + view->pages[at / view->page_tokens] * view->page_stride +
+           (ptrdiff_t)(at % view->page_tokens) * view->token_stride;
+}
+
+/* Whether the block's tokens lie `token_stride` apart. */
+static inline bool is_straight(const lynx_view *view, const lynx_block *block) {
+    return view->pages == NULL || (view->first_token + block->token) % view->page_tokens + (uint32_t)block->tokens <=
+                                      view->page_tokens;
+}
+
+/* Where zero lies among the codes of value tokens. */
+static inline const int16_t *zeros_of(int part, const lynx_planes *planes, const lynx_params *params, int16_t *zeros) {
+    if (part == LYNX_KEY) {
+        return NULL;
+    }
+    for (int g = 0; g < ROW; g++) {
+        zeros[g] = (int16_t)(params->z[g] + planes->low[g]);
+    }
+    return zeros;
+}
+
+#endif
