@@ -1,76 +1,102 @@
-/* Tiles of the hq targets: made from a script, encoded into sections of exact size, decoded. */
+/* Tiles of the hq targets: made from a script, encoded into payloads of exact size, decoded. */
 #ifndef FUZZ_HQ_H
 #define FUZZ_HQ_H
 
-#include "../../native/src/hq.h"
 #include "common.h"
 
-enum { FOLD_TABLE, ANCHOR, HEADERS, PARAMS, REST_TABLE, REST, RANK_TABLE, RANKS, SECTIONS };
 #define MAX_CHANNELS (2 * 72)
-
-typedef struct {
-    uint8_t *at[SECTIONS];
-    uint64_t size[SECTIONS];
-} sections;
+#define MAX_PAGES 90
 
 static void *scratch; /* made by the target */
 
-/* Tiles that do not fold have no such table. */
-static uint8_t *table(const sections *e, int section) {
-    return e->size[section] > 0 ? e->at[section] : NULL;
-}
+/* What a script makes a tile of. `config` and `view` point into this structure. */
+typedef struct {
+    lynx_hq_config config;
+    lynx_hq_bounds bounds;
+    uint8_t widths[MAX_CHANNELS];
+    size_t words;
+} shape;
 
-static lynx_view dense(const lynx_tile *tile, const uint16_t *words) {
-    return (lynx_view){.words = (uint16_t *)(uintptr_t)words, .token_stride = tile->head_dim,
-                       .head_stride = (ptrdiff_t)tile->head_dim * (ptrdiff_t)tile->tokens};
-}
+typedef struct {
+    uint8_t *at[3];
+    uint64_t size[3];
+    int count;
+} payloads;
 
-static sections encode(const lynx_tile *tile, const lynx_sizes *sizes, const uint16_t *words) {
-    const bool rest_table = lynx_folds_rest(tile);
-    sections e = {.size = {tile->fold ? FOLD_HEADER * sizes->blocks : 0, sizes->anchor,
-                           PARAM_HEADER * sizes->blocks, sizes->max_params,
-                           rest_table ? FOLD_HEADER * sizes->blocks : 0, sizes->rest,
-                           RANK_HEADER * sizes->blocks, sizes->max_rank}};
-    for (int i = 0; i < SECTIONS; i++) {
-        e.at[i] = bytes(e.size[i]);
-        memset(e.at[i], 0, e.size[i]);
+static bool make_shape(script *s, shape *x) {
+    static const uint32_t tokens[8] = {1, 7, 8, 9, 17, 33, 64, 67};
+    lynx_hq_config *c = &x->config;
+    *c = (lynx_hq_config){.dtype = (int32_t)below(s, 2), .part = (int32_t)below(s, 2), .heads = 1 + below(s, 2),
+                          .tokens = tokens[below(s, 8)], .head_dim = 1 + below(s, 72), .levels = 1 + (int32_t)below(s, 3),
+                          .fold = (int32_t)below(s, 2), .scaling = (int32_t)below(s, 2)};
+    const uint32_t channels = c->heads * c->head_dim, kind = below(s, 3), width = below(s, 9);
+    uint64_t seed = take(s, 2);
+    for (uint32_t i = 0; i < channels; i++) {
+        const bool alone = kind == 1 && c->part == LYNX_KEY; /* values of a group share their width */
+        x->widths[i] = (uint8_t)(alone ? next_random(&seed) % 9 : width);
     }
-    lynx_encoded out = {.fold_table = table(&e, FOLD_TABLE), .anchor = e.at[ANCHOR], .param_headers = e.at[HEADERS],
-                           .params = e.at[PARAMS], .rest_table = table(&e, REST_TABLE), .rest = e.at[REST],
-                           .rank_table = e.at[RANK_TABLE], .rank = e.at[RANKS]};
-    const lynx_view view = dense(tile, words);
-    lynx_encode(tile, &view, 0, sizes->blocks, &out, scratch);
-    const lynx_hq_piece *made = &out.made;
-    REQUIRE(made->anchor <= e.size[ANCHOR] && made->params <= e.size[PARAMS] && made->rest <= e.size[REST] &&
-            made->rank <= e.size[RANKS]);
-    const uint64_t used[SECTIONS] = {e.size[FOLD_TABLE], made->anchor, e.size[HEADERS], made->params,
-                                     e.size[REST_TABLE], made->rest, e.size[RANK_TABLE], made->rank};
-    for (int i = 0; i < SECTIONS; i++) { /* exact sizes again */
-        uint8_t *p = bytes(used[i]);
-        memcpy(p, e.at[i], used[i]);
-        free(e.at[i]);
-        e.at[i] = p;
-        e.size[i] = used[i];
-    }
-    return e;
+    const bool by_range = kind == 2 && c->part == LYNX_KEY;
+    c->widths = by_range ? NULL : x->widths;
+    c->range_bits = by_range ? (uint64_t)channels * (width % 8) : 0;
+    x->words = (size_t)channels * c->tokens;
+    return lynx_hq_measure(c, &x->bounds) == LYNX_OK;
 }
 
-static int decode(const lynx_tile *tile, const lynx_sizes *sizes, const sections *e, int levels, uint16_t *words) {
-    const lynx_levels l = {.fold_table = table(e, FOLD_TABLE), .anchor = e->at[ANCHOR], .param_headers = e->at[HEADERS],
-                              .params = e->at[PARAMS], .rest_table = levels > 1 ? table(e, REST_TABLE) : NULL,
-                              .rest = levels > 1 ? e->at[REST] : NULL,
-                              .rank_table = levels > 2 ? e->at[RANK_TABLE] : NULL, .rank = e->at[RANKS],
-                              .anchor_size = e->size[ANCHOR], .params_size = e->size[PARAMS],
-                              .rest_size = e->size[REST], .rank_size = e->size[RANKS]};
+/* The tile's words [head, token, dim] in a row. */
+static lynx_view row_view(const shape *x, uint16_t *words) {
+    const ptrdiff_t row = x->config.head_dim;
+    return (lynx_view){.words = words, .head_stride = row * (ptrdiff_t)x->config.tokens, .token_stride = row};
+}
+
+/* In one or two pieces; false for tiles that have to be stored. */
+static bool encode(const shape *x, const lynx_view *view, bool halves, payloads *p) {
+    p->count = x->config.levels;
+    void *plan = bytes(x->bounds.plan);
+    uint8_t *levels[3] = {NULL, NULL, NULL};
+    for (int i = 0; i < p->count; i++) {
+        levels[i] = bytes(x->bounds.level[i]);
+    }
+    REQUIRE(lynx_hq_prepare(&x->config, view, plan, scratch) == LYNX_OK);
+    const uint64_t cut = halves ? x->bounds.blocks / 2 : x->bounds.blocks;
+    lynx_hq_piece pieces[2];
+    uint64_t count = 0;
+    if (cut < x->bounds.blocks) { /* the second first, as threads may */
+        REQUIRE(lynx_hq_encode(plan, view, cut, x->bounds.blocks, levels, &pieces[1], scratch) == LYNX_OK);
+        count = 2;
+    }
+    if (cut > 0 || count == 0) {
+        REQUIRE(lynx_hq_encode(plan, view, 0, cut, levels, &pieces[0], scratch) == LYNX_OK);
+        count += count == 0;
+    }
+    const int code = cut == 0 && count == 2 ? lynx_hq_assemble(plan, levels, pieces + 1, 1, p->size)
+                                            : lynx_hq_assemble(plan, levels, pieces, count, p->size);
+    REQUIRE(code == LYNX_OK || code == LYNX_STORED);
+    for (int i = 0; i < p->count; i++) { /* exact sizes again */
+        p->size[i] = code == LYNX_OK ? p->size[i] : 0;
+        REQUIRE(p->size[i] <= x->bounds.level[i]);
+        p->at[i] = bytes(p->size[i]);
+        memcpy(p->at[i], levels[i], p->size[i]);
+        free(levels[i]);
+    }
+    free(plan);
+    return code == LYNX_OK;
+}
+
+static int decode(const shape *x, const payloads *p, int count, const lynx_view *view) {
+    void *plan = bytes(x->bounds.plan);
     lynx_hq_fault fault;
-    const int code = lynx_check(tile, &l, &fault);
-    const lynx_view view = dense(tile, words);
-    return code != LYNX_OK ? code : lynx_decode(tile, &l, &view, 0, sizes->blocks, scratch, &fault);
+    const uint8_t *at[3] = {p->at[0], p->at[1], p->at[2]};
+    int code = lynx_hq_open(&x->config, at, p->size, count, plan, &fault);
+    if (code == LYNX_OK) {
+        code = lynx_hq_decode(plan, view, 0, x->bounds.blocks, scratch, &fault);
+    }
+    free(plan);
+    return code;
 }
 
-static void release(sections *e) {
-    for (int i = 0; i < SECTIONS; i++) {
-        free(e->at[i]);
+static void release(payloads *p) {
+    for (int i = 0; i < p->count; i++) {
+        free(p->at[i]);
     }
 }
 
@@ -87,39 +113,6 @@ static void make_words(script *s, uint16_t *words, size_t count) {
         default: words[i] = (uint16_t)take(s, 2); break;
         }
     }
-}
-
-/* What a script makes a tile of. `tile` points into this structure. */
-typedef struct {
-    lynx_tile tile;
-    lynx_sizes sizes;
-    size_t words;
-    uint8_t widths[MAX_CHANNELS];
-    int8_t exponents[MAX_CHANNELS], biases[MAX_CHANNELS];
-} shape;
-
-static bool make_shape(script *s, shape *x) {
-    static const uint32_t tokens[8] = {1, 7, 8, 9, 17, 33, 64, 67};
-    lynx_tile *tile = &x->tile;
-    *tile = (lynx_tile){.dtype = (int32_t)below(s, 2), .part = (int32_t)below(s, 2), .heads = 1 + below(s, 2),
-                           .tokens = tokens[below(s, 8)], .head_dim = 1 + below(s, 72), .widths = x->widths,
-                           .fold = (int32_t)below(s, 2)};
-    const uint32_t channels = tile->heads * tile->head_dim, mixed = below(s, 2), width = below(s, 9);
-    uint64_t seed = take(s, 2);
-    for (uint32_t i = 0; i < channels; i++) {
-        const bool alone = mixed && tile->part == LYNX_KEY; /* values of a group share their width */
-        x->widths[i] = (uint8_t)(alone ? next_random(&seed) % 9 : width);
-        x->exponents[i] = (int8_t)(next_random(&seed) % 16 - 8);
-        x->biases[i] = (int8_t)(next_random(&seed) % 16 - 8);
-    }
-    tile->exponents = tile->part == LYNX_VALUE && tile->dtype == LYNX_BFLOAT16 && below(s, 2) ? x->exponents : NULL;
-    tile->biases = tile->part == LYNX_VALUE && tile->fold && below(s, 2) ? x->biases : NULL;
-    x->words = (size_t)channels * tile->tokens;
-    if (lynx_tile_is_bad(tile)) {
-        return false;
-    }
-    lynx_measure(tile, 0, lynx_count_blocks(tile), &x->sizes);
-    return true;
 }
 
 #endif

@@ -222,8 +222,8 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
                     store(out + 32, r[1][7 - p]);
                 }
             }
-            anchor += anchor == NULL ? 0 : planes->anchor_octet;
-            rest += rest == NULL ? 0 : planes->rest_octet;
+            anchor = anchor == NULL ? NULL : anchor + planes->anchor_octet;
+            rest = rest == NULL ? NULL : rest + planes->rest_octet;
             continue;
         }
         for (int p = 0; p < 8; p++) {
@@ -277,7 +277,7 @@ static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8
                 r[half][7 - p] = v;
             }
             anchor += planes->anchor_count[p];
-            rest += rest == NULL ? 0 : planes->channels - planes->anchor_count[p];
+            rest = rest == NULL ? NULL : rest + planes->channels - planes->anchor_count[p];
         }
         for (int half = 0; half < 2; half++) {
             transpose(r[half], false);

@@ -344,8 +344,8 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
                     store(rest + ROW * (p - bits), r[7 - p]);
                 }
             }
-            anchor += anchor == NULL ? 0 : planes->anchor_octet;
-            rest += rest == NULL ? 0 : planes->rest_octet;
+            anchor = anchor == NULL ? NULL : anchor + planes->anchor_octet;
+            rest = rest == NULL ? NULL : rest + planes->rest_octet;
             continue;
         }
         for (int p = 0; p < 8; p++) {

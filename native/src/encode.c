@@ -289,8 +289,8 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         zero_pad(&block, s->codes);
         if (fold_table != NULL || rest_table != NULL) {
             pack_folded(kernels, tile->part, &block, planes, s, fold_table, rest_table, &anchor, &rest);
-            fold_table += fold_table == NULL ? 0 : FOLD_HEADER;
-            rest_table += rest_table == NULL ? 0 : FOLD_HEADER;
+            fold_table = fold_table == NULL ? NULL : fold_table + FOLD_HEADER;
+            rest_table = rest_table == NULL ? NULL : rest_table + FOLD_HEADER;
         } else {
             pack_planes(kernels, &block, planes, s->codes, s, &anchor, &rest);
         }

@@ -157,8 +157,8 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
             }
         }
         if (planes->uniform) {
-            anchor += anchor == NULL ? 0 : planes->anchor_octet;
-            rest += rest == NULL ? 0 : planes->rest_octet;
+            anchor = anchor == NULL ? NULL : anchor + planes->anchor_octet;
+            rest = rest == NULL ? NULL : rest + planes->rest_octet;
         }
     }
 }
@@ -186,12 +186,12 @@ static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8
             }
             if (!planes->uniform) {
                 anchor += planes->anchor_count[p];
-                rest += rest == NULL ? 0 : planes->channels - planes->anchor_count[p];
+                rest = rest == NULL ? NULL : rest + planes->channels - planes->anchor_count[p];
             }
         }
         if (planes->uniform) {
             anchor += planes->anchor_octet;
-            rest += rest == NULL ? 0 : planes->rest_octet;
+            rest = rest == NULL ? NULL : rest + planes->rest_octet;
         }
         for (int lane = 0; lane < 4; lane++) {
             transpose(r[lane]);
