@@ -14,8 +14,8 @@ from lynxproto.transports.tcp import connect_tcp, listen_tcp
 
 __all__ = ["TLSListener", "TLSStream", "TLSTransport", "client_context", "server_context"]
 
-#: Bytes encrypted at once: large enough to be cheap, small enough that an urgent frame does not wait long.
-_RECORDS = 64 << 10
+#: Bytes encrypted and sent at once: large enough to be cheap, and to stay in a core's cache.
+_RECORDS = 256 << 10
 
 
 #: Bytes of a handshake at most: certificate chains have a few kilobytes.
@@ -140,7 +140,7 @@ class TLSStream(ByteStream):
                 try:
                     self._tls.do_handshake()
                     self._shaken = True
-                    self._received = memoryview(bytearray(256 << 10))
+                    self._received = memoryview(bytearray(_RECORDS))
                 except ssl.SSLWantReadError:
                     await self._flush()
                     if not await self._fill():
@@ -164,7 +164,16 @@ class TLSStream(ByteStream):
             await self.handshake()
         while True:
             try:
-                return cast(int, self._tls.read(buffer.nbytes, cast(bytearray, buffer)))  # typeshed knows less
+                count = self._read(buffer)
+                while 0 < count < buffer.nbytes:  # OpenSSL gives one record (16 KiB) at a time
+                    try:
+                        more = self._read(buffer[count:])
+                    except ssl.SSLError:  # nothing more, or what the next call will meet
+                        break
+                    if not more:
+                        break
+                    count += more
+                return count
             except ssl.SSLWantReadError:
                 if self._outgoing.pending:
                     await asyncio.shield(self._flush())  # the caller may cancel; half a record must not be lost
@@ -210,6 +219,9 @@ class TLSStream(ByteStream):
         order = ("URI", "DNS", "IP Address", "email", "CN")
         names = sorted((pair for pair in names if pair[0] in order), key=lambda pair: order.index(pair[0]))
         return Credentials(names=tuple(dict.fromkeys(name for _, name in names)))
+
+    def _read(self, buffer: memoryview) -> int:
+        return cast(int, self._tls.read(buffer.nbytes, cast(bytearray, buffer)))  # typeshed knows less
 
     async def _fill(self) -> bool:
         count = await self._stream.receive_into(self._received)
