@@ -73,7 +73,7 @@ if find_spec("ucxx"):  # the extra `ucx`, which CI installs
         "ucx-tcp": Kind("ucx://127.0.0.1:0", in_flight=8 << 20, ucx_tls="tcp"),
         "ucx-sm": Kind("ucx://[::1]:0", in_flight=8 << 20, ucx_tls="sm"),
         "ucx-self": Kind("ucx://127.0.0.1:0", in_flight=8 << 20, ucx_tls="self,tcp"),
-        "ucx-ticket": Kind("ucx://localhost:0", tls=True, in_flight=8 << 20, ucx_tls="sm,tcp"),
+        "ucx-ticket": Kind("ucx://localhost:0", tls=True, insecure=False, in_flight=8 << 20, ucx_tls="sm,tcp"),
     }
 
 

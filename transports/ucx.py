@@ -480,9 +480,10 @@ class UCXTransport(Transport):
 
 
 def _check(setup: Setup) -> None:
-    if not setup.insecure:
+    if not setup.insecure and setup.tls is None:
         raise ConfigError(
-            "UCX does not encrypt: whoever is on the way can read and change what ucx:// carries; use tcps://, or say "
-            "that you want this (insecure=True, --insecure); tls= as well authenticates both sides"
+            "UCX does not encrypt: whoever is on the way can read and change what ucx:// carries; use tcps://, or a "
+            "TLS context (tls=, --ca...), which authenticates both sides, or say that you want this (insecure=True, "
+            "--insecure)"
         )
     require_ucxx()

@@ -99,6 +99,7 @@ def _goodput(nbytes: int, runs: int, names: Sequence[str], note: Any) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         tls = transfers.certificates(Path(folder)) if any(c.name == "tcps" for c in chosen) else None
         urls = {"tcp": "tcp://127.0.0.1:0", "tcps": "tcps://127.0.0.1:0", "unix": f"unix://{folder}/socket"}
+        urls["ucx"] = "ucx://127.0.0.1:0"
         running: dict[str, transfers.Running] = {}
         try:
             for c in chosen:
