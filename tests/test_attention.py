@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lynxproto import blocking
 from lynxproto.errors import ConfigError, SpecError
+from lynxproto.policy import Policy
+from lynxproto.quality import prefill
+from lynxproto.tiers import Tiers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from lynxproto.integrations import attention  # noqa: E402 - after importorskip
 from lynxproto.integrations.attention import AttentionMass, require_layers, watch_attention  # noqa: E402 - the same
-from lynxproto.integrations.hf import WordCache  # noqa: E402 - the same
+from lynxproto.integrations.hf import HFEngine, WordCache, make_identity, make_manifest  # noqa: E402 - the same
 
 torch.set_num_threads(1)
 TOKENS, HEADS, KV_HEADS, LAYERS = 60, 6, 2, 2
@@ -92,3 +96,37 @@ def test_models_that_cannot_be_watched_are_named():
         require_layers({0: 1}, 2, object())
     with pytest.raises(ConfigError, match="at least 1"):
         AttentionMass(0)
+
+
+def test_a_layers_plan_follows_its_attention_while_prefill_runs_and_all_tokens_become_exact():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    count = 400
+    ids = [i * 31 % 97 for i in range(count)]
+    identity = make_identity(model, name="tiny")
+    manifest = make_manifest(model, count, identity)
+    window = prefill(model, identity, np.array(ids), count)
+    tiers = Tiers.uniform((2, 4, 8, 16), window.cache).observed([window.attention.astype(float)])
+    cache = WordCache(config, count)
+    order = []
+    with blocking.listen("memory://attention") as receiver, blocking.connect(receiver.url) as sender:
+        outgoing = sender.open(manifest, Policy(tiers=tiers, budget=0.3, model="tiny"))
+
+        def send(layer, found):
+            order.append(layer)
+            outgoing.write(layer, cache.words(layer, "key"), cache.words(layer, "value"), importance=found)
+
+        with watch_attention(model, AttentionMass(64, send)):
+            HFEngine(model, cache).prefill(ids)
+        incoming = next(iter(receiver))
+        outgoing.finish(timeout=60)
+        incoming.exact(timeout=60)
+        assert order == list(range(LAYERS))
+        assert outgoing.stats.levels[0].bytes < 0.32 * manifest.nbytes
+        for layer in range(LAYERS):
+            for part in ("key", "value"):
+                np.testing.assert_array_equal(np.asarray(incoming.arrays[layer, part]), cache.words(layer, part))

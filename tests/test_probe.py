@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from lynxproto import blocking
 from lynxproto.cachefile import load_cache, save_cache
 from lynxproto.cli import main
 from lynxproto.errors import ConfigError
@@ -128,13 +131,35 @@ def test_from_the_command_line_to_a_transfer(folder: Path, opened: Any, tmp_path
     np.save(mass, window.attention)
     for options, message in (
         (["--budget", "0.2"], "--policy-file"),
+        (["--no-residual"], "--policy-file"),
         (["--policy-file", str(path), "--importance", "attention"], "--attention"),
         (["--policy-file", str(path), "--attention", str(dump)], "npy"),
     ):
         refused = CliRunner().invoke(main, ["send", str(dump), "memory://nobody", *options])
         assert refused.exit_code == 1
         assert message in refused.output
-    assert load_cache(dump).manifest.prompt_tokens == 500
+    for extra, lossy in (["--attention", str(mass)], False), (["--no-residual"], True):
+        with blocking.listen("tcp://127.0.0.1:0") as receiver:
+            sent = [
+                sys.executable,
+                "-m",
+                "lynxproto",
+                "send",
+                str(dump),
+                receiver.url,
+                "--policy-file",
+                str(path),
+                *extra,
+            ]
+            process = subprocess.Popen(sent, stdout=subprocess.DEVNULL)
+            incoming = next(iter(receiver))
+            incoming.ready(level=2, timeout=60)
+            assert incoming.manifest.lossy == lossy
+            if not lossy:
+                incoming.exact(timeout=60)
+            assert process.wait(60) == 0
+        same = [np.array_equal(np.asarray(incoming.arrays[k]), w) for k, w in load_cache(dump).arrays.items()]
+        assert all(same) != lossy
 
 
 def test_the_benchmark_resumes_and_reports_what_is_documented(

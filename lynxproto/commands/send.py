@@ -59,6 +59,7 @@ __all__ = ["send"]
         help="Folder that keeps the secrets of unfinished transfers: when this command is given again after it was"
         " killed, only what the receiver lacks is sent. With the policy auto only if it chooses the same again.",
     ),
+    click.Option(["--no-residual"], is_flag=True, help="With --policy-file: level 0 alone; what arrives is lossy."),
     click.Option(["--request-id"], help="What the receiver knows the cache by (default: its file's name)."),
     click.Option(["--model"], help="Model of a saved DynamicCache (.pt), which does not say itself."),
     click.Option(["--revision"], default="", help="Revision of that model."),
@@ -89,6 +90,7 @@ async def _send(
     importance: Any,
     attention: Path | None,
     state: Path | None,
+    no_residual: bool,
     request_id: str | None,
     model: str | None,
     revision: str,
@@ -106,14 +108,16 @@ async def _send(
     caches = [(one, open_cache(one, model, revision)) for one in paths]  # mistakes show before anything is sent
     mass = None
     if policy_file is None:
-        if budget is not None or importance is not None or attention is not None:
-            raise ConfigError("--budget, --importance and --attention go with --policy-file")
+        if no_residual or not budget is importance is attention is None:
+            raise ConfigError("--budget, --importance, --attention and --no-residual go with --policy-file")
         chosen = [_policy(policy, preset, calibration, cache) for _, cache in caches]
     else:
         if calibration is not None:
             raise ConfigError("--policy-file and --calibration exclude each other: a policy file holds widths")
         mass = None if attention is None else _attention(attention)
         chosen = [_tiered(policy_file, budget, importance, mass, cache) for _, cache in caches]
+        if no_residual:
+            chosen = [one.anchors_only() for one in chosen]
     kept = None if state is None else ResumeSecrets(state)
     arguments = options.session(url, content, server=False)
     if policy == "auto":  # one for all: it learns from what they take
