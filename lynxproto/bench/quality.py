@@ -17,8 +17,8 @@ from lynxproto.errors import BenchmarkError, BudgetError, CalibrationError, Conf
 
 __all__ = ["quality"]
 
-#: Of a --quick run: two windows, few budgets.
-_QUICK: Final = {"windows": 2, "context": 768, "scored": 64, "budgets": "0.2,0.3,0.45"}
+_QUICK: Final = {"count": 2, "context": 768, "scored": 64}
+_QUICK_BUDGETS: Final = "0.2,0.3,0.45"
 _TUNED: Final = 2  # windows that first/last's ratio is tuned on
 _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -74,15 +74,14 @@ def quality(
     from lynxproto.bench.quality_report import draw, print_tables
     from lynxproto.integrations.loading import use_threads
 
+    sizes = {"count": windows, "context": context, "scored": scored}
     if quick:
-        windows, context, scored = _QUICK["windows"], _QUICK["context"], _QUICK["scored"]  # type: ignore[assignment]  # the values have two types
-        budgets = budgets or str(_QUICK["budgets"])
+        sizes, budgets = _QUICK, budgets or _QUICK_BUDGETS
     use_threads(threads)
     started = time.monotonic()
     console = Console(stderr=True)
     with _progress(console) as show:
-        sizes = {"text": text, "count": windows, "context": context, "scored": scored}
-        run = _Run(source, _parse(budgets), calibration, resume, show, **sizes)  # type: ignore[arg-type]  # two types
+        run = _Run(source, _parse(budgets), calibration, resume, show, text=text, **sizes)
         result = run.measure(only, skipped, quick=quick)
     result["environment"] = environment()
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -151,6 +150,7 @@ class _Run:
         context: int,
         scored: int,
     ) -> None:
+        from lynxproto import _native
         from lynxproto import quality as scoring
         from lynxproto.calibration import Calibration
         from lynxproto.demo.model import CALIBRATION, MODEL, cache_folder
@@ -175,6 +175,7 @@ class _Run:
         )  # fmt: skip
         key = xxhash.xxh3_128(identity.hash())
         key.update(self.windows[0].tokens.tobytes() + (self.calibration.hash if self.calibration else b""))
+        key.update(Path(str(_native.__file__)).read_bytes())  # another codec gives other words
         self.store = _Store(resume or cache_folder() / "quality" / key.hexdigest())
         self.settings = {
             "model": opened.name, "revision": opened.revision, "text": text, "context": context, "scored": scored,
@@ -206,12 +207,10 @@ class _Run:
         }
         few = [e for e in entries if e.name in quality_runs.SHOWN]
         if "layers" not in skipped:
-            result["layers"] = quality_runs.layers(
-                self.opened, self.windows[: 1 if quick else 2], self.store, self.show
-            )
+            result["layers"] = quality_runs.layers(self.opened, self.windows[:1], self.store, self.show)
         if "drafts" not in skipped:
             result["drafts"] = quality_runs.drafts(
-                self.opened, self.windows[: 2 if quick else 6], few, self.store, self.show, length=16 if quick else 32
+                self.opened, self.windows[: 2 if quick else 4], few, self.store, self.show, length=16 if quick else 32
             )
         if "needles" not in skipped:
             contexts = (256, 512) if quick else (512, 1024, 2048)
