@@ -115,9 +115,8 @@ async def _send(
         if calibration is not None:
             raise ConfigError("--policy-file and --calibration exclude each other: a policy file holds widths")
         mass = None if attention is None else _attention(attention)
-        chosen = [_tiered(policy_file, budget, importance, mass, cache) for _, cache in caches]
-        if no_residual:
-            chosen = [one.anchors_only() for one in chosen]
+        tiered = [_tiered(policy_file, budget, importance, mass, cache) for _, cache in caches]
+        chosen = [one.anchors_only() if no_residual else one for one in tiered]
     kept = None if state is None else ResumeSecrets(state)
     arguments = options.session(url, content, server=False)
     if policy == "auto":  # one for all: it learns from what they take
