@@ -20,7 +20,7 @@ from lynxproto.chunk import Part, Tile, TokenSet
 from lynxproto.errors import BudgetError
 from lynxproto.importance import decayed
 from lynxproto.manifest import LayerSpec
-from lynxproto.policy import LEAST_TOKENS, Policy
+from lynxproto.policy import LEAST_TOKENS, Importance, Policy
 from lynxproto.quality import CodecMethod, Method, Window, WindowMethod
 from lynxproto.tiers import Tiers
 
@@ -162,6 +162,11 @@ def catalogue(
             add("sink + window", budget, Dropped(budget, sinks=_SINKS))
         if budget <= 0.3:
             add("no importance", budget, CodecMethod(Policy(tiers=even, budget=budget)))
+        if budget == 0.2:
+            others: tuple[Importance, ...] = ("key-norms", "position")
+            for importance in others:
+                policy = Policy(tiers=ours, budget=budget, importance=importance)
+                add(f"importance by {importance}", budget, CodecMethod(policy))
         if budget in (0.3, 0.4):
             tiers = three.observed(attention)
             add("optimiser, paper's tiers", budget, CodecMethod(Policy(tiers=tiers, budget=budget, recent=0)))
