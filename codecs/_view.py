@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +14,21 @@ from lynxproto.errors import SpecError
 __all__ = ["View", "dense_words", "place_words", "view_of"]
 
 
+_VIEW: Final = ffi.typeof("lynx_view *")
+_VOID: Final = ffi.typeof("void *")
+
+
 class View:
     """A ``lynx_view``, and what keeps its memory alive."""
 
     __slots__ = ("_keep", "c")
 
     def __init__(self, words: NDArray[Any], table: NDArray[np.int64] | None, first: int) -> None:
-        size, strides, start = words.itemsize, words.strides, words.__array_interface__["data"][0]
-        if start % size or any(stride % size for stride in strides):
+        size, strides = words.itemsize, words.strides
+        head, token = strides[-3], strides[-2]
+        if head % size or token % size or strides[0] % size or not words.flags.aligned:
             raise SpecError(f"the array's address or strides {strides} are not multiples of the word's {size} bytes")
-        c = self.c = ffi.new("lynx_view *")
-        c.words = ffi.cast("void *", start)
-        c.head_stride, c.token_stride = strides[-3] // size, strides[-2] // size
+        c = self.c = ffi.new(_VIEW, (address(words, _VOID), head // size, token // size))
         if table is not None:
             c.pages = address(table, "const int64_t *")
             c.page_stride, c.page_tokens, c.first_token = strides[0] // size, words.shape[2], first

@@ -43,6 +43,8 @@ _PARTS: Final = {"key": lib.LYNX_KEY, "value": lib.LYNX_VALUE}
 _MAX_BYTES: Final = 1 << 31  # of a tile: sizes in payloads have 32 bits
 _SECTIONS: Final = ("parameters", "codes", "ranks", "anchor planes")
 _MAX_TABLE: Final = 1 << 22  # entries of a table of widths
+_BYTES: Final = ffi.typeof("uint8_t *")
+_FAULT: Final = ffi.typeof("lynx_hq_fault *")
 _MAX_JOBS: Final = 1024  # shapes that a codec remembers
 
 
@@ -260,7 +262,7 @@ class HQ(Codec):
     def _encode(job: _Job, view: View, buffers: Mapping[int, NDArray[np.uint8]], threads: int) -> tuple[int, Any]:
         """Levels into their buffers: LYNX_OK, LYNX_STORED or LYNX_UNDECIDED, and their sizes."""
         plan, memory = workspace(job.plan)
-        levels = ffi.new("uint8_t *[3]", [address(buffers[i]) if i in buffers else ffi.NULL for i in range(3)])
+        levels = ffi.new("uint8_t *[3]", [address(buffers[i], _BYTES) if i in buffers else ffi.NULL for i in range(3)])
         count = part_count(job.blocks, threads)
         pieces, sizes = ffi.new("lynx_hq_piece[]", count), ffi.new("uint64_t[3]")
         check(lib.lynx_hq_prepare(job.config, view.c, plan, memory))
@@ -268,7 +270,10 @@ class HQ(Codec):
         def work(part: int, first: int, last: int) -> None:
             check(lib.lynx_hq_encode(plan, view.c, first, last, levels, pieces + part, scratch()))
 
-        parallel(work, job.blocks, count)
+        if count == 1:
+            check(lib.lynx_hq_encode(plan, view.c, 0, job.blocks, levels, pieces, memory))
+        else:
+            parallel(work, job.blocks, count)
         outcome = lib.lynx_hq_assemble(plan, levels, pieces, count, sizes)
         if outcome not in (lib.LYNX_STORED, lib.LYNX_UNDECIDED):
             check(outcome)
@@ -282,8 +287,8 @@ class HQ(Codec):
             raise SpecError(f"hq: got {len(levels)} levels of a codec with {self._levels}")
         plan, memory = workspace(job.plan)
         payloads = [np.frombuffer(payload, np.uint8) for payload in levels]  # not ffi.from_buffer: cycles may crash it
-        fault, sizes = ffi.new("lynx_hq_fault *"), [payload.size for payload in payloads]
-        addresses = [address(payload) for payload in payloads]
+        fault, sizes = ffi.new(_FAULT), [payload.size for payload in payloads]
+        addresses = [address(payload, _BYTES) for payload in payloads]
         outcome = lib.lynx_hq_open(job.config, addresses, sizes, len(payloads), plan, fault)
         if outcome == lib.LYNX_STORED:
             if view is not None:

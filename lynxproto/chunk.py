@@ -220,7 +220,7 @@ def _unsigned(spec: ChunkSpec, array: Any, writable: bool) -> NDArray[Any]:
         raise SpecError("the last dimension (head_dim) must be contiguous; call .contiguous() or np.ascontiguousarray")
     if writable and not array.flags.writeable:
         raise SpecError("the output array is read-only")
-    return cast(NDArray[Any], array if dtype == spec.word_dtype else array.view(spec.word_dtype))
+    return cast("NDArray[Any]", array if dtype == spec.word_dtype else array.view(spec.word_dtype))
 
 
 def _torch_words(tensor: Any, itemsize: int) -> NDArray[Any]:
@@ -233,7 +233,7 @@ def _torch_words(tensor: Any, itemsize: int) -> NDArray[Any]:
     import torch  # the caller already has it: the tensor came from there
 
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[itemsize]
-    return cast(NDArray[Any], tensor.detach().view(integer).numpy())
+    return cast("NDArray[Any]", tensor.detach().view(integer).numpy())
 
 
 @dataclass(frozen=True, slots=True)

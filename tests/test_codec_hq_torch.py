@@ -297,6 +297,20 @@ def test_a_fault_names_its_block() -> None:
 # --- interface
 
 
+def test_the_registry_knows_it() -> None:
+    words = make("channels", "bfloat16", (2, 70, 64), 5)
+    spec = specification("key", "bfloat16", words.shape)
+    for codec_id, config in (("hq", {"preset": "dense"}), ("bitplane", {"planes": [9, 7]})):
+        twin, native = (get_codec(codec_id, backend=backend, **config) for backend in ("torch", "native"))
+        assert twin.get_config() == native.get_config()
+        assert as_bytes(twin.encode(spec, tensor(words))) == [bytes(level) for level in native.encode(spec, words)]
+    assert isinstance(get_codec({"id": "hq", "anchor_bits": 4}, backend="torch"), TorchHQ)
+    with pytest.raises(ConfigError, match="no torch backend; bitplane and hq"):
+        get_codec("raw", backend="torch")
+    with pytest.raises(ConfigError, match="known: native, torch"):
+        get_codec("hq", backend="cuda")
+
+
 def test_config_is_that_of_hq() -> None:
     codec = get_codec("hq", preset="dense")
     twin = TorchHQ.of(codec)

@@ -21,6 +21,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Of bytes of two registers, those of even positions. */
+#define FIRST_BYTES _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88, 86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0)
+
 INLINE __m512i load(const void *p) {
     return _mm512_loadu_si512(p);
 }
@@ -36,51 +39,65 @@ INLINE const uint8_t *load_row(uint64_t mask, const uint8_t *in, uint8_t *row) {
     return in + _mm_popcnt_u64(mask);
 }
 
+INLINE uint64_t byte_mask(uint64_t channels, int w) {
+    return _pdep_u64(channels >> 8 * w & 255, 0x0101010101010101ull) * 255;
+}
+
 INLINE uint8_t *store_row(uint64_t mask, const uint8_t *row, uint8_t *out) {
     const uint32_t count = (uint32_t)_mm_popcnt_u64(mask);
     _mm512_mask_storeu_epi8(out, _bzhi_u64(~0ull, count), _mm512_maskz_compress_epi8(mask, load(row)));
     return out + count;
 }
 
-/* (centre - 4) * 32 of 64 codes, modulo 256: by the codes before, or by a token's zero point and the channels' biases. */
-INLINE __m512i from_middle(const int16_t *zero, const __m512i *bias, __m512i before) {
-    const __m512i least = _mm512_set1_epi16(1), most = _mm512_set1_epi16(7);
-    __m512i from; /* centres less 2 */
-    if (zero == NULL) {
+/* What the centres of 64 channels are made of: by zero points and biases, or by the codes before. */
+typedef struct {
+    __mmask64 three, two, one; /* channels that fold so */
+    __m512i bias;              /* of value channels, plus 32 */
+    bool values;
+} centres;
+
+INLINE centres centres_of(const lynx_planes *planes, bool values, bool anchor, bool rest) {
+    const __m512i low = _mm512_permutex2var_epi8(load(planes->bias), FIRST_BYTES, load(planes->bias + 32));
+    return (centres){.three = (anchor ? planes->fold[0].three : 0) | (rest ? planes->fold[1].three : 0),
+                     .two = anchor ? planes->fold[0].two : 0,
+                     .one = rest ? planes->fold[1].two : 0,
+                     .bias = _mm512_add_epi8(low, _mm512_set1_epi8(32)),
+                     .values = values};
+}
+
+INLINE uint8_t saturated(int x) {
+    return (uint8_t)(x < 0 ? 0 : x > 255 ? 255 : x);
+}
+
+/* (centre - 4) * 32, modulo 256. zero + bias + 16 is worked out in bytes: where they saturate, the centre does too. */
+INLINE __m512i from_middle(const centres *c, int zero, __m512i before) {
+    __m512i centre;
+    if (c->values) {
+        const __m512i sum = _mm512_adds_epu8(_mm512_set1_epi8((char)saturated(zero + 12)), c->bias);
+        centre = _mm512_max_epu8(_mm512_subs_epu8(sum, _mm512_set1_epi8(28)), _mm512_set1_epi8(32));
+    } else { /* half way from the middle to the code before: (before / 32 + 1) / 2 + 2 */
         const __m512i top = _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(7));
-        from = _mm512_avg_epu8(top, _mm512_setzero_si512());
-    } else {
-        __m256i half[2];
-        for (int i = 0; i < 2; i++) {
-            const __m512i at = _mm512_add_epi16(bias[i], _mm512_set1_epi16((int16_t)(*zero + 16)));
-            const __m512i middle = _mm512_min_epi16(_mm512_max_epi16(_mm512_srai_epi16(at, 5), least), most);
-            half[i] = _mm512_cvtepi16_epi8(_mm512_sub_epi16(middle, _mm512_set1_epi16(2)));
-        }
-        from = _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1), _mm512_set1_epi8(7));
+        const __m512i half = _mm512_add_epi8(_mm512_avg_epu8(top, _mm512_setzero_si512()), _mm512_set1_epi8(2));
+        centre = _mm512_slli_epi16(half, 5);
     }
-    return _mm512_sub_epi8(_mm512_slli_epi16(from, 5), _mm512_set1_epi8(64));
+    return _mm512_xor_si512(_mm512_and_si512(centre, _mm512_set1_epi8((char)0xe0)), _mm512_set1_epi8((char)0x80));
 }
 
-/* Codes with their two top bits replaced by what `table` has for them: 4 entries by the code before, of either half. */
-INLINE __m512i replaced_two(__m512i code, __m512i before, __m128i table) {
-    const __m512i index = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(code, 6), _mm512_set1_epi8(3)),
-                                          _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(4)));
-    const __m512i top = _mm512_slli_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index), 6);
-    return _mm512_or_si512(_mm512_and_si512(code, _mm512_set1_epi8(63)), top);
-}
-
-/* The same by a value's zero: the rows of `table` are for zeros in [0, 64), [64, 96), [96, 128), and mirrored. Codes of 2 bits
- * fold in whole blocks. */
-INLINE __m512i replaced_two_values(__m512i code, int16_t zero, const __m512i *bias, __m256i table) {
-    __m256i half[2];
-    for (int i = 0; i < 2; i++) {
-        const __m512i cell = _mm512_srai_epi16(_mm512_add_epi16(bias[i], _mm512_set1_epi16(zero)), 5);
-        half[i] = _mm512_cvtepi16_epi8(_mm512_min_epi16(_mm512_max_epi16(cell, _mm512_set1_epi16(1)), _mm512_set1_epi16(6)));
-    }
-    const __m512i cell = _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+/* Codes with their two top bits replaced by what a table has for them and the code before, of either half, or for a value's
+ * zero in [0, 64), [64, 96), [96, 128), and mirrored, from row 1 on. */
+INLINE __m512i replaced_two(const centres *c, __m512i code, int zero, __m512i before, __m128i by_code, __m256i by_zero) {
     const __m512i top = _mm512_and_si512(_mm512_srli_epi16(code, 6), _mm512_set1_epi8(3));
-    const __m512i index = _mm512_or_si512(_mm512_slli_epi16(cell, 2), top);
-    const __m512i place = _mm512_permutexvar_epi8(index, _mm512_castsi256_si512(table));
+    __m512i place;
+    if (c->values) {
+        const __m512i sum = _mm512_adds_epu8(_mm512_set1_epi8((char)saturated(zero)), c->bias);
+        const __m512i least = _mm512_max_epu8(_mm512_subs_epu8(sum, _mm512_set1_epi8(32)), _mm512_set1_epi8(32));
+        const __m512i at = _mm512_min_epu8(least, _mm512_set1_epi8((char)223));
+        const __m512i row = _mm512_and_si512(_mm512_srli_epi16(at, 3), _mm512_set1_epi8(0x1c));
+        place = _mm512_permutexvar_epi8(_mm512_or_si512(row, top), _mm512_castsi256_si512(by_zero));
+    } else {
+        const __m512i half = _mm512_and_si512(_mm512_srli_epi16(before, 5), _mm512_set1_epi8(4));
+        place = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(by_code), _mm512_or_si512(half, top));
+    }
     return _mm512_or_si512(_mm512_and_si512(code, _mm512_set1_epi8(63)), _mm512_slli_epi16(place, 6));
 }
 
@@ -89,21 +106,28 @@ INLINE __m512i replaced_one(__m512i code, __mmask64 channels) {
     return _mm512_xor_si512(code, _mm512_maskz_set1_epi8(channels & ~_mm512_movepi8_mask(code), 0x60));
 }
 
+INLINE __m512i centred_row(const centres *c, __m512i code, int zero, __m512i before) {
+    const __m128i by_code = _mm_setr_epi8(2, 0, 1, 3, 3, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i by_zero = _mm256_setr_epi8(0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 2, 0, 1, 3, 3, 1, 0, 2, 3, 2, 0, 1, 3, 2, 1, 0, 0, 0, 0, 0);
+    __m512i out = _mm512_mask_sub_epi8(code, c->three, code, from_middle(c, zero, before));
+    out = c->one == 0 ? out : replaced_one(out, c->one);
+    return c->two == 0 ? out : _mm512_mask_mov_epi8(out, c->two, replaced_two(c, code, zero, before, by_code, by_zero));
+}
+
+INLINE __m512i uncentred_row(const centres *c, __m512i code, int zero, __m512i before) {
+    const __m128i by_code = _mm_setr_epi8(1, 2, 0, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i by_zero = _mm256_setr_epi8(0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 1, 2, 0, 3, 2, 1, 3, 0, 2, 3, 1, 0, 3, 2, 1, 0, 0, 0, 0, 0);
+    __m512i out = _mm512_mask_add_epi8(code, c->three, code, from_middle(c, zero, before));
+    out = c->one == 0 ? out : replaced_one(out, c->one);
+    return c->two == 0 ? out : _mm512_mask_mov_epi8(out, c->two, replaced_two(c, code, zero, before, by_code, by_zero));
+}
+
 static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
-    const __mmask64 three = planes->fold[0].three | planes->fold[1].three, two = planes->fold[0].two;
-    const __m512i bias[2] = {load(planes->bias), load(planes->bias + 32)};
-    const __m128i ranks = _mm_setr_epi8(2, 0, 1, 3, 3, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m256i places = _mm256_setr_epi8(0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 2, 0, 1, 3, 3, 1, 0, 2, 3, 2, 0, 1, 3, 2, 1, 0, 0, 0, 0, 0);
+    const centres c = centres_of(planes, zeros != NULL, true, true);
     __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
     for (int t = 0; t < tokens; t++, codes += ROW, centred += ROW) {
         const __m512i code = load(codes);
-        if (zeros != NULL && two != 0) {
-            store(centred, _mm512_mask_mov_epi8(code, two, replaced_two_values(code, zeros[t], bias, places)));
-            continue;
-        }
-        const __m512i moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
-        const __m512i rest = replaced_one(_mm512_mask_sub_epi8(code, three, code, moved), planes->fold[1].two);
-        store(centred, _mm512_mask_mov_epi8(rest, two, replaced_two(code, before, ranks)));
+        store(centred, centred_row(&c, code, zeros == NULL ? 0 : zeros[t], before));
         before = code;
     }
     memset(centred, 0, (size_t)(-tokens & 7) * ROW);
@@ -111,21 +135,10 @@ static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_
 
 static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest,
                      uint8_t *codes) {
-    const __mmask64 three = (anchor ? planes->fold[0].three : 0) | (rest ? planes->fold[1].three : 0);
-    const __mmask64 two = anchor ? planes->fold[0].two : 0, one = rest ? planes->fold[1].two : 0;
-    const __m512i bias[2] = {load(planes->bias), load(planes->bias + 32)};
-    const __m128i unranked = _mm_setr_epi8(1, 2, 0, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m256i tops = _mm256_setr_epi8(0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 1, 2, 0, 3, 2, 1, 3, 0, 2, 3, 1, 0, 3, 2, 1, 0, 0, 0, 0, 0);
-    __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
+    const centres c = centres_of(planes, zeros != NULL, anchor, rest);
+    __m512i before = _mm512_set1_epi8(96);
     for (int t = 0; t < tokens; t++, codes += ROW) {
-        const __m512i code = load(codes);
-        if (zeros != NULL && two != 0) {
-            store(codes, _mm512_mask_mov_epi8(code, two, replaced_two_values(code, zeros[t], bias, tops)));
-            continue;
-        }
-        const __m512i moved = from_middle(zeros == NULL ? NULL : zeros + t, bias, before);
-        const __m512i others = replaced_one(_mm512_mask_add_epi8(code, three, code, moved), one);
-        before = _mm512_mask_mov_epi8(others, two, replaced_two(code, before, unranked));
+        before = uncentred_row(&c, load(codes), zeros == NULL ? 0 : zeros[t], before);
         store(codes, before);
     }
 }
@@ -137,6 +150,9 @@ static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
 #include "ranks.h"
+#define ROWS_SURVEY
+#define ROWS_RESCALE
+#define ROWS_FIELDS
 #include "rows.h"
 
 INLINE __m512i ordered16(__m512i w) {
@@ -208,6 +224,65 @@ static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, 
     }
 }
 
+#define PREFETCHED 16 /* rows ahead */
+
+static void survey(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *range, uint16_t *size,
+                   uint16_t *signs) {
+    __m512i least[2], largest[2], negative[2];
+    for (int i = 0; i < 2; i++) {
+        least[i] = _mm512_set1_epi16(INT16_MAX);
+        largest[i] = _mm512_set1_epi16(INT16_MIN);
+        negative[i] = _mm512_setzero_si512();
+    }
+    for (int t = 0; t < tokens; t++, rows += stride) {
+        for (int i = 0; i < 2; i++) {
+            __builtin_prefetch(rows + 32 * i + PREFETCHED * stride); /* the encoder's first look at the words */
+            const __m512i word = load(rows + 32 * i), o = ordered16(word);
+            least[i] = _mm512_min_epi16(least[i], o);
+            largest[i] = _mm512_max_epi16(largest[i], o);
+            negative[i] = _mm512_sub_epi16(negative[i], _mm512_srai_epi16(word, 15));
+        }
+    }
+    int16_t low[ROW], high[ROW];
+    for (int i = 0; i < 2; i++) {
+        store(low + 32 * i, least[i]);
+        store(high + 32 * i, largest[i]);
+        store(signs + 32 * i, negative[i]);
+    }
+    spread_words(dtype, low, high, range, size);
+}
+
+static void fields(const uint8_t *stream, int bits, uint32_t *out) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i ones = _mm512_set1_epi32((1 << bits) - 1), steps = _mm512_set1_epi32(0x03020100);
+    for (int i = 0; i < 4; i++) { /* 16 fields lie within 51 bytes */
+        const int first = 16 * i * bits;
+        const __m512i at = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(bits)), _mm512_set1_epi32(first & 7));
+        const __m512i spread = _mm512_mullo_epi32(_mm512_srli_epi32(at, 3), _mm512_set1_epi32(0x01010101));
+        const __m512i found = _mm512_permutexvar_epi8(_mm512_add_epi8(spread, steps), load(stream + (first >> 3)));
+        const __m512i field = _mm512_srlv_epi32(found, _mm512_and_si512(at, _mm512_set1_epi32(7)));
+        store(out + 16 * i, _mm512_and_si512(field, ones));
+    }
+}
+
+/* Words outside the range stay; those that leave it come in again at the other end, which unsigned minima find. */
+static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
+                    ptrdiff_t out_stride) {
+    const __m512i shift[2] = {load(shifts), load(shifts + 32)}, count = _mm512_set1_epi16(RESCALE_COUNT);
+    const __m512i first = _mm512_set1_epi16(RESCALE_FIRST), magnitude = _mm512_set1_epi16(0x7fff);
+    for (int t = 0; t < tokens; t++, rows += stride, out += out_stride) {
+        for (int i = 0; i < 2; i++) {
+            const __m512i word = load(rows + 32 * i), from = _mm512_sub_epi16(_mm512_and_si512(word, magnitude), first);
+            __m512i to = _mm512_sub_epi16(from, shift[i]);
+            to = _mm512_min_epu16(to, _mm512_add_epi16(to, count));
+            to = _mm512_add_epi16(_mm512_min_epu16(to, _mm512_sub_epi16(to, count)), first);
+            /* 0xd8: where z is set y, else x */
+            const __m512i moved = _mm512_ternarylogic_epi64(word, to, magnitude, 0xd8);
+            store(out + 32 * i, _mm512_mask_mov_epi16(word, _mm512_cmplt_epu16_mask(from, count), moved));
+        }
+    }
+}
+
 static void choose(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params) {
     if (dtype == LYNX_BFLOAT16) {
         choose_as(LYNX_BFLOAT16, planes, low, high, params);
@@ -223,8 +298,7 @@ INLINE __m512i upper_words(__m512i a, __m512i b) {
 }
 
 INLINE __m512i lower_bytes(__m512i a, __m512i b) {
-    const __m512i first = _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88, 86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    return _mm512_permutex2var_epi8(a, first, b);
+    return _mm512_permutex2var_epi8(a, FIRST_BYTES, b);
 }
 
 /* A float of each even, or each odd 16-bit lane. */
@@ -404,6 +478,203 @@ static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8
     }
 }
 
+/* Rows of a section's planes: in flat form, or folded with streams D2 and D3 read out of pairs. */
+typedef struct {
+    const lynx_fold *fold;
+    const uint8_t *at;       /* of the next octet */
+    __mmask64 rows[8];       /* channels with a byte in each row, flat */
+    bool folded;
+    uint32_t bits[2];        /* of the streams that were used */
+    uint8_t streams[2][FAR_BYTES];
+} section_reader;
+
+/* Where D1 is, of a folded octet. */
+INLINE __m512i moved_of(const lynx_fold *fold, const uint8_t *octet, __m512i valid) {
+    const __m512i first = _mm512_maskz_expand_epi8(fold->folded_rows[0], load(octet));
+    const __m512i second = _mm512_maskz_expand_epi8(fold->folded_rows[1], load(octet + _mm_popcnt_u64(fold->folded_rows[0])));
+    const __m512i two = fold->two_row == 0 ? first : second;
+    const __m512i moved = _mm512_mask_mov_epi8(second, fold->two, two);
+    return _mm512_maskz_mov_epi8(fold->three | fold->two, _mm512_and_si512(moved, valid));
+}
+
+INLINE __m512i valid_tokens(int tokens) {
+    return _mm512_set1_epi8((char)((1u << (tokens < 8 ? tokens : 8)) - 1));
+}
+
+INLINE bool start_section(section_reader *reader, const lynx_fold *fold, const uint8_t *in, uint32_t entry, int tokens) {
+    reader->fold = fold;
+    reader->at = in;
+    reader->folded = entry != FLAT;
+    reader->bits[0] = reader->bits[1] = 0;
+    if (!reader->folded) {
+        return true;
+    }
+    const int octets = (tokens + 7) / 8;
+    uint32_t count = 0;
+    for (int o = 0; o < octets; o++) {
+        uint64_t moved[8];
+        store(moved, moved_of(fold, in + o * fold->folded_size, valid_tokens(tokens - 8 * o)));
+        for (int w = 0; w < 8; w++) {
+            count += (uint32_t)_mm_popcnt_u64(moved[w]);
+        }
+    }
+    return read_streams(in + octets * fold->folded_size, entry, count, reader->streams);
+}
+
+/* The next octet's planes are added to `planes`. */
+INLINE void read_octet(section_reader *reader, __m512i valid, __m512i *planes) {
+    const lynx_fold *fold = reader->fold;
+    const uint8_t *in = reader->at;
+    if (reader->folded) {
+        __m512i row[3];
+        const __m512i d1 = moved_of(fold, in, valid);
+        for (int p = 0; p < 3; p++) {
+            row[p] = _mm512_maskz_expand_epi8(fold->folded_rows[p], load(in));
+            in += _mm_popcnt_u64(fold->folded_rows[p]);
+        }
+        _Alignas(64) uint64_t moved[8], far[8], farther[8];
+        store(moved, d1);
+        uint32_t at = reader->bits[0], at_farther = reader->bits[1];
+        for (int w = 0; w < 8; w++) {
+            far[w] = _pdep_u64(get_bits64(reader->streams[0], at), moved[w]);
+            at += (uint32_t)_mm_popcnt_u64(moved[w]);
+            farther[w] = _pdep_u64(get_bits64(reader->streams[1], at_farther), far[w]);
+            at_farther += (uint32_t)_mm_popcnt_u64(far[w]);
+        }
+        reader->bits[0] = at;
+        reader->bits[1] = at_farther;
+        const __m512i high = load(far), low = _mm512_or_si512(_mm512_andnot_si512(high, d1), load(farther));
+        /* Of what has a sign, which is plane 0: the others' signs count as ones. 0xc3 is ~(x ^ y). */
+        const __m512i sign = _mm512_mask_mov_epi8(_mm512_set1_epi8(-1), fold->three, row[0]);
+        const __m512i upper = _mm512_ternarylogic_epi64(high, sign, sign, 0xc3), lower = _mm512_ternarylogic_epi64(low, sign, sign, 0xc3);
+        if (fold->two_row == 0) {
+            row[0] = _mm512_mask_mov_epi8(row[0], fold->two, upper);
+            row[1] = _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(fold->two, lower), fold->three, upper);
+            row[2] = _mm512_mask_mov_epi8(row[2], fold->three, lower);
+        } else {
+            row[1] = _mm512_maskz_mov_epi8(fold->three | fold->two, upper);
+            row[2] = _mm512_mask_mov_epi8(row[2], fold->three | fold->two, lower);
+        }
+        for (int p = 0; p < 3; p++) {
+            planes[p] = _mm512_or_si512(planes[p], row[p]);
+        }
+    }
+    for (int p = reader->folded ? 3 : 0; p < 8; p++) {
+        planes[p] = _mm512_mask_expand_epi8(planes[p], reader->rows[p], load(in));
+        in += _mm_popcnt_u64(reader->rows[p]);
+    }
+    reader->at = in;
+}
+
+static int unpack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *anchor, uint32_t anchor_entry,
+                          const uint8_t *rest, uint32_t rest_entry, int tokens, uint8_t *codes) {
+    section_reader readers[2];
+    __mmask64 masks[8], used;
+    anchor_masks(planes, masks, &used);
+    for (int p = 0; p < 8; p++) {
+        readers[0].rows[p] = masks[p];
+        readers[1].rows[p] = used & ~masks[p];
+    }
+    if (!start_section(&readers[0], &planes->fold[0], anchor, anchor_entry, tokens)) {
+        return IN_ANCHOR;
+    }
+    if (rest != NULL && !start_section(&readers[1], &planes->fold[1], rest, rest_entry, tokens)) {
+        return IN_REST;
+    }
+    const centres c = centres_of(planes, zeros != NULL, anchor_entry != FLAT, rest != NULL && rest_entry != FLAT);
+    __m512i before = _mm512_set1_epi8(96);
+    for (int first = 0; first < tokens; first += 8) {
+        const __m512i valid = valid_tokens(tokens - first);
+        __m512i in_order[8], r[8];
+        for (int p = 0; p < 8; p++) {
+            in_order[p] = _mm512_setzero_si512();
+        }
+        read_octet(&readers[0], valid, in_order);
+        if (rest != NULL) {
+            read_octet(&readers[1], valid, in_order);
+        }
+        for (int p = 0; p < 8; p++) {
+            r[7 - p] = in_order[p];
+        }
+        transpose(r, false);
+        for (int t = 0; t < 8; t++) {
+            before = uncentred_row(&c, r[t], zeros == NULL ? 0 : zeros[first + t], before);
+            store(codes + (first + t) * ROW, before);
+        }
+    }
+    return -1;
+}
+
+/* An octet's rows of a section, folded; the streams' bits are added to those there are. Returns the end of the rows. */
+INLINE uint8_t *fold_octet(const lynx_fold *fold, const __mmask64 *rows, const __m512i *planes, __m512i valid,
+                           uint8_t streams[2][FAR_BYTES], uint32_t bits[2], uint8_t *out) {
+    const __m512i sign = _mm512_mask_mov_epi8(_mm512_set1_epi8(-1), fold->three, planes[0]);
+    const __m512i upper = _mm512_mask_mov_epi8(planes[1], fold->two, planes[fold->two_row]);
+    const __m512i lower = _mm512_mask_mov_epi8(planes[2], fold->two, planes[fold->two_row + 1]);
+    const __m512i folds = _mm512_maskz_mov_epi8(fold->three | fold->two, valid);
+    const __m512i high = _mm512_and_si512(_mm512_ternarylogic_epi64(upper, sign, sign, 0xc3), folds);
+    const __m512i low = _mm512_and_si512(_mm512_ternarylogic_epi64(lower, sign, sign, 0xc3), folds);
+    _Alignas(64) uint64_t far[8], farther[8], moved[8];
+    const __m512i d1 = _mm512_or_si512(high, low);
+    store(far, high);
+    store(farther, low);
+    store(moved, d1);
+    for (int w = 0; w < 8; w++) {
+        put_bits64(streams[0], bits[0], _pext_u64(far[w], moved[w]));
+        put_bits64(streams[1], bits[1], _pext_u64(farther[w], far[w]));
+        bits[0] += (uint32_t)_mm_popcnt_u64(moved[w]);
+        bits[1] += (uint32_t)_mm_popcnt_u64(far[w]);
+    }
+    const __m512i row[3] = {fold->two_row == 0 ? _mm512_mask_mov_epi8(planes[0], fold->two, d1) : planes[0], d1, planes[2]};
+    for (int p = 0; p < 8; p++) {
+        const __mmask64 mask = p < 3 ? fold->folded_rows[p] : rows[p];
+        store(out, _mm512_maskz_compress_epi8(mask, p < 3 ? row[p] : planes[p])); /* up to 64 bytes beyond */
+        out += _mm_popcnt_u64(mask);
+    }
+    return out;
+}
+
+static void pack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens,
+                        uint8_t *anchor, uint8_t *rest, uint32_t entries[2]) {
+    __mmask64 masks[8], used, rows[2][8];
+    anchor_masks(planes, masks, &used);
+    for (int p = 0; p < 8; p++) {
+        rows[0][p] = masks[p];
+        rows[1][p] = used & ~masks[p];
+    }
+    uint8_t *out[2] = {anchor, rest};
+    uint8_t streams[2][2][FAR_BYTES];
+    uint32_t bits[2][2] = {{0}};
+    for (int i = 0; i < 2; i++) {
+        if (out[i] != NULL) {
+            memset(streams[i], 0, sizeof streams[i]);
+        }
+    }
+    const centres c = centres_of(planes, zeros != NULL, true, true);
+    __m512i before = _mm512_set1_epi8(96);
+    for (int first = 0; first < tokens; first += 8) {
+        __m512i r[8], in_order[8];
+        for (int t = 0; t < 8; t++) {
+            const __m512i code = load(codes + (first + t) * ROW);
+            r[t] = first + t < tokens ? centred_row(&c, code, zeros == NULL ? 0 : zeros[first + t], before)
+                                      : _mm512_setzero_si512();
+            before = code;
+        }
+        transpose(r, false);
+        for (int p = 0; p < 8; p++) {
+            in_order[p] = r[7 - p];
+        }
+        for (int i = 0; i < 2; i++) {
+            if (out[i] != NULL) {
+                out[i] = fold_octet(&planes->fold[i], rows[i], in_order, valid_tokens(tokens - first), streams[i], bits[i], out[i]);
+            }
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        entries[i] = out[i] == NULL ? FLAT : write_streams(streams[i], bits[i], out[i]);
+    }
+}
+
 static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes *planes) {
     const __mmask64 used = planes->channels == ROW ? ~0ull : (1ull << planes->channels) - 1;
     __mmask64 bad = 0;
@@ -459,9 +730,16 @@ INLINE __m512i words_of(int dtype, __m512 a, __m512 b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
+/* Words that are not zero, with `shift` added. */
+INLINE __m512i shifted(__m512i words, __m512i shift) {
+    return _mm512_mask_add_epi16(words, _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff)), words, shift);
+}
+
 INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
-                          uint16_t *rows, ptrdiff_t stride) {
+                          const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     const lanes channels = of_channels(params);
+    const __m512i none = _mm512_setzero_si512();
+    const __m512i shift[2] = {shifts == NULL ? none : load(shifts), shifts == NULL ? none : load(shifts + 32)};
     for (int t = 0; t < tokens; t++, codes += ROW, rows += stride) {
         if (part == LYNX_VALUE && _mm512_test_epi8_mask(load(codes), _mm512_set1_epi8(7)) == 0) {
             /* At most 5 bits: a table of all words of the token. */
@@ -471,27 +749,38 @@ INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens,
             const __m512i table = words_of(dtype, _mm512_mul_ps(k, scale), _mm512_mul_ps(upper, scale));
             for (int i = 0; i < 2; i++) {
                 const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + 32 * i)));
-                store(rows + 32 * i, _mm512_permutexvar_epi16(_mm512_srli_epi16(code, 3), table));
+                store(rows + 32 * i, shifted(_mm512_permutexvar_epi16(_mm512_srli_epi16(code, 3), table), shift[i]));
             }
             continue;
         }
         const lanes l = part == LYNX_KEY ? channels : of_token(params, t);
         for (int i = 0; i < 4; i += 2) {
-            store(rows + 16 * i, words_of(dtype, integer_times_scale(codes + 16 * i, l.scale[i], l.offset[i]),
-                                          integer_times_scale(codes + 16 * i + 16, l.scale[i + 1], l.offset[i + 1])));
+            const __m512i words = words_of(dtype, integer_times_scale(codes + 16 * i, l.scale[i], l.offset[i]),
+                                           integer_times_scale(codes + 16 * i + 16, l.scale[i + 1], l.offset[i + 1]));
+            store(rows + 16 * i, part == LYNX_KEY ? words : shifted(words, shift[i / 2]));
         }
     }
 }
 
 static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
-                       uint16_t *rows, ptrdiff_t stride) {
+                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     if (dtype == LYNX_FLOAT16) {
-        dequantise_as(part, LYNX_FLOAT16, codes, tokens, params, rows, stride);
+        dequantise_as(part, LYNX_FLOAT16, codes, tokens, params, NULL, rows, stride);
     } else if (part == LYNX_KEY) {
-        dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, params, rows, stride);
+        dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, params, NULL, rows, stride);
     } else {
-        dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, params, rows, stride);
+        dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, params, shifts, rows, stride);
     }
+}
+
+static void stream(uint16_t *to, const uint16_t *rows, size_t words) {
+    const size_t head = -((uintptr_t)to / 2) & 31; /* words up to a line of the cache */
+    memcpy(to, rows, 2 * head);
+    size_t at = head;
+    for (; at + 32 <= words; at += 32) {
+        _mm512_stream_si512((__m512i *)(to + at), load(rows + at));
+    }
+    memcpy(to + at, rows + at, 2 * (words - at));
 }
 
 /* --- level 2 of bfloat16; float16 takes the AVX2 kernels ------------------------------------------------------- */
@@ -692,6 +981,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_avx512 = {
     .range = range,
     .survey = survey,
+    .fields = fields,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,
@@ -703,6 +993,9 @@ const lynx_kernels lynx_avx512 = {
     .unfold = unfold,
     .rescale = rescale,
     .dequantise = dequantise,
+    .stream = stream,
+    .unpack_folded = unpack_folded,
+    .pack_folded = pack_folded,
     .rank = rank,
     .unrank = unrank,
     .rank_bound = rank_bound,

@@ -1,6 +1,8 @@
 /* The decoder of hq: checks of sizes and parameters, and the kernels in turn, block by block. */
 #include "hq.h"
 
+#define STREAMED (1 << 17) /* values of a tile from which on the caches are left to others */
+
 /* Set scales and offsets from s and z, for bytes that are full codes (`full`) or anchors with zeros below. */
 static void derive(const lynx_planes *planes, bool full, lynx_params *params) {
     for (int g = 0; g < ROW; g++) {
@@ -115,51 +117,51 @@ int lynx_check(const lynx_tile *tile, const lynx_levels *levels, lynx_hq_fault *
     return LYNX_OK;
 }
 
-static bool read_params(const lynx_tile *tile, const lynx_block *block, const uint8_t *header, const uint8_t *in,
-                        uint64_t size, const lynx_planes *planes, bool full, lynx_params *params) {
-    memset(params, 0, sizeof *params);
+static bool read_params(const lynx_kernels *kernels, const lynx_tile *tile, const lynx_block *block,
+                        const uint8_t *header, const uint8_t *in, uint64_t size, uint64_t left,
+                        const lynx_planes *planes, bool full, lynx_params *params) {
     const bool raw = header[4] == RAW_PARAMS;
-    const int s_bits = header[4], z_bits = header[5], bits = s_bits + z_bits;
+    const int s_bits = header[4], z_bits = header[5];
     const int s_low = load16(header), z_low = (int16_t)load16(header + 2);
+    params->constant = 0;
     if (raw && (s_low != 0 || z_low != 0)) {
         return false;
     }
-    uint8_t padded[4 * ROW + 8] = {0}; /* fields are read 8 bytes at a time */
-    memcpy(padded, in, size);
+    uint8_t padded[4 * ROW + 64]; /* fields are read in wide pieces */
+    if (left < sizeof padded) { /* unused groups have fields too, as far as these reach */
+        memset(padded, 0, sizeof padded);
+        in = memcpy(padded, in, size);
+    }
     const uint16_t least = LYNX_DTYPES[tile->dtype].least, largest = LYNX_DTYPES[tile->dtype].largest;
-    bool good = true;
+    int bad = 0;
     if (raw) {
         for (int g = 0; g < block->groups; g++) {
-            const uint16_t scale = load16(padded + 4 * g), zero = load16(padded + 4 * g + 2);
-            if (scale == 0) {
-                params->constant |= 1ull << g;
-                params->word[g] = zero;
-            } else {
-                params->s[g] = scale;
-                params->z[g] = (int16_t)zero;
-                good &= scale >= least && scale <= largest && params->z[g] >= -MAX_ZERO_POINT &&
-                        params->z[g] <= MAX_ZERO_POINT;
-            }
+            const uint16_t scale = load16(in + 4 * g), zero = load16(in + 4 * g + 2);
+            params->s[g] = scale;
+            params->z[g] = scale == 0 ? 0 : (int16_t)zero;
+            params->word[g] = zero;
+            params->constant |= (uint64_t)(scale == 0) << g;
+            bad |= scale != 0 && (scale < least || scale > largest || params->z[g] < -MAX_ZERO_POINT ||
+                                  params->z[g] > MAX_ZERO_POINT);
         }
     } else {
-        uint32_t position = 0;
-        const uint32_t s_mask = (1u << s_bits) - 1, z_mask = (1u << z_bits) - 1;
-        for (int g = 0; g < block->groups; g++, position += (uint32_t)bits) {
-            const uint64_t field = load64(padded + position / 8) >> position % 8;
-            params->s[g] = (uint16_t)(field & s_mask);
-            params->z[g] = (int16_t)(field >> s_bits & z_mask);
-        }
-        int bad = 0;
-        for (int g = 0; g < block->groups; g++) { /* apart, for vectors */
-            const int scale = s_low + SCALE_UNIT * params->s[g], zero = z_low + params->z[g];
-            bad |= (scale < least) | (scale > largest) | (zero < -MAX_ZERO_POINT) | (zero > MAX_ZERO_POINT);
+        uint32_t fields[ROW];
+        const uint32_t s_mask = (1u << s_bits) - 1;
+        kernels->fields(in, s_bits + z_bits, fields);
+        for (int g = 0; g < ROW; g++) {
+            const int scale = s_low + SCALE_UNIT * (int)(fields[g] & s_mask), zero = z_low + (int)(fields[g] >> s_bits);
+            bad |= (g < block->groups) & ((scale < least) | (scale > largest) | (zero < -MAX_ZERO_POINT) |
+                                          (zero > MAX_ZERO_POINT));
             params->s[g] = (uint16_t)scale;
             params->z[g] = (int16_t)zero;
         }
-        good = bad == 0;
+    }
+    for (int g = block->groups; g < ROW; g++) {
+        params->s[g] = 0;
+        params->z[g] = 0;
     }
     derive(planes, full, params);
-    return good;
+    return bad == 0;
 }
 
 static void read_ranks(const uint8_t *entry, const uint8_t *in, lynx_streams *streams) {
@@ -187,12 +189,12 @@ static void write_constants(int part, const lynx_block *block, const lynx_params
     }
 }
 
-/* A folded section of the block, flat again; false if its sizes do not match. */
-static bool unfold_section(const lynx_kernels *kernels, const lynx_block *block, const lynx_fold *fold,
-                           const uint8_t *entry, const uint8_t *in, int64_t size, lynx_scratch *s, uint8_t *flat) {
-    memcpy(s->folded, in, (size_t)size);
+/* A folded section of the block, flat again; null if its sizes do not match. */
+static const uint8_t *unfold_section(const lynx_kernels *kernels, const lynx_block *block, const lynx_fold *fold,
+                                     uint32_t entry, const uint8_t *in, uint64_t size, lynx_scratch *s, uint8_t *flat) {
+    memcpy(s->folded, in, size);
     memset(s->folded + size, 0, SLACK);
-    return kernels->unfold(fold, s->folded, load16(entry), block->tokens, flat);
+    return kernels->unfold(fold, s->folded, entry, block->tokens, flat) ? flat : NULL;
 }
 
 /* Bytes that the next block is likely to need. Hardware follows one page at a time, and a block's sections are short. */
@@ -209,12 +211,69 @@ static void place_rows(const lynx_view *view, const lynx_block *block, const uin
     }
 }
 
+/* Whether no word of these groups can leave the range that exponents move: integers have 11 bits, exponents 3 and a sign. */
+static bool is_tame(const lynx_params *params, int groups) {
+    bool tame = params->constant == 0;
+    for (int g = 0; g < groups; g++) {
+        tame &= params->s[g] >= 0x0c80 /* 2^-102 */ && params->s[g] <= 0x7480 /* 2^106 */;
+    }
+    return tame;
+}
+
+/* A block's planes, as received. */
+typedef struct {
+    const uint8_t *anchor, *rest, *anchor_end;
+    uint64_t anchor_size, rest_size;
+    uint32_t anchor_entry, rest_entry; /* of the fold tables; FLAT where there are none */
+} planes_in;
+
+/* Codes of a block. Returns the section that is wrong, or -1. */
+static int read_codes(const lynx_kernels *kernels, const lynx_tile *tile, const lynx_block *block,
+                      const lynx_planes *planes, const planes_in *in, lynx_scratch *s) {
+    int16_t zeros_of_tokens[ROW];
+    const bool folded = in->anchor_entry != FLAT, rest_folded = in->rest != NULL && in->rest_entry != FLAT;
+    const uint8_t *anchor = in->anchor, *rest = in->rest;
+    const int16_t *zeros = folded || rest_folded ? zeros_of(tile->part, planes, &s->params, zeros_of_tokens) : NULL;
+    const bool at_once = (folded || rest_folded) && kernels->unpack_folded != NULL;
+    /* Kernels read beyond the end of what is not uniform. */
+    if ((at_once || !planes->uniform) && (uint64_t)(in->anchor_end - anchor) < in->anchor_size + SLACK) {
+        anchor = memcpy(s->anchor, anchor, in->anchor_size);
+    }
+    if ((at_once || !planes->uniform) && rest != NULL) {
+        rest = memcpy(s->rest, rest, in->rest_size);
+    }
+    if (at_once) {
+        const int bad = kernels->unpack_folded(planes, zeros, anchor, in->anchor_entry, rest, in->rest_entry, block->tokens,
+                                               s->codes);
+        return bad;
+    }
+    if (folded) {
+        anchor = unfold_section(kernels, block, &planes->fold[0], in->anchor_entry, in->anchor, in->anchor_size, s, s->anchor);
+        if (anchor == NULL) {
+            return IN_ANCHOR;
+        }
+    }
+    if (rest_folded) {
+        rest = unfold_section(kernels, block, &planes->fold[1], in->rest_entry, in->rest, in->rest_size, s, s->rest);
+        if (rest == NULL) {
+            return IN_REST;
+        }
+    }
+    kernels->unpack(planes, anchor, rest, block->tokens, s->codes);
+    if (folded || rest_folded) {
+        kernels->uncentre(planes, zeros, block->tokens, folded, rest_folded, s->codes);
+    }
+    return -1;
+}
+
 int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_view *view, uint64_t first, uint64_t last,
                 void *scratch, lynx_hq_fault *fault) {
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = lynx_scratch_of(scratch);
     forget_setups(s);
-    const uint8_t *anchor = levels->anchor, *rest = levels->rest, *anchor_end = anchor + levels->anchor_size;
+    const uint64_t values = (uint64_t)tile->heads * tile->tokens * tile->head_dim;
+    const bool streams = kernels->stream != NULL && levels->rank_table == NULL && values >= STREAMED;
+    const uint8_t *anchor = levels->anchor, *rest = levels->rest;
     uint64_t params = 0, ranks = 0;
     *fault = (lynx_hq_fault){0};
     lynx_block block;
@@ -244,7 +303,8 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
         if (block.index >= first) {
             const lynx_setup *setup = lynx_set_up(tile, &block, s);
             const lynx_planes *planes = &setup->planes;
-            if (!read_params(tile, &block, header, levels->params + params, (uint64_t)params_size, planes, rest != NULL,
+            if (!read_params(kernels, tile, &block, header, levels->params + params, (uint64_t)params_size,
+                             levels->params_size - params, planes, rest != NULL,
                              &s->params)) {
                 return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
             }
@@ -258,39 +318,29 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                     in += 2 * block.channels;
                 }
             } else {
-                uint16_t *to = setup->shifted ? s->words : rows;
-                const ptrdiff_t stride = setup->shifted ? ROW : row_stride;
-                const uint8_t *in_anchor = anchor, *in_rest = rest;
-                const bool folded = folding != NULL && load16(folding) != FLAT;
-                const bool rest_folded = rest_folding != NULL && load16(rest_folding) != FLAT;
-                if (folded) {
-                    if (!unfold_section(kernels, &block, &planes->fold[0], folding, anchor, anchor_size, s, s->anchor)) {
-                        return fail(fault, LYNX_ERR_FOLD, 3, block.index, (uint64_t)(anchor - levels->anchor));
-                    }
-                    in_anchor = s->anchor;
-                } else if (!planes->uniform && anchor_end - anchor < anchor_size + SLACK) {
-                    in_anchor = memcpy(s->anchor, anchor, (size_t)anchor_size); /* kernels read beyond the end */
-                }
-                if (rest_folded) {
-                    if (!unfold_section(kernels, &block, &planes->fold[1], rest_folding, rest, rest_size, s, s->rest)) {
-                        return fail(fault, LYNX_ERR_FOLD, 1, block.index, (uint64_t)(rest - levels->rest));
-                    }
-                    in_rest = s->rest;
-                } else if (!planes->uniform && rest != NULL) {
-                    in_rest = memcpy(s->rest, rest, (size_t)rest_size);
-                }
-                kernels->unpack(planes, in_anchor, in_rest, block.tokens, s->codes);
-                if (folded || rest_folded) {
-                    int16_t zeros[ROW];
-                    kernels->uncentre(planes, zeros_of(tile->part, planes, &s->params, zeros), block.tokens,
-                                      folded, rest_folded, s->codes);
+                /* Anchors and 8-bit values go past the caches where they are many, and exponents with them where no word can
+                 * leave the range that they move. */
+                const bool streamed = streams && in_place && row_stride == ROW;
+                const bool tame = entry == NULL && setup->shifted && tile->part == LYNX_VALUE && is_tame(&s->params, block.groups);
+                const bool apart = streamed || (setup->shifted && !tame);
+                uint16_t *to = apart ? s->words : rows;
+                const ptrdiff_t stride = apart ? ROW : row_stride;
+                const planes_in sections = {anchor, rest, levels->anchor + levels->anchor_size,
+                                            (uint64_t)anchor_size, (uint64_t)rest_size,
+                                            folding == NULL ? FLAT : load16(folding),
+                                            rest_folding == NULL ? FLAT : load16(rest_folding)};
+                const int bad = read_codes(kernels, tile, &block, planes, &sections, s);
+                if (bad >= 0) {
+                    const uint64_t at = (uint64_t)(bad == IN_ANCHOR ? anchor - levels->anchor : rest - levels->rest);
+                    return fail(fault, LYNX_ERR_FOLD, bad, block.index, at);
                 }
                 if (rest != NULL &&
                     !kernels->check(tile->part, s->codes, block.tokens, planes)) {
                     return fail(fault, LYNX_ERR_CODE, 1, block.index, (uint64_t)(rest - levels->rest));
                 }
                 if (entry == NULL) {
-                    kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, to, stride);
+                    kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params,
+                                        tame ? setup->shifts : NULL, to, stride);
                 } else {
                     prefetch(anchor + anchor_size, (uint64_t)anchor_size);
                     prefetch(rest + rest_size, (uint64_t)rest_size);
@@ -306,8 +356,12 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                 if (s->params.constant != 0) {
                     write_constants(tile->part, &block, &s->params, to, stride);
                 }
-                if (setup->shifted) {
-                    kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, rows, row_stride);
+                if (setup->shifted && !tame) {
+                    uint16_t *moved = streamed ? s->words : rows;
+                    kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, moved, streamed ? ROW : row_stride);
+                }
+                if (streamed) {
+                    kernels->stream(rows, s->words, (size_t)block.tokens * ROW);
                 }
                 if (!in_place) {
                     place_rows(view, &block, s->words);
@@ -320,6 +374,9 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
         if (rest != NULL) {
             rest += rest_size;
         }
+    }
+    if (streams) {
+        STREAM_FENCE();
     }
     return LYNX_OK;
 }

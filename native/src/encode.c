@@ -177,19 +177,37 @@ static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block 
                         const lynx_planes *planes, lynx_scratch *s, uint8_t *anchor_entry, uint8_t *rest_entry, uint8_t **anchor, uint8_t **rest) {
     uint8_t *none = NULL, *flat = s->flat, *late = s->flat_rest;
     const bool fold_anchor = *anchor != NULL && anchor_entry != NULL, fold_rest = *rest != NULL && rest_entry != NULL;
-    int16_t zeros[ROW];
-    kernels->centre(planes, zeros_of(part, planes, &s->params, zeros), s->codes, block->tokens, s->centred);
+    int16_t zeros_of_tokens[ROW];
+    const int16_t *zeros = zeros_of(part, planes, &s->params, zeros_of_tokens);
+    if (kernels->pack_folded != NULL) {
+        uint8_t *entry[2] = {anchor_entry, rest_entry}, *made[2] = {s->folded, s->folded_rest}, **to[2] = {anchor, rest};
+        const bool wanted[2] = {fold_anchor && block->column.folded[0] > 0, fold_rest && block->column.folded[1] > 0};
+        uint32_t entries[2] = {FLAT, FLAT};
+        if (wanted[0] || wanted[1]) {
+            kernels->pack_folded(planes, zeros, s->codes, block->tokens, wanted[0] ? made[0] : NULL,
+                                 wanted[1] ? made[1] : NULL, entries);
+        }
+        bool folded[2] = {false, false};
+        for (int i = 0; i < 2; i++) {
+            const lynx_fold *fold = &planes->fold[i];
+            const uint32_t size = (uint32_t)(block->octets * fold->folded_size) + (entries[i] & FOLD_SIZE);
+            folded[i] = wanted[i] && size < (uint32_t)(block->octets * fold->flat_size);
+            if (folded[i]) {
+                memcpy(*to[i], made[i], size);
+                *to[i] += size;
+            }
+            if (entry[i] != NULL) {
+                store16(entry[i], folded[i] ? entries[i] : FLAT);
+            }
+        }
+        pack_planes(kernels, block, planes, s->codes, s, folded[0] ? &none : anchor, folded[1] ? &none : rest);
+        return;
+    }
+    kernels->centre(planes, zeros, s->codes, block->tokens, s->centred);
     pack_planes(kernels, block, planes, s->centred, s, fold_anchor ? &flat : &none, fold_rest ? &late : &none);
     const bool done = fold_anchor && fold_section(kernels, block, &planes->fold[0], s->flat, s, anchor_entry, anchor);
     const bool done_rest = fold_rest && fold_section(kernels, block, &planes->fold[1], s->flat_rest, s, rest_entry, rest);
     pack_planes(kernels, block, planes, s->codes, s, done ? &none : anchor, done_rest ? &none : rest);
-}
-
-#define LEAST_SPREAD 0x2000 /* 2^-63 */
-
-static uint32_t spread_word(float spread) {
-    const uint32_t word = (float_bits(spread) + 0xffffu) >> 16;
-    return word < LEAST_SPREAD || word >= 0x8000 ? LEAST_SPREAD : word; /* 0x8000: nothing but -0 */
 }
 
 /* How far a channel's values lie from zero, by their signs, in units of 4 codes: round(15 (positive - negative) / n). */
@@ -228,7 +246,6 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges
                   void *scratch) {
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = lynx_scratch_of(scratch);
-    const int16_t limit = LYNX_DTYPES[tile->dtype].special;
     for (uint32_t head = 0; head < tile->heads; head++) {
         for (uint32_t channel = 0; channel < tile->head_dim; channel += ROW) {
             uint64_t range[ROW] = {0}, size[ROW] = {0};
@@ -239,16 +256,13 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges
                 block.tokens = tile->tokens - block.token < ROW ? (int)(tile->tokens - block.token) : ROW;
                 ptrdiff_t stride;
                 const uint16_t *rows = block_rows(kernels, view, &block, NULL, &stride, s);
-                uint16_t signs[ROW];
-                kernels->survey(rows, stride, block.tokens, s->low, s->high, signs);
+                uint16_t ranges_of[ROW], sizes_of[ROW], signs[ROW];
+                kernels->survey(tile->dtype, rows, stride, block.tokens, ranges_of, sizes_of, signs);
                 for (int c = 0; c < ROW; c++) {
-                    const bool tame = s->high[c] < limit && s->low[c] >= -limit;
-                    const float low = tame ? word_value(tile->dtype, from_ordered(s->low[c])) : 0;
-                    const float high = tame ? word_value(tile->dtype, from_ordered(s->high[c])) : 0;
                     negative[c] += signs[c];
-                    range[c] += tame ? spread_word(high - low) : 0;
-                    size[c] += tame ? spread_word(-low > high ? -low : high) : 0;
-                    count[c] += tame;
+                    range[c] += ranges_of[c];
+                    size[c] += sizes_of[c];
+                    count[c] += sizes_of[c] != 0;
                 }
             }
             for (int c = 0; c < block.channels; c++) {

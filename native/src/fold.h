@@ -39,13 +39,13 @@ static inline uint8_t *store_row(uint64_t mask, const uint8_t *row, uint8_t *out
     return out;
 }
 
-#endif
-
 /* A bit for each of 8 channels as 255 in its byte. */
 static inline uint64_t byte_mask(uint64_t channels, int w) {
     const uint64_t bits = (channels >> 8 * w & 255) * 0x0101010101010101ull & 0x8040201008040201ull;
     return ((bits + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull) * 255; /* no carries: at most one bit a byte */
 }
+
+#endif
 
 static inline uint64_t choose64(uint64_t mask, uint64_t a, uint64_t b) {
     return (a & mask) | (b & ~mask);
@@ -55,13 +55,13 @@ static inline void put_bits64(uint8_t *stream, uint32_t position, uint64_t value
     uint8_t *p = stream + (position >> 3);
     const int shift = position & 7;
     store64(p, load64(p) | value << shift);
-    p[8] = (uint8_t)(shift == 0 ? 0 : value >> (64 - shift));
+    p[8] = (uint8_t)(value >> 1 >> (63 - shift));
 }
 
 static inline uint64_t get_bits64(const uint8_t *stream, uint32_t position) {
     const uint8_t *p = stream + (position >> 3);
     const int shift = position & 7;
-    return load64(p) >> shift | (shift == 0 ? 0 : (uint64_t)p[8] << (64 - shift));
+    return load64(p) >> shift | (uint64_t)p[8] << 1 << (63 - shift);
 }
 
 /* 64 bits, or the `left` that there are. */
@@ -140,6 +140,44 @@ static uint32_t unpair_stream(const uint8_t *paired, uint32_t limit, uint32_t co
 
 #define FAR_BYTES (BLOCK_VALUES / 8 + SLACK) /* of a stream D2 or D3 */
 
+/* Write D2 and D3, in pairs where that takes fewer bits. Returns the block's entry in the fold table. */
+static uint32_t write_streams(uint8_t streams[2][FAR_BYTES], const uint32_t bits[2], uint8_t *out) {
+    uint32_t entry = 0;
+    for (int i = 0; i < 2; i++) {
+        uint8_t paired[FAR_BYTES] = {0};
+        const uint32_t count = pair_stream(streams[i], bits[i], paired), size = (count + 7) / 8;
+        memcpy(out, count < bits[i] ? paired : streams[i], size);
+        out += size;
+        entry += size | (count < bits[i] ? (uint32_t)FOLD_PAIRED << i : 0);
+    }
+    return entry;
+}
+
+/* Read D2, of `count` bits, and D3, with zeros behind; false if that does not take what the entry says. Sizes are checked before
+ * anything is read. */
+static bool read_streams(const uint8_t *in, uint32_t entry, uint32_t count, uint8_t streams[2][FAR_BYTES]) {
+    uint32_t left = 8 * (entry & FOLD_SIZE);
+    for (int i = 0; i < 2; i++) {
+        uint32_t bits = count;
+        if (entry & (uint32_t)FOLD_PAIRED << i) {
+            memset(streams[i], 0, sizeof streams[i]);
+            bits = unpair_stream(in, left, count, streams[i]);
+        }
+        const uint32_t size = (bits + 7) / 8;
+        if (8 * size > left) {
+            return false;
+        }
+        if (!(entry & (uint32_t)FOLD_PAIRED << i)) {
+            memcpy(streams[i], in, size);
+            memset(streams[i] + size, 0, SLACK);
+        }
+        in += size;
+        left -= 8 * size;
+        count = count_bits(streams[i], 0, count);
+    }
+    return left == 0;
+}
+
 static uint32_t fold(const lynx_fold *fold, const uint8_t *flat, int tokens, uint8_t *folded) {
     uint8_t streams[2][FAR_BYTES]; /* D2, D3 */
     memset(streams, 0, sizeof streams);
@@ -173,15 +211,7 @@ static uint32_t fold(const lynx_fold *fold, const uint8_t *flat, int tokens, uin
         flat += fold->others;
         folded += fold->others;
     }
-    uint32_t entry = 0;
-    for (int i = 0; i < 2; i++) {
-        uint8_t paired[FAR_BYTES] = {0};
-        const uint32_t count = pair_stream(streams[i], bits[i], paired), size = (count + 7) / 8;
-        memcpy(folded, count < bits[i] ? paired : streams[i], size);
-        folded += size;
-        entry += size | (count < bits[i] ? (uint32_t)FOLD_PAIRED << i : 0);
-    }
-    return entry;
+    return write_streams(streams, bits, folded);
 }
 
 static bool unfold(const lynx_fold *fold, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat) {
@@ -201,29 +231,8 @@ static bool unfold(const lynx_fold *fold, const uint8_t *folded, uint32_t entry,
             count += (uint32_t)POPCOUNT64(moved_of[o][w]);
         }
     }
-    /* Both streams' sizes, before anything is read from them. */
-    const uint8_t *in = folded + octets * fold->folded_size;
-    uint32_t left = 8 * (entry & FOLD_SIZE);
     uint8_t streams[2][FAR_BYTES];
-    for (int i = 0; i < 2; i++) {
-        uint32_t bits = count;
-        if (entry & (uint32_t)FOLD_PAIRED << i) {
-            memset(streams[i], 0, sizeof streams[i]);
-            bits = unpair_stream(in, left, count, streams[i]);
-        }
-        const uint32_t size = (bits + 7) / 8;
-        if (8 * size > left) {
-            return false;
-        }
-        if (!(entry & (uint32_t)FOLD_PAIRED << i)) {
-            memcpy(streams[i], in, size);
-            memset(streams[i] + size, 0, SLACK);
-        }
-        in += size;
-        left -= 8 * size;
-        count = count_bits(streams[i], 0, count);
-    }
-    if (left != 0) {
+    if (!read_streams(folded + octets * fold->folded_size, entry, count, streams)) {
         return false;
     }
     uint32_t at[2] = {0, 0};
@@ -278,14 +287,14 @@ static inline int value_centre(int zero, int bias) {
 
 /* The place of a key's two top bits by what is likely after a code of the lower half: 1, 2, 0, 3. The upper half
  * mirrors it. */
-static inline int rank_two(int top, int before) {
-    const int mirrored = before < 128 ? top : 3 - top;
-    return mirrored == 3 ? 3 : mirrored == 0 ? 2 : mirrored - 1;
+static inline uint8_t rank_two(uint8_t top, uint8_t before) {
+    const uint8_t mirrored = before < 128 ? top : (uint8_t)(3 - top);
+    return mirrored == 3 ? 3 : mirrored == 0 ? 2 : (uint8_t)(mirrored - 1);
 }
 
-static inline int unrank_two(int rank_of, int before) {
-    const int mirrored = rank_of == 3 ? 3 : rank_of == 2 ? 0 : rank_of + 1;
-    return before < 128 ? mirrored : 3 - mirrored;
+static inline uint8_t unrank_two(uint8_t rank_of, uint8_t before) {
+    const uint8_t mirrored = rank_of == 3 ? 3 : rank_of == 2 ? 0 : (uint8_t)(rank_of + 1);
+    return before < 128 ? mirrored : (uint8_t)(3 - mirrored);
 }
 
 /* A value's two top bits by their distance from zero, which lies in [0, 64), [64, 96), [96, 128), or mirrored: the
@@ -316,26 +325,44 @@ static inline void mask_bytes(uint64_t mask, uint8_t *bytes) {
     }
 }
 
-static inline uint8_t blend(uint8_t a, uint8_t b, uint8_t c, uint8_t code, uint8_t masks[3][ROW], int channel) {
-    const uint8_t x = masks[0][channel], y = masks[1][channel], z = masks[2][channel];
-    return (uint8_t)((a & x) | (b & y) | (c & z) | (code & ~(x | y | z)));
+/* Values of 2 bits fold in whole blocks. */
+static inline void replace_two(const lynx_planes *planes, int zero, uint64_t mask, bool back, const uint8_t *codes,
+                               uint8_t *out) {
+    for (int c = 0; c < ROW; c++) {
+        const int cell = value_cell(zero, planes->bias[c]), top = codes[c] >> 6;
+        const int place = back ? value_top(top, cell) : value_place(top, cell);
+        out[c] = mask >> c & 1 ? (uint8_t)((codes[c] & 63) | place << 6) : codes[c];
+    }
+}
+
+/* (centre - 4) * 32 of 64 channels, modulo 256. */
+static inline void from_middle(const lynx_planes *planes, const int16_t *zero, const uint8_t *before, uint8_t *out) {
+    for (int c = 0; c < ROW && zero != NULL; c++) {
+        out[c] = (uint8_t)((value_centre(*zero, planes->bias[c]) - 4) * 32);
+    }
+    for (int c = 0; c < ROW && zero == NULL; c++) {
+        out[c] = (uint8_t)((key_centre(before[c]) - 4) * 32);
+    }
 }
 
 static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
-    uint8_t before[ROW], masks[3][ROW];
+    uint8_t before[ROW], three[ROW], two[ROW], one[ROW], moved[ROW];
     memset(before, FIRST_BEFORE, sizeof before);
-    mask_bytes(planes->fold[0].three | planes->fold[1].three, masks[0]);
-    mask_bytes(planes->fold[0].two, masks[1]);
-    mask_bytes(planes->fold[1].two, masks[2]);
+    mask_bytes(planes->fold[0].three | planes->fold[1].three, three);
+    mask_bytes(planes->fold[0].two, two);
+    mask_bytes(planes->fold[1].two, one);
     for (int t = 0; t < tokens; t++, codes += ROW, centred += ROW) {
+        if (zeros != NULL && planes->fold[0].two != 0) {
+            replace_two(planes, zeros[t], planes->fold[0].two, false, codes, centred);
+            continue;
+        }
+        from_middle(planes, zeros == NULL ? NULL : zeros + t, before, moved);
         for (int c = 0; c < ROW; c++) {
-            const uint8_t code = codes[c];
-            const int from = zeros == NULL ? key_centre(before[c]) : value_centre(zeros[t], planes->bias[c]);
-            const int place = zeros == NULL ? rank_two(code >> 6, before[c])
-                                            : value_place(code >> 6, value_cell(zeros[t], planes->bias[c]));
-            const uint8_t three = (uint8_t)(code + (4 - from) * 32), two = (uint8_t)((code & 63) | place << 6);
-            const uint8_t one = code < 128 ? code ^ 0x60 : code; /* of 1 bit: distance from the middle */
-            centred[c] = blend(three, two, one, code, masks, c);
+            const uint8_t code = codes[c], place = rank_two(code >> 6, before[c]);
+            uint8_t out = (uint8_t)(code - (moved[c] & three[c]));
+            out = two[c] ? (uint8_t)((code & 63) | place << 6) : out;
+            out = one[c] & (code < 128 ? 255 : 0) ? code ^ 0x60 : out; /* of 1 bit: distance from the middle */
+            centred[c] = out;
             before[c] = code;
         }
     }
@@ -344,20 +371,24 @@ static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_
 
 static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest,
                      uint8_t *codes) {
-    uint8_t before[ROW], masks[3][ROW];
+    uint8_t before[ROW], three[ROW], two[ROW], one[ROW], moved[ROW];
+    const uint64_t twos = anchor ? planes->fold[0].two : 0;
     memset(before, FIRST_BEFORE, sizeof before);
-    mask_bytes((anchor ? planes->fold[0].three : 0) | (rest ? planes->fold[1].three : 0), masks[0]);
-    mask_bytes(anchor ? planes->fold[0].two : 0, masks[1]);
-    mask_bytes(rest ? planes->fold[1].two : 0, masks[2]);
+    mask_bytes((anchor ? planes->fold[0].three : 0) | (rest ? planes->fold[1].three : 0), three);
+    mask_bytes(twos, two);
+    mask_bytes(rest ? planes->fold[1].two : 0, one);
     for (int t = 0; t < tokens; t++, codes += ROW) {
+        if (zeros != NULL && twos != 0) {
+            replace_two(planes, zeros[t], twos, true, codes, codes);
+            continue;
+        }
+        from_middle(planes, zeros == NULL ? NULL : zeros + t, before, moved);
         for (int c = 0; c < ROW; c++) {
-            const uint8_t code = codes[c];
-            const int from = zeros == NULL ? key_centre(before[c]) : value_centre(zeros[t], planes->bias[c]);
-            const int top = zeros == NULL ? unrank_two(code >> 6, before[c])
-                                          : value_top(code >> 6, value_cell(zeros[t], planes->bias[c]));
-            const uint8_t three = (uint8_t)(code + (from - 4) * 32), two = (uint8_t)((code & 63) | top << 6);
-            const uint8_t one = code < 128 ? code ^ 0x60 : code;
-            before[c] = codes[c] = blend(three, two, one, code, masks, c);
+            const uint8_t code = codes[c], top = unrank_two(code >> 6, before[c]);
+            uint8_t out = (uint8_t)(code + (moved[c] & three[c]));
+            out = two[c] ? (uint8_t)((code & 63) | top << 6) : out;
+            out = one[c] & (code < 128 ? 255 : 0) ? code ^ 0x60 : out;
+            before[c] = codes[c] = out;
         }
     }
 }

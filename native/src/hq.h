@@ -56,9 +56,6 @@ typedef struct {
     uint64_t anchor_size, params_size, rest_size, rank_size;
 } lynx_levels;
 
-/* Sections, in faults. */
-enum { IN_PARAMS = 0, IN_REST = 1, IN_RANKS = 2, IN_ANCHOR = 3 };
-
 bool lynx_tile_is_bad(const lynx_tile *tile);
 uint64_t lynx_count_blocks(const lynx_tile *tile);
 bool lynx_folds_rest(const lynx_tile *tile);
@@ -126,7 +123,7 @@ typedef struct {
     _Alignas(64) uint8_t centred[BLOCK_VALUES];
     uint8_t anchor[8 * 8 * ROW + SLACK], rest[8 * 8 * ROW + SLACK];
     uint8_t flat[8 * 8 * ROW + SLACK], flat_rest[8 * 8 * ROW + SLACK];
-    uint8_t folded[FOLDED_MAX + SLACK];
+    uint8_t folded[FOLDED_MAX + SLACK], folded_rest[FOLDED_MAX + SLACK];
     lynx_streams streams;
 } lynx_scratch;
 

@@ -27,6 +27,8 @@ typedef struct {
 } lynx_fold;
 
 enum { ANCHOR_SECTION = 0, REST_SECTION = 1 };
+/* Sections, in faults. */
+enum { IN_PARAMS = 0, IN_REST = 1, IN_RANKS = 2, IN_ANCHOR = 3 };
 
 /* Which planes of a block's codes lie in the anchor section, which in the rest: one byte per 8 tokens (an octet),
  * plane and channel. Channels of width b have planes 0..b-1 in the anchor. Within a section, octet and plane,
@@ -83,8 +85,11 @@ typedef struct {
 typedef struct {
     /* Extremes of each group in the ordered-integer domain, w ^ ((w >> 15) & 0x7fff), where -0 differs from +0. */
     void (*range)(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
-    /* The same of channels, and how many of their words have a sign. */
-    void (*survey)(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs);
+    /* Spreads of channels: range and size as bfloat16 words, 0 for those with special words; and how many have a sign. */
+    void (*survey)(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *range, uint16_t *size,
+                   uint16_t *signs);
+    /* The first 64 fields of `bits` (up to 25) of a stream, of which up to 64 bytes beyond may be read. */
+    void (*fields)(const uint8_t *stream, int bits, uint32_t *out);
     /* Scale and zero point of 64 groups from their extremes; none may be constant or hold special words. */
     void (*choose)(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params);
     /* Codes. Only the portable kernel takes special words and constant groups. */
@@ -98,8 +103,11 @@ typedef struct {
     void (*unpack)(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
     /* Whether all codes are valid. */
     bool (*check)(int part, const uint8_t *codes, int tokens, const lynx_planes *planes);
-    void (*dequantise)(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params, uint16_t *rows,
-                       ptrdiff_t stride);
+    /* `shifts`, of value channels of bfloat16, are added to all words but zeros; null: none. */
+    void (*dequantise)(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
+    /* A copy past the caches; null where there is none. The caller has to order it (STREAM_FENCE). */
+    void (*stream)(uint16_t *to, const uint16_t *rows, size_t words);
     /* Level 2. `unrank` returns LYNX_OK or LYNX_ERR_RANK; it leaves in the streams' counters what it has used. */
     void (*rank)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                  int channels, const lynx_params *params, lynx_streams *streams);
@@ -115,6 +123,13 @@ typedef struct {
     uint32_t (*fold)(const lynx_fold *fold, const uint8_t *flat, int tokens, uint8_t *folded);
     /* The reverse. SLACK readable bytes follow the streams; false if the planes call for streams of another size. */
     bool (*unfold)(const lynx_fold *fold, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat);
+    /* Both steps at once, and `pack` or `unpack`, without flat planes; null where there are none. Writes or reads up to 64 bytes
+     * beyond a section. `entries`: as `fold` returns them; a section that is null is not made. `unpack_folded` returns the
+     * section whose streams have another size, or -1. */
+    void (*pack_folded)(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *anchor,
+                        uint8_t *rest, uint32_t entries[2]);
+    int (*unpack_folded)(const lynx_planes *planes, const int16_t *zeros, const uint8_t *anchor, uint32_t anchor_entry,
+                          const uint8_t *rest, uint32_t rest_entry, int tokens, uint8_t *codes);
     /* Words of 64 channels divided by 2^e (`shifts`: e in units of the word's last place), or multiplied by it with the
      * signs of `shifts` reversed. bfloat16. */
     void (*rescale)(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
@@ -126,6 +141,12 @@ typedef struct {
     void (*pack_row)(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes);
     void (*unpack_row)(int word_bytes, const uint8_t *const *planes, size_t count, void *words);
 } lynx_kernels;
+
+#if defined(__x86_64__)
+#define STREAM_FENCE() __builtin_ia32_sfence()
+#else
+#define STREAM_FENCE()
+#endif
 
 /* Words that rescaling moves round: magnitude words from 2^-111 up to those that are special. */
 #define RESCALE_FIRST 0x0800

@@ -239,13 +239,18 @@ INLINE uint16x8_t words_above(float32x4_t first, float32x4_t second, uint32_t mo
 }
 
 static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
-                       uint16_t *rows, ptrdiff_t stride) {
+                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     for (int t = 0; t < tokens; t++) {
         for (int c = 0; c < ROW; c += 8) {
             float32x4_t first, second;
             scaled(part, codes, t, c, params, &first, &second);
             if (dtype == LYNX_BFLOAT16) {
-                vst1q_u16(rows + t * stride + c, words_above(first, second, 0x8000));
+                uint16x8_t words = words_above(first, second, 0x8000);
+                if (shifts != NULL) { /* of words that are not zero */
+                    const uint16x8_t some = vtstq_u16(words, vdupq_n_u16(0x7fff));
+                    words = vaddq_u16(words, vandq_u16(some, vreinterpretq_u16_s16(vld1q_s16(shifts + c))));
+                }
+                vst1q_u16(rows + t * stride + c, words);
             } else {
                 const float32x4_t top = vdupq_n_f32(65504.0f), bottom = vdupq_n_f32(-65504.0f);
                 const float16x4_t w1 = vcvt_f16_f32(vmaxq_f32(vminq_f32(first, top), bottom));
@@ -379,6 +384,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_neon = {
     .range = range,
     .survey = survey,
+    .fields = fields,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,

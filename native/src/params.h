@@ -15,6 +15,8 @@ static const struct {
     [LYNX_FLOAT16] = {0x3380 /* 2^-24 */, 0x4480 /* 2^10 */, 0x7c00 /* infinity */},
 };
 
+#define LEAST_SPREAD 0x2000 /* 2^-63 */
+
 /* round(|x| / s), ties away from zero: exact for |x| / s up to 1290 (spec/codec-hq.md, "Quantising"). */
 static inline int quantised(float magnitude, float inverse) {
     return (int)(magnitude * inverse + 0.5f);

@@ -128,12 +128,13 @@ static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes 
 }
 
 static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
-                       uint16_t *rows, ptrdiff_t stride) {
+                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     for (int t = 0; t < tokens; t++) {
         for (int c = 0; c < ROW; c++) {
             const int g = group_of(part, t, c);
             const float value = (float)(codes[t * ROW + c] - params->offset[g]) * params->scale[g];
-            rows[t * stride + c] = dtype == LYNX_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+            const uint16_t word = dtype == LYNX_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+            rows[t * stride + c] = (uint16_t)(shifts == NULL || (word & 0x7fff) == 0 ? word : word + shifts[c]);
         }
     }
 }
@@ -269,6 +270,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_scalar = {
     .range = range,
     .survey = survey,
+    .fields = fields,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,

@@ -1,8 +1,9 @@
 /* Speed of the hq kernels on one thread: GB/s of words, and the ratio to memcpy in the same rounds. CPU time, medians.
  *
- *     speed [ISA number, all: -1] [key bits] [value bits] [megabytes] [rounds] [raw file of words [n][64]]
+ *     speed [ISA number, all: -1] [fast, balanced or dense] [megabytes] [rounds] [raw file of words [n][64]]
  */
 #define _POSIX_C_SOURCE 200809L
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,11 +57,12 @@ static uint16_t synthetic(size_t i) { /* channels with their own means and sprea
 
 int main(int argc, char **argv) {
     const int only = argc > 1 ? atoi(argv[1]) : -1;
-    const int bits[2] = {argc > 2 ? atoi(argv[2]) : 3, argc > 3 ? atoi(argv[3]) : 3};
-    const size_t tiles = (size_t)(argc > 4 ? atoi(argv[4]) : 256) * 1000000 / (2 * TILE) + 1;
-    const int rounds = argc > 5 ? atoi(argv[5]) : 7;
+    const bool fold = argc > 2 && strcmp(argv[2], "fast") != 0, dense = argc > 2 && strcmp(argv[2], "dense") == 0;
+    const size_t tiles = (size_t)(argc > 3 ? atoi(argv[3]) : 256) * 1000000 / (2 * TILE) + 1;
+    const int rounds = argc > 4 ? atoi(argv[4]) : 7;
+    CHECK(rounds <= MAX_ROUNDS);
     uint16_t *words = touched(tiles * 2 * TILE), *out = touched(tiles * 2 * TILE);
-    FILE *file = argc > 6 ? fopen(argv[6], "rb") : NULL;
+    FILE *file = argc > 5 ? fopen(argv[5], "rb") : NULL;
     for (size_t at = 0; at < tiles * TILE;) {
         if (file != NULL) {
             const size_t n = fread(words + at, 2, tiles * TILE - at, file);
@@ -73,72 +75,61 @@ int main(int argc, char **argv) {
         }
     }
     uint8_t widths[HEADS * DIM];
+    memset(widths, 3, sizeof widths);
     void *scratch = touched(lynx_hq_scratch_size());
     for (int isa = 0; isa <= LYNX_ISA_NEON; isa++) {
         if ((only >= 0 && isa != only) || lynx_isa_select(isa) != LYNX_OK) {
             continue;
         }
         for (int part = 0; part < 2; part++) {
-            memset(widths, bits[part], sizeof widths);
-            const lynx_hq_tile tile = {.dtype = LYNX_BFLOAT16, .part = part, .heads = HEADS, .tokens = TOKENS, .head_dim = DIM, .widths = widths};
-            lynx_hq_sizes sizes;
-            CHECK(lynx_hq_measure(&tile, &sizes) == LYNX_OK);
-            const size_t anchor_size = sizes.anchor + LYNX_HQ_PARAM_HEADER * sizes.blocks + sizes.max_params;
-            uint8_t *anchors = touched(tiles * anchor_size), *rests = touched(tiles * sizes.rest);
-            const size_t rank_size = LYNX_HQ_RANK_HEADER * sizes.blocks + sizes.max_rank;
-            uint8_t *ranks = touched(tiles * rank_size);
-            lynx_hq_encoded *made = touched(tiles * sizeof *made);
+            const lynx_hq_config config = {.dtype = LYNX_BFLOAT16, .part = part, .heads = HEADS, .tokens = TOKENS, .head_dim = DIM,
+                                           .levels = 3, .fold = fold, .scaling = 1, .widths = part == LYNX_KEY ? NULL : widths,
+                                           .range_bits = HEADS * DIM * (dense ? 26 : 30) / 10};
+            lynx_hq_bounds bounds;
+            CHECK(lynx_hq_measure(&config, &bounds) == LYNX_OK);
+            const uint64_t size = bounds.level[0] + bounds.level[1] + bounds.level[2];
+            uint8_t *payloads = touched(tiles * size);
+            uint64_t(*sizes)[3] = touched(tiles * sizeof *sizes);
+            void *plan = touched(bounds.plan);
             static double times[STEPS][MAX_ROUNDS];
-            CHECK(rounds <= MAX_ROUNDS);
             for (int round = 0; round < rounds; round++) {
                 for (int step = 0; step < STEPS; step++) {
                     const double start = now();
-                    if (step == 0) {
-                        for (size_t i = 0; i < tiles; i++) {
+                    for (size_t i = 0; i < tiles; i++) {
+                        uint8_t *const at = payloads + i * size;
+                        uint8_t *const levels[3] = {at, at + bounds.level[0], at + bounds.level[0] + bounds.level[1]};
+                        uint8_t *const first[3] = {at, NULL, NULL};
+                        const lynx_view in = {.words = words + i * TILE, .head_stride = TOKENS * DIM, .token_stride = DIM};
+                        const lynx_view to = {.words = out + i * TILE, .head_stride = TOKENS * DIM, .token_stride = DIM};
+                        if (step == 0) {
                             memcpy(out + i * TILE, words + i * TILE, 2 * TILE);
-                        }
-                    }
-                    for (size_t i = 0; i < tiles && step > 0; i++) {
-                        uint8_t *anchor = anchors + i * anchor_size, *rank = ranks + i * rank_size;
-                        if (step < 3) {
-                            made[i] = (lynx_hq_encoded){.anchor = anchor,
-                                                        .param_headers = anchor + sizes.anchor,
-                                                        .params = anchor + sizes.anchor + LYNX_HQ_PARAM_HEADER * sizes.blocks,
-                                                        .rest = step == 2 ? rests + i * sizes.rest : NULL,
-                                                        .rank_table = step == 2 ? rank : NULL,
-                                                        .rank = step == 2 ? rank + LYNX_HQ_RANK_HEADER * sizes.blocks : NULL,
-                                                        .wants_rank_bound = 1};
-                            CHECK(lynx_hq_encode(&tile, words + i * TILE, TOKENS * DIM, DIM, 0, sizes.blocks, &made[i], scratch) == LYNX_OK);
+                        } else if (step < 3) {
+                            uint8_t *const *wanted = step == 1 ? first : levels;
+                            lynx_hq_piece piece;
+                            CHECK(lynx_hq_prepare(&config, &in, plan, scratch) == LYNX_OK);
+                            CHECK(lynx_hq_encode(plan, &in, 0, bounds.blocks, wanted, &piece, scratch) == LYNX_OK);
+                            CHECK(lynx_hq_assemble(plan, wanted, &piece, 1, sizes[i]) == LYNX_OK);
                         } else {
-                            const lynx_hq_levels levels = {.anchor = anchor,
-                                                           .param_headers = made[i].param_headers,
-                                                           .params = made[i].params,
-                                                           .rest = step > 3 ? made[i].rest : NULL,
-                                                           .rank_table = step > 4 ? made[i].rank_table : NULL,
-                                                           .rank = step > 4 ? made[i].rank : NULL,
-                                                           .anchor_size = made[i].anchor_size,
-                                                           .params_size = made[i].params_size,
-                                                           .rank_size = made[i].rank_size};
+                            const uint8_t *const given[3] = {levels[0], levels[1], levels[2]};
                             lynx_hq_fault fault;
-                            CHECK(lynx_hq_check(&tile, &levels, &fault) == LYNX_OK);
-                            CHECK(lynx_hq_decode(&tile, &levels, out + i * TILE, TOKENS * DIM, DIM, 0, sizes.blocks, scratch, &fault) == LYNX_OK);
+                            CHECK(lynx_hq_open(&config, given, sizes[i], step - 2, plan, &fault) == LYNX_OK);
+                            CHECK(lynx_hq_decode(plan, &to, 0, bounds.blocks, scratch, &fault) == LYNX_OK);
                         }
                     }
                     times[step][round] = now() - start;
                 }
                 CHECK(memcmp(out, words, tiles * 2 * TILE) == 0);
             }
-            printf("isa %d, %s, %d bits\n", isa, part ? "values" : "keys", bits[part]);
+            printf("isa %d, %s\n", isa, part ? "values" : "keys");
             for (int step = 0; step < STEPS; step++) {
                 qsort(times[step], (size_t)rounds, sizeof(double), ascending);
                 const double speed = (double)(tiles * 2 * TILE) / times[step][rounds / 2] * 1e-9;
                 printf("  %-14s %6.2f GB/s %5.2f of memcpy, best %6.2f GB/s\n", NAMES[step], speed,
                        times[0][rounds / 2] / times[step][rounds / 2], (double)(tiles * 2 * TILE) / times[step][0] * 1e-9);
             }
-            free(anchors);
-            free(rests);
-            free(ranks);
-            free(made);
+            free(payloads);
+            free(sizes);
+            free(plan);
         }
     }
     free(scratch);
