@@ -29,8 +29,8 @@ __all__ = ["HQ", "PRESETS"]
 
 #: Configs by name: ``fast`` for speed, ``balanced`` for few bits of all levels, ``dense`` for a small anchor.
 PRESETS: Final[dict[str, dict[str, Any]]] = {
-    "fast": {"key_bits": 3, "value_bits": 3, "widths": "ranges", "fold": False, "scaling": True},
-    "balanced": {"key_bits": 3, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
+    "fast": {"key_bits": 3.15, "value_bits": 3, "widths": "ranges", "fold": False, "scaling": True},
+    "balanced": {"key_bits": 3.4, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
     "dense": {"key_bits": 2.6, "value_bits": 3, "widths": "ranges", "fold": True, "scaling": True},
 }
 #: What presets with a calibration are content with: a predicted KL, in nats. It decides how many bits a model needs.

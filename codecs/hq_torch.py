@@ -573,7 +573,7 @@ def _mean_spread(grid: _Grid, block: Tensor, words: Tensor) -> Tensor:
 
 def _widths_by_range(ranges: Tensor, sizes: Tensor, mean: float) -> Tensor:
     """Section 4.2, ``[heads, head_dim]``. A channel's gains fall, so the largest of all are a prefix of each's."""
-    weights = 3 * (ranges + sizes + sizes.roll(sizes.shape[1] // 2, 1)) >> 3
+    weights = (2 * (ranges + sizes) + 3 * sizes.roll(sizes.shape[1] // 2, 1)) >> 2
     gains = weights.reshape(-1, 1) + torch.tensor(_GAINS, device=weights.device)
     chosen = torch.zeros_like(gains.reshape(-1))
     chosen[torch.sort(-gains.reshape(-1), stable=True).indices[: int(mean * weights.numel())]] = 1

@@ -175,10 +175,10 @@ GAINS = (-315, -392, -475, -614, -756, -891, -1022)
 
 
 def weights(ranges: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Three eighths of a channel's range, its size and that of its partner in position encoding."""
+    """Half a channel's range and size, and three quarters of its partner's size in position encoding."""
     dim = sizes.shape[1]
     partners = [(c - dim // 2) % dim for c in range(dim)]
-    return (ranges + sizes + sizes[:, partners]) * 3 // 8
+    return (2 * ranges + 2 * sizes + 3 * sizes[:, partners]) // 4
 
 
 def widths_by_range(weight: NDArray[np.int64], mean: float) -> NDArray[np.uint8]:

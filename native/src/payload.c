@@ -154,7 +154,7 @@ static void weigh(uint16_t *ranges, const uint16_t *sizes, uint32_t heads, uint3
     for (uint32_t head = 0; head < heads; head++, ranges += head_dim, sizes += head_dim) {
         for (uint32_t c = 0; c < head_dim; c++) { /* large keys count for large queries; RoPE turns c and its pair */
             const uint32_t pair = sizes[(c + head_dim - head_dim / 2) % head_dim];
-            ranges[c] = (uint16_t)(3 * (ranges[c] + sizes[c] + pair) >> 3);
+            ranges[c] = (uint16_t)((2u * ranges[c] + 2u * sizes[c] + 3u * pair) >> 2);
         }
     }
 }
