@@ -1,8 +1,8 @@
 """The pictures of docs/codec.md.
 
     lynxproto bench codec --json codecs.json
-    python benchmarks/anchor_quality.py --policies int8,lynx ... --json quality.json
-    python benchmarks/codec_pictures.py --codecs codecs.json --quality quality.json -o docs/images
+    python benchmarks/cross_calibration.py --json cross.json
+    python benchmarks/codec_pictures.py --codecs codecs.json --quality cross.json -o docs/images
 
 ``codec-levels.png`` needs no measurement: it follows from spec/codec-hq.md for one group of values.
 """
@@ -133,16 +133,16 @@ def draw_speed(axis: Any, codecs: dict[str, Any]) -> None:
 
 def draw_quality(axis: Any, quality: dict[str, Any]) -> None:
     """KL against bits, with standard errors."""
-    for result in quality["results"]:
+    for n, result in enumerate(sorted(quality["results"], key=lambda r: (r["bits_per_value"], r["kl"]))):
         color = PEER if "int" in result["method"].lower() else OURS
         axis.errorbar(result["bits_per_value"], result["kl"], yerr=result["kl_se"], fmt="o", color=color, capsize=2)
         place = (result["bits_per_value"], result["kl"])
         text = f"{result['method']}\ntop-1 {result['top1']:.3f}"
-        axis.annotate(text, place, xytext=(6, 2), textcoords="offset points", fontsize=7)
+        axis.annotate(text, place, xytext=(6, (-14, 4)[n % 2]), textcoords="offset points", fontsize=7)
     axis.set_yscale("log")
     axis.set_xlabel("anchor, bits a value, all-in")
     axis.set_ylabel("KL to the exact cache, nats")
-    axis.margins(x=0.15)
+    axis.margins(x=0.25, y=0.15)
     axis.grid(alpha=0.3)
 
 
@@ -160,7 +160,7 @@ def read(path: Path) -> dict[str, Any]:
 @click.command()
 @click.option("--codecs", type=click.Path(exists=True, path_type=Path), help="JSON of `lynxproto bench codec`.")
 @click.option(
-    "--quality", type=click.Path(exists=True, path_type=Path), multiple=True, help="JSON of anchor_quality.py."
+    "--quality", type=click.Path(exists=True, path_type=Path), multiple=True, help="JSON of cross_calibration.py."
 )
 @click.option("-o", "--output", "folder", type=click.Path(file_okay=False, path_type=Path), required=True)
 def main(*, codecs: Path | None, quality: tuple[Path, ...], folder: Path) -> None:
@@ -173,12 +173,11 @@ def main(*, codecs: Path | None, quality: tuple[Path, ...], folder: Path) -> Non
         draw_speed(axes[1], read(codecs))
         figure.savefig(folder / "codec-size-speed.png", dpi=110)
     if quality:
-        figure, axes = plt.subplots(
-            1, len(quality), figsize=(5.5 * len(quality), 4.2), layout="constrained", squeeze=False
-        )
-        for axis, path in zip(axes[0], quality, strict=True):
-            draw_quality(axis, read(path))
-            axis.set_title(path.stem, fontsize=9, loc="left")
+        panels = [(f"{path.stem}: {text}", r) for path in quality for text, r in read(path)["judged_on"].items()]
+        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), layout="constrained", squeeze=False)
+        for axis, (title, result) in zip(axes[0], panels, strict=True):
+            draw_quality(axis, result)
+            axis.set_title(f"{title}, {result['windows']} windows", fontsize=9, loc="left")
         figure.savefig(folder / "codec-rate-acceptance.png", dpi=110)
 
 

@@ -56,6 +56,7 @@ def _reaching(calibration: Calibration, kl: float) -> Policy:
 
 @click.command()
 @click.option("--model", "source", default=MODEL, show_default=True)
+@click.option("--calibrate-on", "on", multiple=True, type=click.Choice(list(quality.TEXTS)), help="Default: all.")
 @click.option("--judge-on", "judged", multiple=True, type=click.Choice(list(quality.TEXTS)), help="Default: all.")
 @click.option("--preset", "presets", multiple=True, default=("balanced", "dense"), show_default=True)
 @click.option("--target", "targets", multiple=True, type=float, help="A predicted KL, nats.")
@@ -65,8 +66,8 @@ def _reaching(calibration: Calibration, kl: float) -> Policy:
 @click.option("--threads", type=int)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 def main(
-    *, source: str, judged: tuple[str, ...], presets: tuple[str, ...], targets: tuple[float, ...], windows: int,
-    context: int, scored: int, threads: int | None, json_path: Path | None,
+    *, source: str, on: tuple[str, ...], judged: tuple[str, ...], presets: tuple[str, ...], targets: tuple[float, ...],
+    windows: int, context: int, scored: int, threads: int | None, json_path: Path | None,
 ) -> None:  # fmt: skip
     """Calibrate and judge."""
     use_threads(threads)
@@ -81,7 +82,7 @@ def main(
 
         opened = open_model(source)
         identity = make_identity(opened.model, opened.tokenizer, name=opened.name, revision=opened.revision)
-        calibrations = {text: calibration_of(opened, text, show) for text in quality.TEXTS}
+        calibrations = {text: calibration_of(opened, text, show) for text in on or quality.TEXTS}
         for text in judged or quality.TEXTS:
             pieces = quality.prefill_windows(
                 opened.model, opened.tokenizer, identity, cache_folder() / "windows",
