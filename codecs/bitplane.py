@@ -95,8 +95,7 @@ class Bitplane(Codec):
         self._check(spec, range(len(levels)))
         if not levels:
             raise SpecError("bitplane: no levels to decode")
-        paged = isinstance(out, Paged)
-        target = np.empty(spec.shape, spec.word_dtype) if paged else out
+        target = np.empty(spec.shape, spec.word_dtype) if isinstance(out, Paged) else out
         target = None if target is None else as_words(spec, target, writable=True)
         bodies = [self._body(spec, level, payload) for level, payload in enumerate(levels)]
         if target is not None:
@@ -113,7 +112,7 @@ class Bitplane(Codec):
                 raise CodecError(f"bitplane: {error_text(code)}")
             if not np.shares_memory(words, target):
                 target[...] = words.reshape(spec.shape)
-            if paged:
+            if isinstance(out, Paged):
                 place_words(spec, target, out)
         return DecodeState(len(levels) - 1, tuple(levels))
 

@@ -171,8 +171,8 @@ def catalogue(
             tiers = three.observed(attention)
             add("optimiser, paper's tiers", budget, CodecMethod(Policy(tiers=tiers, budget=budget, recent=0)))
     for bits in (8, 4, 3):
-        policy = Policy(tiers=Tiers.uniform((bits, 16), cache), sinks=0, recent=0).codecs[0]
-        entries.append(Entry(f"uniform INT{bits}", "uniform", CodecMethod(Policy(body=policy, sinks=0, recent=0))))
+        body = Policy(tiers=Tiers.uniform((bits, 16), cache), sinks=0, recent=0).codecs[0]
+        entries.append(Entry(f"uniform INT{bits}", "uniform", CodecMethod(Policy(body=body, sinks=0, recent=0))))
     entries += [
         Entry("KIVI INT4, 4 sinks", "KIVI", Grouped(4)),
         Entry("KIVI INT3, 4 sinks", "KIVI", Grouped(3)),
