@@ -167,7 +167,11 @@ class Workers:
         while self._queue and len(self._running) < self.threads:
             job = heapq.heappop(self._queue)
             self._running.add(job)
-            future = self._executor.submit(job.work)
+            try:
+                future = self._executor.submit(job.work)
+            except RuntimeError as error:  # no thread can be started, or they are gone
+                future = Future()
+                future.set_exception(error)
             future.add_done_callback(partial(self._done, job))
 
     def _done(self, job: _Job, future: Future[Any]) -> None:

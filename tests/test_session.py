@@ -890,6 +890,50 @@ def test_chaos(seed: int) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_codec_threads_that_are_gone_end_the_transfer_with_an_error(side: str) -> None:
+    """As where the system allows no more threads; and closing must not wait for work that nobody does."""
+    cache = make_cache(layers=4, tokens=600)
+
+    async def main() -> None:
+        little = Config(encode_ahead=1 << 15)
+        async with listen(next(_names)) as receiver, connect(receiver.url, little, link=slow(0.5, cache)) as sender:
+            sending = asyncio.ensure_future(sender.open(cache.manifest, Policy(tile_bytes=8192)).send(cache))
+            incoming = await first(receiver)
+            await incoming.ready(level=0, layer=0)
+            session = sender if side == "sender" else receiver
+            session._endpoint.workers._executor.shutdown()
+            both = await asyncio.gather(sending, incoming.exact(), return_exceptions=True)
+            mine, theirs = both if side == "sender" else both[::-1]
+            assert isinstance(mine, LocalError), both
+            assert isinstance(theirs, RemoteError), both
+            await incoming.released.wait()
+
+    run(main)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_closing_twice_at_once_closes_once_and_wholly(interrupted: bool) -> None:
+    """Whoever comes second waits for the first; whoever gives up waiting leaves no thread behind."""
+    cache = make_cache(layers=4, tokens=600)
+
+    async def main() -> None:
+        receiver = await listen(next(_names)).__aenter__()
+        sender = await connect(receiver.url, link=slow(0.3, cache)).__aenter__()
+        sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+        await first(receiver)
+        closing = asyncio.ensure_future(receiver.aclose())
+        await asyncio.sleep(0)
+        if interrupted:
+            closing.cancel()
+        await receiver.aclose()
+        assert receiver._endpoint.io is None
+        await asyncio.gather(closing, sending, return_exceptions=True)
+        await sender.aclose()
+
+    run(main)
+
+
 def test_a_restarted_receiver_is_offered_the_transfer_again() -> None:
     cache = make_cache(layers=4, tokens=600)
     impatient = Config(retry_interval=0.01)

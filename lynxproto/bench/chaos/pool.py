@@ -20,15 +20,15 @@ _context: Final = multiprocessing.get_context("spawn")
 _GRACE_S: Final = 30.0
 
 
-def _work(pipe: Connection) -> None:
-    while (seed := pipe.recv()) is not None:
-        pipe.send(run_seed(seed))
+def _work(pipe: Connection, patience: float) -> None:
+    while True:
+        pipe.send(run_seed(pipe.recv(), patience=patience))
 
 
 class _Worker:
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
         self.pipe, theirs = _context.Pipe()
-        self.process: SpawnProcess = _context.Process(target=_work, args=(theirs,))
+        self.process: SpawnProcess = _context.Process(target=_work, args=(theirs, patience))
         self.process.start()
         theirs.close()
         self.seed = -1
@@ -60,22 +60,23 @@ class _Worker:
         self.pipe.close()
 
 
-def run_seeds(seeds: Sequence[int], workers: int) -> Iterator[Outcome]:
+def run_seeds(seeds: Sequence[int], workers: int, patience: float = 1.0) -> Iterator[Outcome]:
     """What became of each seed, in the order that they end."""
+    limit = HANG_S * patience + _GRACE_S
     todo = list(reversed(seeds))
     running: list[_Worker] = []
     try:
         while todo or running:
             while todo and len(running) < workers:
-                running.append(_Worker())
+                running.append(_Worker(patience))
                 running[-1].begin(todo.pop())
             ready = wait([worker.pipe for worker in running], timeout=1.0)
             for worker in list(running):
-                late = time.monotonic() - worker.since > HANG_S + _GRACE_S
+                late = time.monotonic() - worker.since > limit
                 if worker.pipe in ready:
                     outcome = worker.take()
                 elif late:
-                    outcome = worker.lost(f"its process did not answer for {HANG_S + _GRACE_S:g} s")
+                    outcome = worker.lost(f"its process did not answer for {limit:g} s")
                 else:
                     continue
                 if todo and not late and worker.process.is_alive():

@@ -37,12 +37,12 @@ def prepare() -> None:
 # --- in the processes
 
 
-def _receive(pipe: Connection, seed: int, folder: str, number: int) -> None:
-    asyncio.run(_counted(pipe, lambda: _receiving(pipe, Scenario.of(seed), Path(folder), number)))
+def _receive(pipe: Connection, s: Scenario, folder: Path, number: int) -> None:
+    asyncio.run(_counted(pipe, lambda: _receiving(pipe, s, folder, number)))
 
 
-def _send(pipe: Connection, seed: int, url: str, key: bytes) -> None:
-    asyncio.run(_counted(pipe, lambda: _sending(pipe, Scenario.of(seed), url, key)))
+def _send(pipe: Connection, s: Scenario, url: str, key: bytes) -> None:
+    asyncio.run(_counted(pipe, lambda: _sending(pipe, s, url, key)))
 
 
 async def _counted(pipe: Connection, side: Callable[[], Any]) -> None:
@@ -55,7 +55,7 @@ async def _counted(pipe: Connection, side: Callable[[], Any]) -> None:
 async def _receiving(pipe: Connection, s: Scenario, folder: Path, number: int) -> None:
     """Tells its URL, then what became of the transfer, then waits until it may go."""
     url = url_of(s, folder, f"far-{number}")
-    async with listen(url, config_of(), insecure=True, state=folder / "state", threads=1) as receiver:
+    async with listen(url, config_of(s), insecure=True, state=folder / "state", threads=1) as receiver:
         pipe.send(receiver.url)
         incoming = await anext(receiver)
         try:
@@ -72,7 +72,7 @@ async def _sending(pipe: Connection, s: Scenario, url: str, key: bytes) -> None:
     cache = make_cache(s)
     try:
         async with connect(
-            url, config_of(), insecure=True, policy=policy_of(s), threads=1, stripes=s.stripes
+            url, config_of(s), insecure=True, policy=policy_of(s), threads=1, stripes=s.stripes
         ) as session:
             await session.open(cache.manifest, resume=key).send(cache)
         pipe.send("exact")
@@ -129,11 +129,11 @@ async def run_killed(s: Scenario, outcome: Outcome, folder: Path) -> None:
     processes: list[_Process] = []
 
     async def receiver(number: int) -> tuple[_Process, str]:
-        processes.append(_Process(_receive, s.seed, str(folder), number))
+        processes.append(_Process(_receive, s, folder, number))
         return processes[-1], await _heard(processes[-1].pipe)
 
     def sender(url: str) -> _Process:
-        processes.append(_Process(_send, s.seed, url, key))
+        processes.append(_Process(_send, s, url, key))
         return processes[-1]
 
     try:

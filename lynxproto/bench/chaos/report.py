@@ -22,6 +22,7 @@ class Report:
     outcomes: Sequence[Outcome]
     seconds: float
     workers: int
+    patience: float
     environment: dict[str, Any]
 
     @property
@@ -45,6 +46,7 @@ class Report:
             "bad": [asdict(outcome) for outcome in self.outcomes if not outcome.good],
             "seconds": round(self.seconds, 1),
             "workers": self.workers,
+            "patience": self.patience,
             "environment": self.environment,
         }
 

@@ -63,7 +63,8 @@ class Scenario:
     strikes: list[Strike] = field(default_factory=list)
     frames: FrameFaults | None = None
     delays: tuple[float, float] = (0.0, 0.0)
-    options: dict[str, float] = field(default_factory=dict)
+    patience: float = 1.0
+    """All timeouts are multiplied by it, on a machine that has other things to do."""
 
     @property
     def data(self) -> Direction:
@@ -76,7 +77,7 @@ class Scenario:
         return "up" if self.fetch else "down"
 
     @classmethod
-    def of(cls, seed: int) -> Scenario:
+    def of(cls, seed: int, patience: float = 1.0) -> Scenario:
         """The scenario of ``seed``; the same for the same version of this module."""
         random = Random(f"lynxproto chaos {seed}")
         fault = _BY_SEED[seed % len(_BY_SEED)]
@@ -97,6 +98,7 @@ class Scenario:
             fetch=random.random() < 0.2,
             state=random.random() < 0.3,
             nbytes=int(whole * (1.0 if policy == "bf16" else 0.65)),
+            patience=patience,
         )
         fault.arrange(scenario, random)
         return scenario

@@ -107,19 +107,18 @@ class Dying(Raw):
             raise RuntimeError(f"a bug in {what}")
 
 
-def config_of(**other: Any) -> Config:
+def config_of(s: Scenario) -> Config:
     """Timeouts that pass quickly, and windows that are smaller than the caches."""
     return Config(
         codecs=("raw", "hq", "bitplane", Dying.codec_id),
-        ping_interval=0.2,
-        peer_timeout=0.8,
-        session_timeout=3.0,
+        ping_interval=0.2 * s.patience,
+        peer_timeout=0.8 * s.patience,
+        session_timeout=3.0 * s.patience,
         retry_interval=0.02,
         retry_limit=0.2,
-        lease=15.0,
+        lease=15.0 * s.patience,
         encode_ahead=1 << 17,
         limits=Limits(session_window=1 << 19, transfer_window=1 << 18),
-        **other,
     )
 
 

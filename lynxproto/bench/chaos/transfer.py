@@ -35,9 +35,9 @@ HANG_S: Final = 30.0
 _POISON: Final = 0xDEAD
 
 
-def run_seed(seed: int, *, capture: Path | None = None) -> Outcome:
-    """Run one seed in this process, which must do nothing else meanwhile. ``capture``: record the sender's streams."""
-    return asyncio.run(_judged(Scenario.of(seed), capture))
+def run_seed(seed: int, *, patience: float = 1.0, capture: Path | None = None) -> Outcome:
+    """Run one seed in this process, which must do nothing else meanwhile. ``capture``: record the connecting side."""
+    return asyncio.run(_judged(Scenario.of(seed, patience), capture))
 
 
 async def _judged(s: Scenario, capture: Path | None) -> Outcome:
@@ -65,13 +65,13 @@ async def _run(s: Scenario, outcome: Outcome, capture: Path | None) -> list[tupl
     with tempfile.TemporaryDirectory(prefix="lynx-chaos-") as folder, _undelivered() as log:
         run = _Run(s, outcome, Path(folder), capture, log)
         try:
-            async with asyncio.timeout(HANG_S):
+            async with asyncio.timeout(HANG_S * s.patience):
                 if s.fault in KILLS:
                     await run_killed(s, outcome, Path(folder))
                 else:
                     await run.run()
         except TimeoutError:
-            outcome.wrong.append(f"not over after {HANG_S:g} s")
+            outcome.wrong.append(f"not over after {HANG_S * s.patience:g} s")
         except BaseExceptionGroup as error:
             outcome.wrong.append(f"unnamed: {error!r}: {error.exceptions!r}")
         except Exception as error:  # whatever has no name is a finding
@@ -118,7 +118,7 @@ class _Run:
 
     async def run(self) -> None:
         """Both sides, to their ends."""
-        s, config = self.s, config_of()
+        s, config = self.s, config_of(self.s)
         secret = Config(secret=b"another secret than none", peer_timeout=1.0)
         policy = policy_of(s)
         capture = CaptureWriter(self._capture) if self._capture else None
@@ -165,8 +165,11 @@ class _Run:
                     finally:
                         acting.cancel()
                         await asyncio.gather(acting, return_exceptions=True)
-            except LynxError as error:  # the session never stood
-                self.outcome.sender = type(error).__name__
+            except LynxError as error:  # the session never stood, or ended before the cache was offered
+                if s.fetch:
+                    self.outcome.receiver = type(error).__name__
+                else:
+                    self.outcome.sender = type(error).__name__
             if receiving is not None:
                 if not receiving.done() and not self._incoming.done():
                     await asyncio.sleep(0.05)
@@ -177,7 +180,10 @@ class _Run:
             self.outcome.note(proxy)
         if s.fetch:
             failed = [record.args for record in self._log]
-            self.outcome.sender = type(failed[0][0]).__name__ if failed and failed[0] else "exact"  # type: ignore[index]  # a tuple
+            if failed and failed[0]:
+                self.outcome.sender = type(failed[0][0]).__name__  # type: ignore[index]  # args are a tuple
+            else:
+                self.outcome.sender = "exact" if self.outcome.receiver == "exact" else "nothing"
         if capture is not None:
             self._close(capture)
 
