@@ -1021,6 +1021,9 @@ class Connection:
             _OF_SESSION[header.type](self, stripe, transfer, body)
         elif isinstance(body, frames.Credit):
             self._sender.on_credit(transfer, body.limits, self._ctx.now)
+        elif isinstance(body, frames.Error) and not transfer and body.code in _OF_STRIPE:
+            # Perhaps of this side's proof: the handshake is over here, and was not there.
+            self._drop_stripe(stripe, PeerError(f"the peer found this stripe damaged: {body.text}", body.code))
         elif isinstance(body, frames.Error) and not transfer:
             self._fail(PeerError(f"the peer ended the session: {body.text or body.code.name}", body.code), tell=False)
         elif not transfer:
@@ -1135,6 +1138,8 @@ class Connection:
 
 
 _GREASE_RATE: Final = 1 / 64
+#: What ERROR without a transfer says of its stripe, and not of the session.
+_OF_STRIPE: Final = frozenset({ErrorCode.FRAME_CORRUPT, ErrorCode.VERSION})
 #: What a new attempt would not change.
 _REFUSALS: Final = frozenset(
     {ErrorCode.AUTHENTICATION, ErrorCode.VERSION, ErrorCode.UNKNOWN_CRITICAL, ErrorCode.NOT_FOUND}

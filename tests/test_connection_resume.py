@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from links import Shell, World, cache, manifest_of, small_config, tile_words, tiles_of
+from links import Pipe, Shell, World, cache, manifest_of, small_config, tile_words, tiles_of
 
 from lynxproto import events as ev
 from lynxproto.config import MAX_LEVELS, Limits
 from lynxproto.errors import ErrorCode, ProtocolError
-from lynxproto.frames import FrameType, Header, HeldLayer, TileKey, data_frame
+from lynxproto.frames import Error, FrameType, Header, HeldLayer, TileKey, control_frame, data_frame
 from lynxproto.manifest import Want
 
 KEY = bytes(range(32))
@@ -390,3 +390,45 @@ def test_a_damaged_handshake_of_a_new_session_costs_its_stripe_only() -> None:
 def test_hostile_held_layers_are_refused(held: Any) -> None:
     with pytest.raises(ProtocolError, match="held"):
         HeldLayer.from_list(held)
+
+
+def handshake_frames(world: World) -> tuple[Any, list[bytes]]:
+    """A second stripe of a session that stands, up to the client's proof, which is returned undelivered."""
+    pipe = Pipe(world)
+    world.pipes.append(pipe)
+    for side in (0, 1):
+        pipe.collect(side)
+        for frame in pipe.frames[side]:
+            pipe.deliver(side, frame)
+        pipe.frames[side].clear()
+    pipe.collect(0)
+    proof, pipe.frames[0] = pipe.frames[0], []
+    return pipe, proof
+
+
+@pytest.mark.parametrize("at", [0, 20, 60, 70, 100])
+def test_a_damaged_proof_of_a_joining_stripe_costs_that_stripe_only(at: int) -> None:
+    """The client has finished its handshake by then: what the server says of it must not end the session."""
+    world = World(CONFIG, CONFIG)
+    world.settle()
+    pipe, (proof, *_) = handshake_frames(world)
+    assert Header.unpack(proof[:64]).type == FrameType.HELLO_ACK
+    pipe.deliver(0, proof[:at] + bytes([proof[at] ^ 1]) + proof[at + 1 :])
+    world.settle()
+    assert not pipe.alive
+    world.client.send(WORDS, 0.0, resume=KEY, step=5, levels=2)
+    world.settle()
+    check(world)
+
+
+def test_a_peer_that_finds_a_stripe_damaged_ends_that_stripe_only() -> None:
+    world = World(CONFIG, CONFIG)
+    world.settle()
+    world.new_pipe()
+    error = control_frame(Error(code=ErrorCode.FRAME_CORRUPT, text="magic"))
+    world.pipes[1].deliver(1, error)
+    world.settle()
+    assert [pipe.alive for pipe in world.pipes] == [True, False]
+    world.client.send(WORDS, 0.0, resume=KEY, step=5, levels=2)
+    world.settle()
+    check(world)

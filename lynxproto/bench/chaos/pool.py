@@ -1,9 +1,13 @@
-"""Seeds on several processes, one at a time on each; a process that answers no more counts as hung and is replaced."""
+"""Seeds on several processes, one at a time on each; a process that answers no more counts as hung and is replaced.
+
+A seed that timed out in a process which was not given the CPU says nothing about the protocol: it is run again.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -18,6 +22,10 @@ __all__ = ["run_seeds"]
 _context: Final = multiprocessing.get_context("spawn")
 #: What a seed may take beyond :data:`HANG_S` before its process is given up: it judges itself before.
 _GRACE_S: Final = 30.0
+#: Times that a seed is run again at most, and for how long its process must have stalled, times ``patience``.
+_AGAIN: Final = 3
+_STALLED_S: Final = 0.2
+_TIMEOUTS: Final = ("DeadlineError", "TransportError", "ConnectionClosedError", "PeerError")
 
 
 def _work(pipe: Connection, patience: float) -> None:
@@ -60,10 +68,18 @@ class _Worker:
         self.pipe.close()
 
 
+def _proves_nothing(outcome: Outcome, patience: float) -> bool:
+    """Whether it only timed out, and had reason to. Wrong words and leaks are what they are."""
+    timed_out = outcome.hung or any(side in _TIMEOUTS for side in (outcome.sender, outcome.receiver))
+    innocent = not outcome.leaks and (outcome.hung or not outcome.wrong)
+    return not outcome.good and timed_out and innocent and outcome.stalled > _STALLED_S * patience
+
+
 def run_seeds(seeds: Sequence[int], workers: int, patience: float = 1.0) -> Iterator[Outcome]:
     """What became of each seed, in the order that they end."""
     limit = HANG_S * patience + _GRACE_S
     todo = list(reversed(seeds))
+    starved: Counter[int] = Counter()
     running: list[_Worker] = []
     try:
         while todo or running:
@@ -84,7 +100,12 @@ def run_seeds(seeds: Sequence[int], workers: int, patience: float = 1.0) -> Iter
                 else:
                     running.remove(worker)
                     worker.end()
-                yield outcome
+                if _proves_nothing(outcome, patience) and starved[outcome.seed] < _AGAIN:
+                    starved[outcome.seed] += 1
+                    todo.insert(0, outcome.seed)
+                else:
+                    outcome.starved = starved[outcome.seed]
+                    yield outcome
     finally:
         for worker in running:
             worker.end()

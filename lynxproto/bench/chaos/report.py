@@ -40,6 +40,7 @@ class Report:
             **_counts(self.outcomes),
             "recoverable": len(recoverable),
             "recoverable_exact": sum(outcome.exact for outcome in recoverable),
+            "starved": sum(outcome.starved for outcome in self.outcomes),
             "struck": sum(_struck(outcome) for outcome in self.outcomes),
             "seeds": {"first": seeds[0], "last": seeds[-1], "count": len(seeds)},
             "faults": self._faults(),
@@ -85,6 +86,7 @@ class Report:
             f"{all_['transfers']} transfers: {all_['exact']} exact ({all_['recoverable_exact']} of "
             f"{all_['recoverable']} recoverable ones), {all_['named_errors']} named errors, {all_['wrong']} wrong, "
             f"{all_['hung']} hung, {all_['leaks']} with leaks, {all_['unexpected']} otherwise than stated; "
+            f"{all_['starved']} run again for want of CPU; "
             f"{self.seconds:.0f} s on {self.workers} processes"
         )
         lines += [explain(outcome) for outcome in self.outcomes if not outcome.good]
@@ -98,6 +100,7 @@ def explain(outcome: Outcome) -> str:
         f"seed {outcome.seed}, {outcome.fault}: sender {outcome.sender}, receiver {outcome.receiver} "
         f"(stated: {expected}), {outcome.seconds:.2f} s, {outcome.streams} streams"
     ]
+    lines += [f"  {text}" for text in outcome.said]
     lines += [f"  wrong: {text}" for text in outcome.wrong] + [f"  leaked {text}" for text in outcome.leaks]
     lines += [f"  {s['kind']} at byte {s['at']} {s['direction']} ({s['value']:g})" for s in outcome.struck]
     if outcome.frames_hit:

@@ -33,10 +33,16 @@ class Outcome:
     expected: tuple[tuple[str, ...], tuple[str, ...]]
     sender: str = "hung"
     receiver: str = "hung"
+    said: list[str] = field(default_factory=list)
+    """The errors' messages."""
     wrong: list[str] = field(default_factory=list)
     """Words that differ, late writes, errors without a name, and a sender that was told what is not true."""
     leaks: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    stalled: float = 0.0
+    """The longest time that the process was not given the CPU when it was due, seconds."""
+    starved: int = 0
+    """How often the seed was run before this, and proved nothing because of that."""
     struck: list[dict[str, Any]] = field(default_factory=list)
     frames_hit: int = 0
     streams: int = 0

@@ -33,6 +33,7 @@ __all__ = ["HANG_S", "run_seed"]
 #: A seed that takes longer hangs. The longest timeouts in a row are a fifth of it.
 HANG_S: Final = 30.0
 _POISON: Final = 0xDEAD
+_TICK_S: Final = 0.02
 
 
 def run_seed(seed: int, *, patience: float = 1.0, capture: Path | None = None) -> Outcome:
@@ -53,11 +54,22 @@ async def _counted(s: Scenario, capture: Path | None) -> Outcome:
     before = census()
     outcome = Outcome(s.seed, s.fault, (s.expected.sender, s.expected.receiver))
     started = time.perf_counter()
+    watching = asyncio.ensure_future(_watch(outcome))
     arrays = await _run(s, outcome, capture)
     outcome.seconds = time.perf_counter() - started
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
     outcome.leaks = census().leaks(before)
     outcome.leaks += [f"array: {name}" for name, array in arrays if array() is not None]
     return outcome
+
+
+async def _watch(outcome: Outcome) -> None:
+    """Note how late the loop wakes up."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(_TICK_S)
+        outcome.stalled = max(outcome.stalled, time.perf_counter() - before - _TICK_S)
 
 
 async def _run(s: Scenario, outcome: Outcome, capture: Path | None) -> list[tuple[str, weakref.ref[Any]]]:
@@ -166,6 +178,7 @@ class _Run:
                         acting.cancel()
                         await asyncio.gather(acting, return_exceptions=True)
             except LynxError as error:  # the session never stood, or ended before the cache was offered
+                self.outcome.said.append(f"session: {error}")
                 if s.fetch:
                     self.outcome.receiver = type(error).__name__
                 else:
@@ -206,6 +219,7 @@ class _Run:
             self.outcome.sender = "exact"
         except LynxError as error:
             self.outcome.sender = type(error).__name__
+            self.outcome.said.append(f"sender: {error}")
         await outgoing.released.wait()
         for words in self.cache.arrays.values():  # they are the engine's again
             words[...] = _POISON
@@ -226,6 +240,7 @@ class _Run:
             self.outcome.receiver = "exact"
         except LynxError as error:
             self.outcome.receiver = type(error).__name__
+            self.outcome.said.append(f"receiver: {error}")
             self.poison()  # the pages have another owner now
         await incoming.released.wait()
         full = self.s.fault == "state folder full"
