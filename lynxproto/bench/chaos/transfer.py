@@ -59,6 +59,7 @@ async def _counted(s: Scenario, capture: Path | None) -> Outcome:
     outcome.seconds = time.perf_counter() - started
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+    await asyncio.to_thread(lambda: None)  # the thread that closed the sessions lets go of them before it runs this
     outcome.leaks = census().leaks(before)
     outcome.leaks += [f"array: {name}" for name, array in arrays if array() is not None]
     return outcome
