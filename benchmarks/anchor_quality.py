@@ -6,7 +6,8 @@
 the codec does without a calibration, with other weights to try: exponents of range^2, of size^2, and of size^2 of the
 channel's partner. Anchors are simulated in floating point (lynxproto.calibration), so that widths can be tried on any
 model that transformers runs; their bytes are widths plus the parameters that the real codec writes for the same words.
-``--policies`` measures real codecs. Results print as a table, and with ``--json`` as schema lynxproto.bench.quality/1.
+``--policies`` and ``--presets`` measure real codecs, presets also with each calibration. Results print as a table, and
+with ``--json`` as schema lynxproto.bench.quality/1.
 """
 
 from __future__ import annotations
@@ -143,11 +144,12 @@ def _budget(text: str) -> tuple[float, float]:
 @click.option("--budgets", default="2:2.5,2.5:3", show_default=True, help="Mean key bits:value bits, ...")
 @click.option("--recent", default="32", show_default=True, help="Recent tokens at 8 bits: one or more counts, 16,32")
 @click.option("--policies", default="", help="Real policies to measure: bf16,int8,int4,lynx")
+@click.option("--presets", default="", help="Presets of hq to measure as they are sent: fast,balanced,dense")
 @click.option("--threads", type=int)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 def main(
     *, source: str, text: str, windows: int, context: int, scored: int, files: tuple[Path, ...], weights: str,
-    budgets: str, recent: str, policies: str, threads: int | None, json_path: Path | None,
+    budgets: str, recent: str, policies: str, presets: str, threads: int | None, json_path: Path | None,
 ) -> None:  # fmt: skip
     """Measure."""
     use_threads(threads)
@@ -168,13 +170,17 @@ def main(
         for name in filter(None, policies.split(",")):
             methods[name] = quality.CodecMethod(Policy.named(name))  # type: ignore[arg-type]  # it refuses unknown names
         calibrations = {path.stem: Calibration.load(path) for path in files}
+        for preset in filter(None, presets.split(",")):
+            methods[preset] = quality.CodecMethod(Policy.lynx(preset))
+            for name, calibration in calibrations.items():
+                methods[f"{preset}, {name}"] = quality.CodecMethod(Policy.lynx(preset, calibration))
         for name, calibration in calibrations.items():
-            for budget in budgets.split(","):
+            for budget in filter(None, budgets.split(",")):
                 for count in recent.split(","):
                     label = f"{name} K{budget.replace(':', ' V')} r{count}"
                     methods[label] = Simulated(calibration.widths(*_budget(budget)), recent=int(count))
         for text_weights in filter(None, weights.split(",")):
-            for budget in budgets.split(","):
+            for budget in filter(None, budgets.split(",")):
                 key_bits, value_bits = _budget(budget)
                 triple = [float(weight) for weight in text_weights.split(":")]
                 methods[f"{text_weights} K{budget.replace(':', ' V')}"] = Weighed(triple, key_bits, int(value_bits))
