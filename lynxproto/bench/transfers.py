@@ -76,7 +76,7 @@ def cache_arrays(described: Any, *, seed: int | None) -> dict[Any, NDArray[np.ui
         (index, part): (
             np.full(shape, 0xFFFF, np.uint16)
             if seed is None
-            else np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16).reshape(shape)
+            else np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16).reshape(shape).copy()
         )
         for index in range(len(described.layers))
         for part in ("key", "value")
@@ -194,7 +194,7 @@ def _raw_receive(nbytes: int, congestion: str) -> None:
 
 
 def _raw_send(nbytes: int, congestion: str) -> None:
-    words = np.frombuffer(np.random.default_rng(1).bytes(nbytes), np.uint8)
+    words = np.frombuffer(np.random.default_rng(1).bytes(nbytes), np.uint8).copy()
     view = words.data
     with socket.socket() as sock:
         if congestion:
@@ -243,21 +243,19 @@ async def _lynx_receive_all(nbytes: int, url: str, tls: dict[str, str] | None) -
 
 def _lynx_send(nbytes: int, url: str, tls: dict[str, str] | None) -> None:
     from lynxproto import blocking
+    from lynxproto.cachefile import Cache
     from lynxproto.policy import Policy
     from lynxproto.transports import client_context
 
     described = manifest(nbytes)
-    arrays = cache_arrays(described, seed=1)
+    cache = Cache(manifest=described, arrays=cache_arrays(described, seed=1))
     context = (
         None if tls is None else client_context(ca=tls["certificate"], certificate=tls["certificate"], key=tls["key"])
     )
     with blocking.connect(hear(), _config(), policy=Policy.named("bf16"), tls=context, insecure=True) as sender:
         while hear() == "again":
             started = time.perf_counter()
-            transfer = sender.open(described)
-            for layer in described.layers:
-                transfer.write(layer.index, arrays[layer.index, "key"], arrays[layer.index, "value"])
-            transfer.finish()
+            sender.open(described).send(cache)
             say(time.perf_counter() - started)
 
 
