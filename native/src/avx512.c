@@ -34,21 +34,6 @@ INLINE void store(void *p, __m512i v) {
 
 /* --- folding -------------------------------------------------------------------------------------------------- */
 
-INLINE const uint8_t *load_row(uint64_t mask, const uint8_t *in, uint8_t *row) {
-    store(row, _mm512_maskz_expand_epi8(mask, load(in)));
-    return in + _mm_popcnt_u64(mask);
-}
-
-INLINE uint64_t byte_mask(uint64_t channels, int w) {
-    return _pdep_u64(channels >> 8 * w & 255, 0x0101010101010101ull) * 255;
-}
-
-INLINE uint8_t *store_row(uint64_t mask, const uint8_t *row, uint8_t *out) {
-    const uint32_t count = (uint32_t)_mm_popcnt_u64(mask);
-    _mm512_mask_storeu_epi8(out, _bzhi_u64(~0ull, count), _mm512_maskz_compress_epi8(mask, load(row)));
-    return out + count;
-}
-
 /* What the centres of 64 channels are made of: by zero points and biases, or by the codes before. */
 typedef struct {
     __mmask64 three, two, one; /* channels that fold so */
@@ -122,28 +107,6 @@ INLINE __m512i uncentred_row(const centres *c, __m512i code, int zero, __m512i b
     return c->two == 0 ? out : _mm512_mask_mov_epi8(out, c->two, replaced_two(c, code, zero, before, by_code, by_zero));
 }
 
-static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
-    const centres c = centres_of(planes, zeros != NULL, true, true);
-    __m512i before = _mm512_set1_epi8(96); /* FIRST_BEFORE */
-    for (int t = 0; t < tokens; t++, codes += ROW, centred += ROW) {
-        const __m512i code = load(codes);
-        store(centred, centred_row(&c, code, zeros == NULL ? 0 : zeros[t], before));
-        before = code;
-    }
-    memset(centred, 0, (size_t)(-tokens & 7) * ROW);
-}
-
-static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest,
-                     uint8_t *codes) {
-    const centres c = centres_of(planes, zeros != NULL, anchor, rest);
-    __m512i before = _mm512_set1_epi8(96);
-    for (int t = 0; t < tokens; t++, codes += ROW) {
-        before = uncentred_row(&c, load(codes), zeros == NULL ? 0 : zeros[t], before);
-        store(codes, before);
-    }
-}
-
-#define FOLD_ROWS
 #define FOLD_CENTRES
 #define COMPRESS64 _pext_u64
 #define EXPAND64 _pdep_u64
@@ -987,10 +950,6 @@ const lynx_kernels lynx_avx512 = {
     .pack = pack,
     .unpack = unpack,
     .check = check,
-    .centre = centre,
-    .uncentre = uncentre,
-    .fold = fold,
-    .unfold = unfold,
     .rescale = rescale,
     .dequantise = dequantise,
     .stream = stream,

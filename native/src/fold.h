@@ -80,7 +80,7 @@ static inline uint32_t count_bits(const uint8_t *stream, uint32_t position, uint
 
 /* The stream in pairs, if that takes fewer bits: returns how many, or `count`. `stream` has zeros behind, and so will
  * `paired`, of which what is not written must be zeros. */
-static uint32_t pair_stream(const uint8_t *stream, uint32_t count, uint8_t *paired) {
+static inline uint32_t pair_stream(const uint8_t *stream, uint32_t count, uint8_t *paired) {
     const uint32_t half = (count + 1) / 2;
     uint32_t either = 0, first = 0;
     for (uint32_t i = 0; i < half; i += 64) {
@@ -110,7 +110,7 @@ static uint32_t pair_stream(const uint8_t *stream, uint32_t count, uint8_t *pair
 }
 
 /* The reverse. Returns the bits that the pairs take; more than `limit` if there are not so many. */
-static uint32_t unpair_stream(const uint8_t *paired, uint32_t limit, uint32_t count, uint8_t *stream) {
+static inline uint32_t unpair_stream(const uint8_t *paired, uint32_t limit, uint32_t count, uint8_t *stream) {
     const uint32_t half = (count + 1) / 2;
     if (half > limit) {
         return half;
@@ -141,7 +141,7 @@ static uint32_t unpair_stream(const uint8_t *paired, uint32_t limit, uint32_t co
 #define FAR_BYTES (BLOCK_VALUES / 8 + SLACK) /* of a stream D2 or D3 */
 
 /* Write D2 and D3, in pairs where that takes fewer bits. Returns the block's entry in the fold table. */
-static uint32_t write_streams(uint8_t streams[2][FAR_BYTES], const uint32_t bits[2], uint8_t *out) {
+static inline uint32_t write_streams(uint8_t streams[2][FAR_BYTES], const uint32_t bits[2], uint8_t *out) {
     uint32_t entry = 0;
     for (int i = 0; i < 2; i++) {
         uint8_t paired[FAR_BYTES] = {0};
@@ -155,7 +155,7 @@ static uint32_t write_streams(uint8_t streams[2][FAR_BYTES], const uint32_t bits
 
 /* Read D2, of `count` bits, and D3, with zeros behind; false if that does not take what the entry says. Sizes are checked before
  * anything is read. */
-static bool read_streams(const uint8_t *in, uint32_t entry, uint32_t count, uint8_t streams[2][FAR_BYTES]) {
+static inline bool read_streams(const uint8_t *in, uint32_t entry, uint32_t count, uint8_t streams[2][FAR_BYTES]) {
     uint32_t left = 8 * (entry & FOLD_SIZE);
     for (int i = 0; i < 2; i++) {
         uint32_t bits = count;
@@ -178,7 +178,7 @@ static bool read_streams(const uint8_t *in, uint32_t entry, uint32_t count, uint
     return left == 0;
 }
 
-static uint32_t fold(const lynx_fold *fold, const uint8_t *flat, int tokens, uint8_t *folded) {
+static inline uint32_t fold(const lynx_fold *fold, const uint8_t *flat, int tokens, uint8_t *folded) {
     uint8_t streams[2][FAR_BYTES]; /* D2, D3 */
     memset(streams, 0, sizeof streams);
     uint32_t bits[2] = {0, 0};
@@ -214,7 +214,7 @@ static uint32_t fold(const lynx_fold *fold, const uint8_t *flat, int tokens, uin
     return write_streams(streams, bits, folded);
 }
 
-static bool unfold(const lynx_fold *fold, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat) {
+static inline bool unfold(const lynx_fold *fold, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat) {
     const int octets = (tokens + 7) / 8;
     uint64_t moved_of[ROW / 8][ROW / 8]; /* D1 of each octet */
     uint32_t count = 0;
@@ -345,7 +345,7 @@ static inline void from_middle(const lynx_planes *planes, const int16_t *zero, c
     }
 }
 
-static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
+static inline void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
     uint8_t before[ROW], three[ROW], two[ROW], one[ROW], moved[ROW];
     memset(before, FIRST_BEFORE, sizeof before);
     mask_bytes(planes->fold[0].three | planes->fold[1].three, three);
@@ -369,7 +369,7 @@ static void centre(const lynx_planes *planes, const int16_t *zeros, const uint8_
     memset(centred, 0, (size_t)(-tokens & 7) * ROW);
 }
 
-static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest,
+static inline void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest,
                      uint8_t *codes) {
     uint8_t before[ROW], three[ROW], two[ROW], one[ROW], moved[ROW];
     const uint64_t twos = anchor ? planes->fold[0].two : 0;

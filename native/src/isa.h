@@ -113,9 +113,9 @@ typedef struct {
                  int channels, const lynx_params *params, lynx_streams *streams);
     int (*unrank)(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, uint16_t *rows, ptrdiff_t stride);
-    /* Codes with their top bits replaced by their place around a centre, in folded channels, and back in place in those of
-     * the anchor or of both sections. `zeros`: z + o of each token; null: centres by the token before. Rows of `centred` up
-     * to the next multiple of 8 are zeros. */
+    /* Folding, a step at a time; null where it is done at once, below. Codes with their top bits replaced by their place around
+     * a centre, in folded channels, and back in place in those of the anchor or of both sections. `zeros`: z + o of each token;
+     * null: centres by the token before. Rows of `centred` up to the next multiple of 8 are zeros. */
     void (*centre)(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred);
     void (*uncentre)(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest, uint8_t *codes);
     /* A section of a block of centred codes in folded form. Returns its entry in the fold table, of which FOLD_SIZE are the
