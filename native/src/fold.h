@@ -331,7 +331,8 @@ static inline void replace_two(const lynx_planes *planes, int zero, uint64_t mas
     for (int c = 0; c < ROW; c++) {
         const int cell = value_cell(zero, planes->bias[c]), top = codes[c] >> 6;
         const int place = back ? value_top(top, cell) : value_place(top, cell);
-        out[c] = mask >> c & 1 ? (uint8_t)((codes[c] & 63) | place << 6) : codes[c];
+        const uint8_t replaced = (uint8_t)((codes[c] & 63) | place << 6);
+        out[c] = mask >> c & 1 ? replaced : codes[c];
     }
 }
 
@@ -360,8 +361,9 @@ static inline void centre(const lynx_planes *planes, const int16_t *zeros, const
         for (int c = 0; c < ROW; c++) {
             const uint8_t code = codes[c], place = rank_two(code >> 6, before[c]);
             uint8_t out = (uint8_t)(code - (moved[c] & three[c]));
-            out = two[c] ? (uint8_t)((code & 63) | place << 6) : out;
-            out = one[c] & (code < 128 ? 255 : 0) ? code ^ 0x60 : out; /* of 1 bit: distance from the middle */
+            const uint8_t by_place = (uint8_t)((code & 63) | place << 6), mirrored = (uint8_t)(code ^ 0x60);
+            out = two[c] ? by_place : out;
+            out = one[c] & (code < 128 ? 255 : 0) ? mirrored : out; /* of 1 bit: distance from the middle */
             centred[c] = out;
             before[c] = code;
         }
@@ -386,8 +388,9 @@ static inline void uncentre(const lynx_planes *planes, const int16_t *zeros, int
         for (int c = 0; c < ROW; c++) {
             const uint8_t code = codes[c], top = unrank_two(code >> 6, before[c]);
             uint8_t out = (uint8_t)(code + (moved[c] & three[c]));
-            out = two[c] ? (uint8_t)((code & 63) | top << 6) : out;
-            out = one[c] & (code < 128 ? 255 : 0) ? code ^ 0x60 : out;
+            const uint8_t by_top = (uint8_t)((code & 63) | top << 6), mirrored = (uint8_t)(code ^ 0x60);
+            out = two[c] ? by_top : out;
+            out = one[c] & (code < 128 ? 255 : 0) ? mirrored : out;
             before[c] = codes[c] = out;
         }
     }
