@@ -193,7 +193,7 @@ class HQ(Codec):
                     raise ConfigError(f"hq: {name} must be an integer without a table, not {bits!r}")
         if chosen == "ranges" and self._key_bits > 7:
             raise ConfigError(f"hq: widths by range have a mean of at most 7 bits, not {self._key_bits}")
-        if levels not in (1, 2, 3):
+        if type(levels) is not int or levels not in (1, 2, 3):
             raise ConfigError(f"hq: levels must be 1, 2 or 3, not {levels!r}")
         if levels == 3 and self._key_bits == self._value_bits == 8:
             raise ConfigError("hq: an 8-bit anchor leaves nothing for a middle level; use levels=2 or levels=1")

@@ -15,6 +15,7 @@ from lynxproto.codecs import get_codec
 from lynxproto.codecs.abc import Codec
 from lynxproto.config import MAX_LEVELS, Config, Limits
 from lynxproto.counters import Counters
+from lynxproto.errors import ConfigError
 from lynxproto.events import Event
 from lynxproto.frames import Body, control_frame
 from lynxproto.manifest import Manifest
@@ -106,8 +107,14 @@ def _cached_codec(config: bytes) -> Codec:
 
 
 def build_codec(config: Mapping[str, Any]) -> Codec:
-    """The codec of a config, cached: transfers of one policy share it. Raises what ``get_codec`` raises."""
-    return _cached_codec(_cbor.dumps(dict(config)))
+    """The codec of a config as the wire has it, cached: transfers of one policy share it.
+
+    Raises what ``get_codec`` raises, and ConfigError for keys that are only ``get_codec``'s, such as ``preset``.
+    """
+    codec = _cached_codec(_cbor.dumps(dict(config)))
+    if unknown := config.keys() - codec.get_config().keys():
+        raise ConfigError(f"codec {config['id']!r}: a config on the wire has no key {min(unknown)!r}")
+    return codec
 
 
 def max_sizes(codec: Codec, manifest: Manifest, tile: Tile) -> tuple[int, ...]:

@@ -347,8 +347,7 @@ class Receiver:
         spec = t.manifest.layer(layer.index)
         parts = [PARTS.index(part) for part in spec.parts]
         heads = range(spec.head_start, spec.head_start + spec.kv_heads)
-        frames.check_cover(what, body.tiles, parts, heads, range(spec.token_start, spec.token_stop))
-        limits = self.ctx.config.limits
+        limits = self.ctx.config.limits  # first what is cheap to count: the cover takes work for each position
         t.positions += sum(key.positions for key in body.tiles)
         room = self.ctx.peer.limits.control_bytes if self.ctx.peer else 0  # for one layer's status
         too_many = (
@@ -357,6 +356,7 @@ class Receiver:
         if too_many or t.positions > limits.positions:
             self.fail(t, ProtocolError(f"{what}: more tiles or token positions than the limits allow", ErrorCode.LIMIT))
             return
+        frames.check_cover(what, body.tiles, parts, heads, range(spec.token_start, spec.token_stop))
         largest = min(limits.frame_bytes, limits.session_window, limits.transfer_window)
         early = layer.by_key
         held = t.held.get(layer.index)
@@ -374,10 +374,6 @@ class Receiver:
             except (LynxError, ValueError) as error:
                 raise ProtocolError(f"{what}: {error}") from error
             has.want = min(wanted_levels(t.wants, has.tile, levels), t.level + 1)
-            if max(has.max_sizes) > largest:
-                text = f"{what}: a chunk may have {max(has.max_sizes)} bytes, the smallest window is {largest}"
-                self.fail(t, ProtocolError(text, ErrorCode.LIMIT))
-                return
             if held is not None:
                 has.before = has.delivered = min(held.levels[place], has.want)
                 has.received |= (1 << has.before) - 1
@@ -390,6 +386,10 @@ class Receiver:
             t.by_tile[has.tile] = (layer, has)
         if early:
             raise ProtocolError(f"{what} does not hold tiles whose chunks came before it")
+        if (most := max(max(has.max_sizes) for has in layer.tiles)) > largest:
+            text = f"{what}: a chunk may have {most} bytes, the smallest window is {largest}"
+            self.fail(t, ProtocolError(text, ErrorCode.LIMIT))
+            return
         layer.open = len(layer.tiles)
         layer.packed = bytearray(frames.TILE_STATUS_SIZE * len(layer.tiles))
         for has in layer.tiles:
@@ -452,7 +452,8 @@ class Receiver:
             if body.code is ErrorCode.CANCELLED:
                 events.append(Cancelled(transfer=t.id, by_peer=True, code=body.code, text=body.text))
             else:
-                events.append(TransferFailed(transfer=t.id, error=PeerError(text, body.code)))
+                code = body.code or ErrorCode.INTERNAL  # all is done, says the sender, and it is not
+                events.append(TransferFailed(transfer=t.id, error=PeerError(text, code)))
         if state is not IncomingState.CLOSING:
             events.append(TransferReleased(transfer=t.id, complete=state is IncomingState.COMPLETE))
         self._bury(t, None)

@@ -773,8 +773,6 @@ class Connection:
                 raise ProtocolError("a HELLO for a new session on an existing one", ErrorCode.STATE)
             self._session = self._ctx.random.randbytes(16)
             self._token = self._ctx.random.randbytes(32)
-        if sum(not other.closed for other in self._stripes.values()) > self._ctx.config.limits.stripes:
-            raise ProtocolError(f"more than {self._ctx.config.limits.stripes} stripes", ErrorCode.LIMIT)
         stripe.number = hello.stripe
         self._say_hello(stripe, token=b"" if stripe.joins else self._token)
         proof = self._proof(stripe, of_client=False)
@@ -792,6 +790,9 @@ class Connection:
             self._principal = principal
         elif not self._client and principal != self._principal:
             raise AuthenticationError(f"the session belongs to {self._principal!r}, this stripe to {principal!r}")
+        limit = self._ctx.config.limits.stripes
+        if not self._client and len(self._ready_stripes()) - len(self._given_up(stripe, hello)) >= limit:
+            raise ProtocolError(f"more than {limit} stripes", ErrorCode.LIMIT)
         if self._client:
             proof = self._proof(stripe, of_client=True)
             stripe.control.append(self._ctx.encode(frames.HelloAck(version=VERSION, mac=proof)))
@@ -800,12 +801,16 @@ class Connection:
         stripe.state = advance(STRIPE, stripe.state, "proof")
         self._stripe_ready(stripe, hello)
 
+    def _given_up(self, stripe: Stripe, hello: frames.Hello) -> list[Stripe]:
+        """The stripes that the client has lost, as it says in the HELLO of a later one."""
+        older = [other for other in self._ready_stripes() if other.number < stripe.number]
+        return [other for other in older if other.number not in hello.alive]
+
     def _stripe_ready(self, stripe: Stripe, hello: frames.Hello) -> None:
         ctx = self._ctx
         if not self._client:
-            for other in self._ready_stripes():
-                if other.number < stripe.number and other.number not in hello.alive:
-                    self._drop_stripe(other, ConnectionClosedError("the client says that it lost this stripe"))
+            for other in self._given_up(stripe, hello):
+                self._drop_stripe(other, ConnectionClosedError("the client says that it lost this stripe"))
         was, first = self._state, not ctx.ready
         self._state = advance(SESSION, self._state, "stripe ready")
         ctx.ready = True

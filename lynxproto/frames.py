@@ -518,6 +518,8 @@ class LayerStatus(NamedTuple):
         if type(value) is not list or [type(x) for x in value] != [int, int, bytes] or len(value[2]) % TILE_STATUS_SIZE:
             raise ProtocolError(f"{what}: a layer's status must be [layer, flags, 3 bytes a tile]")
         layer, flags, packed = value
+        if not (0 <= layer <= 0xFFFF and 0 <= flags <= 0xFF):
+            raise ProtocolError(f"{what}: a layer's status is of layer {layer} and has the flags {flags}")
         return cls(layer, bool(flags & 1), bool(flags & 2), packed)
 
 

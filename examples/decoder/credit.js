@@ -41,6 +41,7 @@ export function settle(transfer, session, final, first) {
       FLOW_CONTROL,
       "a final charge that cannot be",
     );
+    check(session.canCharge(level, total - transfer.charged[level]), FLOW_CONTROL, "more than the session allows");
   }
   for (let level = first; level < CLASSES; level++) {
     const unseen = BigInt(final[level]) - transfer.charged[level];

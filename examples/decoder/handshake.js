@@ -61,10 +61,7 @@ export class Handshake {
 
   #checkClient(body) {
     check(body.secret === this.session.secretId, AUTHENTICATION, "a secret that this side does not accept");
-    if (body.session.length) {
-      check(this.session.id?.equals(body.session), NOT_FOUND, "an unknown session");
-      check(this.session.liveStripes() < this.session.limits.stripes, LIMIT, "more stripes than the limit");
-    }
+    if (body.session.length) check(this.session.id?.equals(body.session), NOT_FOUND, "an unknown session");
   }
 
   #checkServer(body) {
@@ -89,6 +86,10 @@ export class Handshake {
       serverHello: server.payload,
     });
     check(sameMac(expected, body.mac), AUTHENTICATION, "a wrong proof");
+    if (this.role === "server") {
+      const others = this.session.liveStripes() - this.session.stripesGivenUp(client.body).length;
+      check(others < this.session.limits.stripes, LIMIT, "more stripes than the limit");
+    }
     this.ack = payload;
     this.state = "ready";
     this.client = client.body;

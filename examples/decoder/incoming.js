@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A transfer at its receiver: wire-format.md, "A transfer", "Manifest", "PLAN", "DATA", "END", "CLOSED".
 
-import { CANCELLED, IDENTITY, LIMIT, MISSING_TABLE, PROTOCOL, Refusal, STATE, UNSUPPORTED, Unsupported, check } from "./errors.js";
+import { CANCELLED, IDENTITY, INTERNAL, LIMIT, MISSING_TABLE, PROTOCOL, Refusal, STATE, UNSUPPORTED, Unsupported, check } from "./errors.js";
 import { Tile, TransferFailure } from "./tile.js";
 import { Window, chargeBoth, settle } from "./credit.js";
 import { buildCodec } from "./codecs/index.js";
-import { checkPlan, checkPlanLimits, codecTile, countPlan, rangesOf, tileKey } from "./plan.js";
+import { checkPlan, checkPlanLimits, codecTile, countPlan, tileKey } from "./plan.js";
 import { parseManifest } from "./manifest.js";
 import { sameIdentity } from "./identity.js";
 import { tileAsArray } from "./bodies.js";
@@ -112,7 +112,7 @@ export class Incoming {
   }
 
   cancel({ above, code }) {
-    if (this.over) return;
+    if (this.state !== "receiving") return;
     if (above < 0) this.#end("cancelled", code);
     else this.#lowerTo(above);
   }
@@ -122,7 +122,9 @@ export class Incoming {
   }
 
   #lowerTo(level) {
+    if (this.state !== "receiving") return;
     this.level = Math.min(this.level, level);
+    for (const { tiles } of this.layers.values()) for (const tile of tiles.values()) tile.forgetAbove(this.level);
     this.#checkComplete();
   }
 
@@ -144,11 +146,11 @@ export class Incoming {
       return;
     }
     this.#orFail(() => {
-      atCostOfTransfer(() => countPlan(plan, this.planned, this.session.limits));
+      atCostOfTransfer(() => countPlan(plan, this.planned, this.session.limits, this.session.peerLimits));
       checkPlan(this, layer.layer, plan);
       this.#checkNoted(layer, plan, keys);
       if (layer.end) this.#checkEnd(layer.end, plan.tiles.length);
-      atCostOfTransfer(() => checkPlanLimits(this, layer.layer, plan, this.session.limits, this.session.peerLimits));
+      atCostOfTransfer(() => checkPlanLimits(this, layer.layer, plan, this.session.limits));
       this.#adoptPlan(layer, plan, keys);
       for (const tile of layer.tiles.values()) tile.advance();
       this.#checkComplete();
@@ -194,7 +196,7 @@ export class Incoming {
       const met =
         meets(layers, layer.index, layer.index + 1) &&
         meets(heads, place.head_start, place.head_start + place.heads) &&
-        [...rangesOf(place)].some(([start, stop]) => meets(tokens, start, stop));
+        meets(tokens, place.token_start, place.token_stop);
       if (met) wanted = Math.max(wanted, Math.min(Number(most ?? levels), levels));
     }
     return wanted;
@@ -299,16 +301,14 @@ export class Incoming {
   takeClosed({ level, end, final, code }) {
     check(this.state !== "offered" || end, STATE, "CLOSED before ACCEPT");
     settle(this.window, this.session.window, final, end ? 0 : level + 1);
-    if (!end) {
-      if (this.over) return;
+    if (!this.over) {
       this.settled = Math.min(this.settled, level);
       this.#lowerTo(level);
-      return;
     }
+    if (!end) return;
     this.ended = true;
-    if (this.over) return;
-    if (code === CANCELLED) this.#end("cancelled", code);
-    else if (this.state !== "complete") this.#end("failed", code);
+    if (this.over || this.state === "complete") return;
+    this.#end(code === CANCELLED ? "cancelled" : "failed", code || INTERNAL);
   }
 
   /** A stripe is over: what was arriving on it has not come. */

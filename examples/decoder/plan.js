@@ -127,19 +127,15 @@ export function checkPlan({ manifest, codecs }, layer, { tiles, levels }) {
   });
 }
 
-/** The bytes of an ACK with the status of one layer of so many tiles. */
-function statusSize(layer, tiles) {
-  const head = (value) => (value < 24 ? 1 : value < 0x100 ? 2 : value < 0x10000 ? 3 : 5);
-  const keys = ["layers", "result", "level", "settled", "urgent"].reduce((sum, key) => sum + 1 + key.length, 0);
-  const others = 1 + 4; // the map; result, level, settled, urgent
-  return others + keys + 2 + head(layer.index) + 1 + head(3 * tiles) + 3 * tiles;
-}
+/** The bytes of an ACK with the status of one layer of so many tiles, as "PLAN" counts them. */
+const statusSize = (tiles) => 3 * tiles + 1024;
 
 /**
  * What costs the transfer and must be known before anything is done for each position of an explicit set. `planned` counts
  * tiles and positions of all plans of the transfer.
  */
-export function countPlan({ tiles }, planned, limits) {
+export function countPlan({ tiles }, planned, limits, peerLimits) {
+  check(statusSize(tiles.length) <= peerLimits.control_bytes, LIMIT, "a status that the peer would not take");
   planned.tiles += tiles.length;
   planned.positions += tiles.reduce((sum, tile) => sum + (tile.bitmap.length ? tokensOf(tile) : 0), 0);
   check(planned.tiles <= limits.tiles, LIMIT, "more tiles than the limit");
@@ -147,8 +143,7 @@ export function countPlan({ tiles }, planned, limits) {
 }
 
 /** What else costs the transfer. */
-export function checkPlanLimits({ manifest, codecs }, layer, { tiles }, limits, peerLimits) {
-  check(statusSize(layer, tiles.length) <= peerLimits.control_bytes, LIMIT, "a status that the peer would not take");
+export function checkPlanLimits({ manifest, codecs }, layer, { tiles }, limits) {
   const most = [limits.frame_bytes, limits.session_window, limits.transfer_window].reduce((a, b) => (a < b ? a : b));
   for (const tile of tiles) {
     const codec = codecs[tile.codec];

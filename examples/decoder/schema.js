@@ -155,9 +155,8 @@ const statusTiles = (value) => {
   check(value instanceof Uint8Array && value.length % 3 === 0, PROTOCOL, "no tiles of a status");
   return value;
 };
-// The range of the flags is not stated: any integer that is not negative.
 export const statusLayer = tuple(
   integer(0, 0xffff),
-  (value) => Number(BigInt(integer(0)(value)) & BigInt(STATUS_FLAGS)),
+  (value) => integer(0, 255)(value) & STATUS_FLAGS,
   statusTiles,
 );

@@ -201,17 +201,18 @@ class Session {
         this.token = server.token;
       }
     } else {
-      this.#closeStripesNotAlive(stripe, client);
+      for (const other of this.stripesGivenUp(client)) this.lose(other);
     }
     this.peerLimits = peer.body.limits;
     this.state = "active";
   }
 
-  #closeStripesNotAlive(stripe, client) {
-    for (const other of this.stripes.values()) {
-      const number = other.handshake.client?.stripe;
-      if (other !== stripe && number < client.stripe && !client.alive.includes(number)) this.lose(other);
-    }
+  /** The stripes that the client has lost, as it says in the HELLO of a later one. */
+  stripesGivenUp({ stripe, alive }) {
+    return [...this.stripes.values()].filter(({ lost, handshake }) => {
+      const number = handshake.client?.stripe;
+      return !lost && number < stripe && !alive.includes(number);
+    });
   }
 
   /** Check 14 of "Order of checks". */

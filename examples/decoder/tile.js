@@ -41,6 +41,12 @@ export class Tile {
     return level < this.applied || this.payloads.has(level) || this.arriving.has(level);
   }
 
+  /** What came of levels above `level` and is not decoded. */
+  forgetAbove(level) {
+    for (const above of this.payloads.keys()) if (above > level) this.payloads.delete(above);
+    for (const above of this.arriving.keys()) if (above > level) this.arriving.delete(above);
+  }
+
   /** A payload with a wrong CRC32C. */
   damage(level) {
     const times = (this.damaged.get(level) ?? 0) + 1;

@@ -341,7 +341,8 @@ class _Observer:
             elif isinstance(event, ev.ConnectionClosed):
                 self.answer["ended"] = 0
             elif isinstance(event, ev.StripeClosed):
-                closed = event.error
+                if event.stripe == self.stripes[self.at[0]]:  # others end because the peer has lost them: no fault
+                    closed = event.error
             elif isinstance(event, ev.TransferOffered):
                 self.incoming[event.transfer] = Receiving(event.manifest)
             elif isinstance(event, ev.FetchFailed):

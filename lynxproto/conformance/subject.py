@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from lynxproto import _cbor, frames
+from lynxproto._context import build_codec
 from lynxproto._stripe import FrameReader, Target
 from lynxproto.capture import FILE_HEADER_SIZE, RECORD_HEADER_SIZE, FileHeader, RecordHeader
 from lynxproto.chunk import ChunkSpec, TokenSet
@@ -152,7 +153,7 @@ def _spec(request: dict[str, Any]) -> ChunkSpec:
 def _decode(request: dict[str, Any]) -> Answer:
     spec = _spec(request)
     try:
-        codec = get_codec(request["codec"])
+        codec = build_codec(request["codec"])
     except LynxError:
         return {"code": 9}
     payloads = [unhex(payload) for payload in request["payloads"]]

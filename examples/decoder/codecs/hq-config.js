@@ -5,7 +5,15 @@ import { PROTOCOL, UNSUPPORTED, check } from "../errors.js";
 import { checkKeys, integerOf } from "./config.js";
 import { xxh3of128 } from "../xxh3.js";
 
-const KEYS = ["id", "key_bits", "value_bits", "levels", "widths", "fold", "scaling"];
+const DEFAULTS = new Map([
+  ["key_bits", 4n],
+  ["value_bits", 4n],
+  ["levels", 3n],
+  ["widths", "uniform"],
+  ["fold", false],
+  ["scaling", false],
+]);
+const KEYS = ["id", ...DEFAULTS.keys()];
 
 const refuseUnless = (condition, message) => check(condition, UNSUPPORTED, message);
 
@@ -40,13 +48,14 @@ function tableOf(table) {
     refuseUnless(isDigits(values[layer]) && values[layer].length === heads.length, "widths of values");
   });
   const texts = [...keys.map((heads) => heads.join(",")), ...values].join("/");
-  refuseUnless(table.get("hash") === xxh3of128(Buffer.from(texts)).toString("hex"), "a table with another hash");
+  const hash = xxh3of128(Buffer.from(texts)).toString("hex");
+  refuseUnless(!table.has("hash") || table.get("hash") === hash, "a table with another hash");
   return { keys, values };
 }
 
 export function parseConfig(config) {
   checkKeys(config, KEYS);
-  for (const key of KEYS) refuseUnless(config.has(key), "a key is missing");
+  config = new Map([...DEFAULTS, ...config]);
   const keyBits = bitsOf(config.get("key_bits"));
   const valueBits = bitsOf(config.get("value_bits"));
   const levels = integerOf(config.get("levels"), 1, 3);
@@ -70,7 +79,7 @@ export function checkTile(config, { dtype, part, shape: [heads, , headDim], laye
   if (!config.table) return;
   const texts = config.table.keys[layer];
   check(texts !== undefined && head_start + heads <= texts.length, PROTOCOL, "a layer or heads that the table lacks");
-  check(part === "value" || headDim <= texts[0].length, PROTOCOL, "channels that the table lacks");
+  check(part === "value" || headDim === texts[0].length, PROTOCOL, "another number of channels than the table's");
 }
 
 /** The widths of all heads and channels that the config gives, or null if the tile carries them. */

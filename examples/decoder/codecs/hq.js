@@ -187,7 +187,6 @@ class Decoder {
   #checkCodes() {
     for (const block of this.blocks) {
       this.#forEachValue(block, (token, channel) => {
-        if (this.groupOf(block, token, channel).s === 0) return;
         const { range, offset } = this.#rowOf(block, channel);
         const code = this.codes[block.at(token, channel)];
         check(code >= offset && code <= offset + range + 1, PAYLOAD, "a code out of its range");

@@ -273,12 +273,16 @@ def _preset(name: str, levels: int = 3) -> dict[str, Any]:
     return {"id": "hq", "levels": levels, **PRESETS[name]}
 
 
+def _hashed(keys: Any, values: Any) -> dict[str, Any]:
+    """A table with its hash."""
+    texts = [",".join(layer) for layer in keys] + list(values)
+    return {"keys": keys, "values": values, "hash": xxhash.xxh3_128_hexdigest("/".join(texts).encode())}
+
+
 def _table(dim: int) -> dict[str, Any]:
     """Widths of two layers of two heads, every width in each."""
     keys = [["".join(str((h + l + c) % 9) for c in range(dim)) for h in range(2)] for l in range(2)]  # noqa: E741
-    values = ["36", "82"]
-    digest = xxhash.xxh3_128_hexdigest("/".join([",".join(layer) for layer in keys] + values).encode())
-    return {"keys": keys, "values": values, "hash": digest}
+    return _hashed(keys, ["36", "82"])
 
 
 def hq(dtype: str) -> File:
@@ -432,6 +436,14 @@ def _refusals(f: File, dtype: str) -> None:
     c.reads("a raw block", [zero, one, rawed], [*c.decoded([zero, one]), words], "stored")
     c.mutated(list(good), 24)
 
+    constant = _Codec(f, "codec-hq.md, Payloads to refuse", _hq(3, 3), dtype, "key", shape)
+    words = np.frombuffer(tile("usual", dtype, "key", shape), "<u2").reshape(shape).copy()
+    words[:, :, 3] = words[0, 0, 3]
+    zero, one, two = constant.encoded(words.tobytes())
+    assert zero[planes : planes + 6] == b"\0\0\0\0\xff\xff", "the example must have a constant group"
+    constant.refused("s_low in a block with a constant group", [_edit(zero, planes, b"\4")], 0, "table")
+    constant.refused("z_low in a block with a constant group", [_edit(zero, planes + 2, b"\1")], 0, "table")
+    constant.refused("a code of a constant group below o", [zero, _edit(one, 8 + 3, bytes([one[11] ^ 0xFF])), two], 1)
     d = _Codec(f, "codec-hq.md, Payloads to refuse", _preset("balanced"), dtype, "key", (1, 64, 9))
     zero, *_ = good = d.encoded(tile("usual", dtype, "key", (1, 64, 9)))
     d.refused("a width of 9", [_edit(zero, 8, b"\x99")], 0, "table")
@@ -485,12 +497,38 @@ def _configs(f: File, dtype: str) -> None:
         ("an unknown key", {**_hq(), "groups": 64}),
         ("a table without values", _hq(widths={"keys": table["keys"], "hash": table["hash"]})),
         ("a table with another hash", _hq(widths={**table, "hash": "0" * 32})),
-        ("a table with a digit of 9", _hq(widths={"keys": [["9012"]], "values": ["3"]})),
-        ("a table with heads of other sizes", _hq(widths={"keys": [["0123", "012"]], "values": ["33"]})),
-        ("a table with another number of layers", _hq(widths={"keys": [["0123"]], "values": ["3", "3"]})),
-        ("a table without layers", _hq(widths={"keys": [], "values": []})),
+        ("a table with a digit of 9", _hq(widths=_hashed([["9012"]], ["3"]))),
+        ("a table with heads of other sizes", _hq(widths=_hashed([["0123", "012"]], ["33"]))),
+        ("a table with another number of layers", _hq(widths=_hashed([["0123"]], ["3", "3"]))),
+        ("a table without layers", _hq(widths=_hashed([], []))),
+        ("a table whose heads are not those of its values", _hq(widths=_hashed([["0123"]], ["33"]))),
+        ("a table with a hash in upper case", _hq(widths={**table, "hash": table["hash"].upper()})),
+        ("a preset", {"id": "hq", "preset": "fast"}),
+        ("levels true", _hq(levels=True)),
+        ("an unknown critical key", {**_hq(), "!later": 1}),
     ):
         _config(f, section, "key", dtype, config, comment)
+    shape = (1, 9, 4)
+    words = tile("usual", dtype, "key", shape)
+    for comment, config in (
+        ("all keys but `id` absent", {"id": "hq"}),
+        ("a table without a hash", _hq(widths={key: table[key] for key in ("keys", "values")})),
+    ):
+        c = _Codec(f, section, config, dtype, "key", shape)
+        c.both(comment, words)
+    c = _Codec(f, section, _hq(widths=table), dtype, "key", shape)
+    payloads = c.encoded(words)
+    for comment, changed, level in (
+        ("more payloads than levels", {"payloads": [*payloads, payloads[2]]}, 3),
+        ("a layer that the table lacks", {"layer": 2}, 0),
+        ("a head that the table lacks", {"head_start": 2}, 0),
+        ("fewer key channels than the table's", {"shape": [1, 9, 3]}, 0),
+        ("more key channels than the table's", {"shape": [1, 9, 5]}, 0),
+        ("float32", {"dtype": "float32"}, 0),
+        ("a latent part", {"part": "latent"}, 0),
+    ):
+        given = {**c.tile, "payloads": payloads, **changed}
+        f.group("decode", section).invalid(comment, given, ErrorCode.PROTOCOL, "config", level=level)
 
 
 def hq_large() -> File:

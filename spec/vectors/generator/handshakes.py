@@ -10,7 +10,7 @@ from play import Play, cut
 from said import Sessions, config, damaged_frame, patched
 
 from lynxproto import _cbor
-from lynxproto.config import Secret
+from lynxproto.config import Limits, Secret
 from lynxproto.errors import ErrorCode as E
 from lynxproto.frames import FrameType
 
@@ -156,6 +156,24 @@ def handshakes() -> File:
         scope="stripe",
         stripe=1,
     )
+    for comment, ends, limit in (
+        ("a stripe that the client does not list any more is closed", True, 64),
+        ("a stripe that is not listed does not count for the limit", True, 1),
+        ("one stripe more than the limit", False, 1),
+    ):
+        play = Play(comment, server=config("server", limits=Limits(stripes=limit))).settle()
+        if ends:  # the server does not know
+            play.sides["client"].stripe_lost(play.stripes[0]["client"], 0.0)
+            play.events("client")
+        play.stripe(1)
+        play.say("client", play.collect("client", 1), 1)
+        play.say("server", play.collect("server", 1), 1)
+        at = play.say("client", play.collect("client", 1), 1)
+        if not ends:
+            s.bad(comment, play, "server", E.LIMIT, at, "hostile", scope="stripe", stripe=1)
+            continue
+        play.lose(1)
+        s.good(comment, play, "server", {"state": "suspended"}, "resume")
     other = Play("hello again").settle()
     at = other.say("client", patched(hello, nonce=bytes(32)))
     s.bad("another HELLO after the handshake", other, "server", E.STATE, at, "state")

@@ -160,6 +160,37 @@ def _partial(s: Sessions) -> None:
             {"transfers": {f"{transfer:032x}": {"outcome": "complete"}}},
             "sender",
         )
+    holes = (((0, 2, 3), RAW), ((1, *range(4, 24)), HQ))
+    for comment, want, cuts, met in (
+        ("only tokens 1 and 2 are wanted", Want(tokens=(1, 3)), None, RAW),
+        ("only tokens from 4 on are wanted", Want(tokens=(4, 99)), None, HQ),
+        ("a token in the range of two explicit sets is wanted: both are met", Want(tokens=(1, 2)), holes, None),
+        ("a token in the range of one explicit set is wanted", Want(tokens=(5, 6)), holes, HQ),
+        ("the head is wanted", Want(heads=(0, 1)), None, None),
+        ("only another head is wanted", Want(heads=(1, 9)), None, PLANES),
+    ):
+        play = Play(comment)
+        play.wants = [want]
+        play.settle()
+        transfer = play.open("client", words, cuts)
+        play.settle()
+        planned = [t for layer in (0, 1) for t in tiles_of(manifest, layer, cuts)]
+        expected = complete(manifest, words, [t for t in planned if met in (None, t.codec)])
+        s.good(comment, play, "server", {"transfers": {f"{transfer:032x}": expected}})
+    play = Play("RESUME wants nothing").settle()
+    transfer = play.open("client", words)
+    play.say("client", play.collect("client"))
+    play.say("server", play.collect("server"))
+    status = {"layers": [], "result": False, "level": 7, "settled": 7, "urgent": False}
+    play.say("server", control(15, {**status, "want": []}, transfer=transfer.to_bytes(16, "big")))
+    play.settle()
+    s.good(
+        "the want of RESUME changes nothing",
+        play,
+        "server",
+        {"transfers": {f"{transfer:032x}": complete(manifest, words, tiles)}},
+        "resume",
+    )
     lossy = manifest_of(words, codecs=(CODECS[0], {**CODECS[1], "levels": 1}), lossy=True)
     play = Play("lossy").settle()
     transfer = play.open("client", words, codecs=lossy.codecs, lossy=True)

@@ -6,7 +6,17 @@ from typing import Any
 
 from pieces import TRANSFER, File, control
 from play import CODECS, HQ, RAW, SMALL, Play, cache, encoded, manifest_of, tiles_of, told_tile
-from said import Sessions, chunk_frame, complete, config, damaged_frame, end_frame, plan_frame, result_frame
+from said import (
+    Sessions,
+    chunk_frame,
+    complete,
+    config,
+    damaged_frame,
+    end_frame,
+    plan_frame,
+    result_frame,
+    said_by_sender,
+)
 
 from lynxproto import _cbor
 from lynxproto.config import Limits
@@ -130,6 +140,14 @@ def violations() -> File:
     )
     ends("a chunk that could be larger than the window", plan, code=E.LIMIT, flag="hostile", transfer_window=300)
 
+    ends(
+        "more explicit positions than the limit, and a gap: positions are counted first",
+        plan_frame(manifest, 0, odd[1:]),
+        code=E.LIMIT,
+        flag="hostile",
+        positions=1,
+    )
+
     s.f.group("session", "wire-format.md, DATA")
     bad("a layer that the manifest lacks", chunk_frame(manifest, words, key_raw, 0, layer=2))
     bad("another codec id than the config's", chunk_frame(manifest, words, key_raw, 0, codec_id=3))
@@ -169,6 +187,57 @@ def violations() -> File:
         "tiles": [told_tile(manifest, words, key_raw, verified=False)],
     }
     s.good("a chunk that comes three times", p, "server", {"transfers": {name: told}}, "order")
+
+    copies = Play("two copies", server=config("server")).settle()
+    copies.stripe(1)
+    copies.settle()
+    copies.say("client", opening)
+    copies.answer("server")
+    copies.say("client", plan)
+    copies.say("client", chunk[:100], 1)
+    copies.say("client", damaged)
+    copies.say("client", chunk[100:], 1)
+    told = {
+        "outcome": "receiving",
+        "corrupt": 0,
+        "restarted": 0,
+        "tiles": [told_tile(manifest, words, key_raw, verified=False)],
+    }
+    s.good(
+        "a second copy, while the first arrives on another stripe, is dropped unread",
+        copies,
+        "server",
+        {"transfers": {name: told}},
+        "order",
+    )
+    refused = [chunk_frame(manifest, words, tile, 0, payload=b"\2" * 20) for tile in (key_hq, value_hq)]
+    late = [chunk_frame(manifest, words, tile, 1) for tile in (key_hq, value_hq)]
+    again = chunk_frame(manifest, words, key_hq, 1, attempt=1)
+    room = sum(len(one) - 64 for one in (*late, again))
+    for short in (0, 1):
+        p, _ = play(plan, transfer_window=room - short, session_window=8 * room)
+        p.answer("server")
+        for one in (*refused, *late, again):
+            at = p.say("client", one)
+        comment = "chunks of attempt 0 that come late are charged"
+        if short:
+            s.bad(f"{comment}: no credit is left", p, "server", E.FLOW_CONTROL, at, "credit")
+        else:
+            told = {"outcome": "receiving", "corrupt": 0, "restarted": 2, "tiles": []}
+            s.good(comment, p, "server", {"transfers": {name: told}}, "credit")
+    p, _ = play(plan)
+    p.sides["server"].cancel(int(name, 16), 0.0)
+    p.answer("server")
+    p.say("client", plan_frame(manifest, 0, [key_raw]) + chunk_frame(manifest, words, key_raw, 0, layer=9))
+    told = {"outcome": "cancelled", "code": 15, "corrupt": 0, "restarted": 0}
+    s.good("what comes after CANCEL of all is dropped", p, "server", {"transfers": {name: told}}, "cancel")
+    cut = {"level": 0, "end": False, "final": [0] * 8, "code": 15, "text": ""}
+    above = [chunk_frame(manifest, words, key_hq, n) for n in (2, 1)]
+    cut["final"] = [0, len(above[1]) - 64, len(above[0]) - 64, *[0] * 5]
+    p, _ = play(plan, *above, control(17, cut), chunk_frame(manifest, words, key_hq, 0))
+    tile = told_tile(manifest, words, key_hq, 0)
+    told = {"outcome": "receiving", "corrupt": 0, "restarted": 0, "level": 0, "tiles": [tile]}
+    s.good("levels that came before lower ones and are cancelled", p, "server", {"transfers": {name: told}}, "cancel")
 
     s.f.group("session", "wire-format.md, END")
     bad("a layer that the manifest lacks", end_frame(manifest, words, 0, layer=5))
@@ -232,6 +301,21 @@ def violations() -> File:
     p, _ = burst(1, control(17, {**closed, "code": 2}), **window)
     told = {"outcome": "failed", "code": 2, "corrupt": 0, "restarted": 0}
     s.good("CLOSED with an error", p, "server", {"transfers": {name: told}}, "cancel")
+    p, _ = burst(1, control(17, {**closed, "code": 0}), **window)
+    told = {"outcome": "failed", "code": 1, "corrupt": 0, "restarted": 0}
+    s.good("CLOSED in order, before all is done", p, "server", {"transfers": {name: told}}, "cancel")
+    p, at = burst(
+        1, control(17, {**closed, "final": [room * 3, *[0] * 7]}), transfer_window=room * 8, session_window=room * 2
+    )
+    s.bad("CLOSED with a final charge that the session does not allow", p, "server", E.FLOW_CONTROL, at, "credit")
+    p, _ = play(*said_by_sender(manifest, words))
+    p.answer("server")
+    charges = [
+        sum(len(one) - 64 for one in said_by_sender(manifest, words) if one[6] == 9 and one[11] == n) for n in range(8)
+    ]
+    p.say("client", control(17, {**closed, "final": charges}))
+    done = complete(manifest, words, [t for layer in (0, 1) for t in tiles_of(manifest, layer)])
+    s.good("CLOSED with CANCELLED when all is done", p, "server", {"transfers": {name: done}}, "cancel")
     _rejections(s, words)
     _receivers(s)
     return s.f
