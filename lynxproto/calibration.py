@@ -15,25 +15,21 @@ docs/codec.md, "Calibration", has the measurements behind these choices.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from lynxproto._sidefile import SideFile, digest, pack, unpack
 from lynxproto.errors import CalibrationError, ConfigError
 
 __all__ = ["Calibration", "Widths", "anchor_keys", "anchor_values", "calibrate"]
 
 OnProgress = Callable[[int, int, str], None]
 
-_FORMAT: Final = "lynxproto.calibration/1"
-_MAX_FILE: Final = 16 << 20
 _MAX_LAYERS: Final = 4096
 _MAX_ENTRIES: Final = 1 << 22
 #: Values that share a scale: tokens of a key channel, channels of a value token.
@@ -64,7 +60,7 @@ class Widths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class Calibration(SideFile):
     """Importances of a model's key channels and value heads, from which widths for any budget follow.
 
     ``keys[layer]`` is ``[kv_heads, key_dim]``, ``values[layer]`` is ``[kv_heads]``; int16: 16 log2(importance).
@@ -72,6 +68,12 @@ class Calibration:
 
     Raises :class:`~lynxproto.errors.CalibrationError` for importances that do not fit each other or a limit.
     """
+
+    FORMAT: ClassVar = "lynxproto.calibration/1"
+    WHAT: ClassVar = "calibration"
+    COMMAND: ClassVar = "calibrate"
+    MAX_BYTES: ClassVar = 16 << 20
+    ERROR: ClassVar = CalibrationError
 
     model: str
     revision: str = ""
@@ -160,7 +162,7 @@ class Calibration:
 
     def _as_dict(self) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
+            "format": self.FORMAT,
             "model": self.model,
             "revision": self.revision,
             "method": self.method,
@@ -172,49 +174,16 @@ class Calibration:
     @property
     def hash(self) -> bytes:
         """16 bytes: xxh3-128 of the canonical JSON without its hash, big-endian."""
-        return xxhash.xxh3_128_digest(_json(self._as_dict()))
+        return digest(self._as_dict())
 
     def to_bytes(self) -> bytes:
         """The side file: canonical JSON with the field ``xxh3_128``."""
-        return _json({**self._as_dict(), "xxh3_128": self.hash.hex()}) + b"\n"
-
-    def save(self, path: str | Path) -> None:
-        """Write the side file, whole or not at all. Raises :class:`~lynxproto.errors.CalibrationError`."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            temporary.write_bytes(self.to_bytes())
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise CalibrationError(f"cannot write {path}: {error.strerror or error}") from error
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read and check a side file. Raises :class:`~lynxproto.errors.CalibrationError`."""
-        path = Path(path)
-        try:
-            with path.open("rb") as file:
-                data = file.read(_MAX_FILE + 1)
-        except OSError as error:
-            raise CalibrationError(f"cannot read {path}: {error.strerror or error}") from error
-        try:
-            return cls.from_bytes(data)
-        except CalibrationError as error:
-            raise CalibrationError(f"{path}: {error}") from error
+        return pack(self._as_dict())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Decode and check :meth:`to_bytes`' form. Raises :class:`~lynxproto.errors.CalibrationError`."""
-        if len(data) > _MAX_FILE:
-            raise CalibrationError(f"larger than {_MAX_FILE} bytes: not a calibration")
-        try:
-            fields = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"not JSON ({error})") from error
-        if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
-            raise CalibrationError(f"not a calibration: format is not {_FORMAT!r}; make one with `lynxproto calibrate`")
-        stated = fields.pop("xxh3_128", None)
+        fields, intact = unpack(data, cls)
         known = {"format", "model", "revision", "method", "units", "keys", "values"}
         if set(fields) != known or fields["units"] != _UNITS:
             raise CalibrationError(f"fields must be {', '.join(sorted(known))}, with units {_UNITS}")
@@ -227,13 +196,9 @@ class Calibration:
             keys=_arrays("keys", fields["keys"], 2),
             values=_arrays("values", fields["values"], 1),
         )
-        if stated != calibration.hash.hex():
+        if not intact:
             raise CalibrationError("its hash does not match its content: it was edited or damaged; calibrate again")
         return calibration
-
-
-def _json(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
 
 
 def _arrays(name: str, layers: Any, ndim: int) -> tuple[NDArray[np.int16], ...]:
