@@ -52,14 +52,20 @@ const IGNORABLE = 0x8000;
 export const isKnown = (type) => type >= HELLO && type <= GOAWAY;
 export const isIgnorable = (type) => (type & IGNORABLE) !== 0;
 
-// A limit of which no largest value is stated may be as large as CBOR can say.
 const leastOfLimit = { control_bytes: HANDSHAKE_BYTES };
-const mostOfLimit = { frame_bytes: 2 ** 32 - 1 };
+const cappedLimit = { frame_bytes: 2 ** 32 - 1 };
+const limitOf = (name) => {
+  const type = integer(leastOfLimit[name] ?? 1, MAX_INT63);
+  return (value) => {
+    const limit = type(value);
+    return limit > cappedLimit[name] ? cappedLimit[name] : limit;
+  };
+};
 const limits = map(
   Object.fromEntries(
     Object.entries(DEFAULT_LIMITS).map(([name, otherwise]) => [
       name,
-      optional(integer(leastOfLimit[name] ?? 1, mostOfLimit[name]), otherwise),
+      optional(limitOf(name), otherwise),
     ]),
   ),
 );

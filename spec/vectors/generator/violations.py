@@ -95,9 +95,20 @@ def violations() -> File:
         ("PLAN of a transfer that is not known", plan_frame(manifest, 0)),
         ("DATA of a transfer that is not known", chunk),
         ("CLOSED of a transfer that is not known", control(17, bodies[17])),
+        ("CANCEL of a transfer that is not known", control(16, {"above": -1, "code": 15, "text": ""})),
+        ("DATA without a transfer id", chunk_frame(manifest, words, key_raw, 0, transfer=bytes(16))),
+        ("PING with a transfer id", control(19, {"id": 1, "probe": False})),
     ):
         p, _ = play(one, offer=b"")
         s.good(comment, p, "server", {}, "order")
+
+    other = control(3, {"manifest": manifest_of(words, prompt_tokens=99).to_bytes(), "fetch": bytes(range(16))})
+    p, _ = play(other, plan, chunk)
+    found = [told_tile(manifest, words, key_raw, verified=False)]
+    told = {"outcome": "receiving", "corrupt": 0, "restarted": 0, "tiles": found}
+    s.good("OPEN again, with another manifest: the first counts", p, "server", {"transfers": {name: told}}, "order")
+    p, _ = play(plan, chunk, offer=other)
+    s.good("OPEN for a FETCH that never was", p, "server", {"transfers": {name: told}}, "order")
 
     s.f.group("session", "wire-format.md, PLAN")
     bad("a layer that the manifest lacks", plan_frame(manifest, 0, layer=7))
@@ -351,6 +362,8 @@ def _rejections(s: Sessions, words: Any) -> None:
     rejected("an unknown codec", E.UNSUPPORTED, codecs=({"id": "gzip"},))
     rejected("a codec that the receiver did not name", E.UNSUPPORTED, server={"codecs": ("raw",)})
     rejected("a config that the codec refuses", E.UNSUPPORTED, codecs=({"id": "hq", "levels": 9},))
+    rejected("a codec config with a critical key", E.UNSUPPORTED, codecs=({**CODECS[1], "!later": 1},))
+    rejected("a codec config with a preset", E.UNSUPPORTED, codecs=({"id": "hq", "preset": "fast"},))
     rejected("a table that the receiver lacks", E.MISSING_TABLE, tables=(bytes(16),))
     rejected("no codec", E.PROTOCOL, codecs=())
     inexact = ({**CODECS[1], "levels": 1},)
