@@ -14,7 +14,7 @@ from lynxproto.digest import crc32c
 
 def primitives() -> File:
     f = File("primitives", "CRC32C, XXH3-128, identity hashes and proofs", {"known": "a published check value"})
-    f.group("crc32c", "invariants.md, rule 3")
+    f.group("crc32c", "invariants.md, CRC32C")
     f.valid("the usual check value", {"data": b"123456789"}, {"crc32c": "e3069283"}, "known")
     f.valid("no bytes", {"data": b""}, {"crc32c": "00000000"}, "known")
     f.valid("32 zero bytes, RFC 3720 B.4", {"data": bytes(32)}, {"crc32c": "8a9136aa"}, "known")
