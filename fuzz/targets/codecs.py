@@ -82,7 +82,9 @@ def _vector(script: ByteSource) -> None:
         spec = ChunkSpec(
             part=case["part"], dtype=case["dtype"], heads=heads, tokens=tokens, head_dim=dim, layer=case.get("layer", 0)
         )
-        codec.max_encoded_size(spec, len(levels) - 1)
+        codec.decode(spec, levels, None)
+    except PayloadError:
+        pass
     except LynxError:  # some vectors are of configs and tiles that are refused
         return
     if not levels or spec.nbytes > 1 << 16:
