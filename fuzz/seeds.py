@@ -33,6 +33,7 @@ def write_seeds(folder: Path) -> None:
         "hq_decode": _scripts(3),
         "hq_encode": _scripts(5),
         "bitplane": _scripts(4),
+        "crc32c": _scripts(6),
     }
     for target, seeds in inputs.items():
         (folder / target).mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,14 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-static int has_f16c(void) { /* clang's __builtin_cpu_supports does not know it */
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+/* clang's __builtin_cpu_supports does not know it. In a virtual machine the question takes microseconds: asked once. */
+static int has_f16c(void) {
+    static _Atomic int known; /* 0: not asked yet */
+    if (known == 0) {
+        unsigned a, b, c, d;
+        known = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) ? 2 : 1;
+    }
+    return known == 2;
 }
 #endif
 
