@@ -20,16 +20,19 @@ __all__ = [
     "ConfigError",
     "ConnectionClosedError",
     "CorruptFrameError",
+    "CorruptObjectError",
     "DeadlineError",
     "DigestError",
     "ErrorCode",
     "ExpiredSecretError",
     "ForbiddenError",
+    "ForeignObjectError",
     "LimitError",
     "LocalError",
     "LynxError",
     "MissingDependencyError",
     "NotFoundError",
+    "ObjectError",
     "PayloadError",
     "PeerError",
     "PolicyError",
@@ -238,6 +241,22 @@ class DeadlineError(RemoteError, TimeoutError):
     """A level, or the peer, did not arrive in time."""
 
     code = ErrorCode.TIMEOUT
+
+
+class ObjectError(RemoteError):
+    """A cache object that cannot be used. The store that holds it should forget it; the cache is computed again."""
+
+
+class CorruptObjectError(ObjectError):
+    """A cache object that is damaged, cut off, or none at all."""
+
+    code = ErrorCode.PAYLOAD
+
+
+class ForeignObjectError(ObjectError):
+    """A cache object of another model, layout, dtype, shape or name than the one that was asked for."""
+
+    code = ErrorCode.IDENTITY
 
 
 class TransferCancelledError(RemoteError):
