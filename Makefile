@@ -16,7 +16,7 @@ help:
 	@echo "make demo      real model, two processes, shaped link: bf16 / int8 / int4 / lynxproto side by side"
 	@echo "make test      the test suite (sets up .venv first)"
 	@echo "make lint      ruff, ruff format, mypy --strict on the installed package"
-	@echo "make sanitize  the C library's tests under ASan and UBSan"
+	@echo "make sanitize  the C library's tests: as it is built, under ASan and UBSan, with fused multiply-add"
 	@echo "make aarch64   the same tests under qemu, which must make the same bytes (needs a cross compiler and qemu-user)"
 	@echo "make spec      write the generated parts of spec/ again: diagrams, worked examples, vectors"
 	@echo "make vectors   make the conformance vectors in spec/vectors again"
@@ -59,10 +59,10 @@ vectors: $(VENV)/.installed
 	@$(BIN)/python spec/vectors/generator
 
 sanitize:
-	@$(MAKE) -C native check check-sanitize
+	@$(MAKE) -C native WERROR=-Werror check check-sanitize check-fma
 
 aarch64:
-	@$(MAKE) -C native check-aarch64
+	@$(MAKE) -C native WERROR=-Werror check-aarch64
 
 fuzz: $(VENV)/.installed
 	@$(PIP) install -c constraints.txt -e ".[fuzz]"

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lynxproto.chunk import DTYPES, ChunkSpec, Paged, as_words
-from lynxproto.codecs._library import address, error_text, ffi, lib
-from lynxproto.codecs._view import dense_words, place_words
+from lynxproto.chunk import DTYPES, ChunkSpec
+from lynxproto.codecs._library import address, check, ffi, lib
+from lynxproto.codecs._view import view_of
 from lynxproto.codecs.abc import Buffer, Codec, DecodeState
 from lynxproto.codecs.raw import zstd_bound, zstd_compress, zstd_decompress
-from lynxproto.errors import CodecError, ConfigError, PayloadError, SpecError
+from lynxproto.errors import ConfigError, PayloadError, SpecError
 
 __all__ = ["Bitplane"]
 
@@ -73,21 +73,19 @@ class Bitplane(Codec):
         """See :meth:`Codec.encode`."""
         wanted = list(range(self.levels)) if levels is None else list(levels)
         self._check(spec, wanted)
-        dense = dense_words(spec, array) if isinstance(array, Paged) else as_words(spec, array)
-        words, rows, row_words, stride = _rows(dense)
+        view, size = view_of(spec, array), spec.word_dtype.itemsize
         plane_bytes = _plane_bytes(spec)
         payloads: list[Buffer] = []
         for level in wanted:
-            first = sum(self._planes[:level])
-            count = self._planes[level]
-            header = _HEADER.pack(level, count, 0)
-            body = np.empty(count * plane_bytes, np.uint8)
-            code = lib.lynx_bitplane_pack(
-                words.itemsize, address(words), rows, row_words, stride, first, first + count, address(body)
-            )
-            if code != lib.LYNX_OK:
-                raise CodecError(f"bitplane: {error_text(code)}")
-            payloads.append(header + (body.tobytes() if self._zstd is None else zstd_compress(body, self._zstd)))
+            first, count = sum(self._planes[:level]), self._planes[level]
+            payload = np.empty(_HEADER.size + count * plane_bytes, np.uint8)
+            _HEADER.pack_into(payload.data, 0, level, count, 0)
+            body = payload[_HEADER.size :]
+            check(lib.lynx_bitplane_pack(view.c, size, *spec.shape, first, first + count, address(body)))
+            if self._zstd is None:
+                payloads.append(payload.data)
+            else:
+                payloads.append(payload[: _HEADER.size].tobytes() + zstd_compress(body, self._zstd))
         return payloads
 
     def decode(self, spec: ChunkSpec, levels: Sequence[Buffer], out: Any | None, *, threads: int = 1) -> DecodeState:
@@ -95,10 +93,9 @@ class Bitplane(Codec):
         self._check(spec, range(len(levels)))
         if not levels:
             raise SpecError("bitplane: no levels to decode")
-        target = np.empty(spec.shape, spec.word_dtype) if isinstance(out, Paged) else out
-        target = None if target is None else as_words(spec, target, writable=True)
+        view = None if out is None else view_of(spec, out, writable=True)
         bodies = [self._body(spec, level, payload) for level, payload in enumerate(levels)]
-        if target is not None:
+        if view is not None:
             plane_bytes = _plane_bytes(spec)
             planes = ffi.new("const uint8_t *[]", 32)
             first = 0
@@ -106,14 +103,7 @@ class Bitplane(Codec):
                 for start in range(0, body.nbytes, plane_bytes):
                     planes[first] = address(body, "const uint8_t *") + start
                     first += 1
-            words, rows, row_words, stride = _rows(target, writable=True)
-            code = lib.lynx_bitplane_unpack(words.itemsize, planes, rows, row_words, stride, address(words))
-            if code != lib.LYNX_OK:
-                raise CodecError(f"bitplane: {error_text(code)}")
-            if not np.shares_memory(words, target):
-                target[...] = words.reshape(spec.shape)
-            if isinstance(out, Paged):
-                place_words(spec, target, out)
+            check(lib.lynx_bitplane_unpack(planes, view.c, spec.word_dtype.itemsize, *spec.shape))
         return DecodeState(len(levels) - 1, tuple(levels))
 
     def refine(
@@ -156,14 +146,3 @@ class Bitplane(Codec):
 
 def _plane_bytes(spec: ChunkSpec) -> int:
     return (spec.words + 7) // 8
-
-
-def _rows(words: NDArray[Any], *, writable: bool = False) -> tuple[NDArray[Any], int, int, int]:
-    """The tile as equal rows, in place if rows are whole bytes of a plane: array, rows, words a row, row stride."""
-    heads, tokens, dim = words.shape
-    if words.flags.c_contiguous:
-        return words, 1, words.size, 0
-    if dim % 8 == 0 and (heads == 1 or words.strides[0] == tokens * words.strides[1]):
-        return words, heads * tokens, dim, words.strides[1]
-    copy = np.empty(words.shape, words.dtype) if writable else np.ascontiguousarray(words)
-    return copy, 1, words.size, 0

@@ -37,7 +37,6 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 _CALIBRATED: Final = {"fast": 0.0034, "balanced": 0.0034, "dense": 0.0075}
 
 _HEADER: Final = struct.Struct("<BBHI")  # mode, level, reserved, bytes of the section of variable size
-_STORED: Final = 1
 _DTYPES: Final = {"bfloat16": lib.LYNX_BFLOAT16, "float16": lib.LYNX_FLOAT16}
 _PARTS: Final = {"key": lib.LYNX_KEY, "value": lib.LYNX_VALUE}
 _MAX_BYTES: Final = 1 << 31  # of a tile: sizes in payloads have 32 bits
@@ -253,7 +252,7 @@ class HQ(Codec):
             last = self._levels - 1
             outcome, sizes = self._encode(job, view, {**buffers, last: np.empty(job.sizes[last], np.uint8)}, threads)
         if outcome == lib.LYNX_STORED:
-            return [self._stored(spec, view, level) for level in wanted]
+            return [self._stored(job, spec, view, level) for level in wanted]
         for level, buffer in buffers.items():
             buffer.resize(sizes[level], refcheck=False)  # gives the memory back that was not needed
         return [buffers[level].data for level in wanted]
@@ -391,11 +390,9 @@ class HQ(Codec):
         return _Job(config, bounds, tuple(bounds.level), int(bounds.blocks), int(bounds.plan), widths)
 
     @staticmethod
-    def _stored(spec: ChunkSpec, view: View, level: int) -> Buffer:
+    def _stored(job: _Job, spec: ChunkSpec, view: View, level: int) -> Buffer:
         payload = np.empty(_HEADER.size + (spec.nbytes if level == 0 else 0), np.uint8)
-        _HEADER.pack_into(payload.data, 0, _STORED, level, 0, 0)
-        if level == 0:
-            view.gather(spec, address(payload) + _HEADER.size)
+        check(lib.lynx_hq_store(job.config, view.c, level, address(payload), ffi.new("uint64_t *")))
         return payload.data
 
 

@@ -11,6 +11,7 @@ _HERE = Path("native")  # setuptools runs this from the project's root and wants
 def _declarations(header: str) -> str:
     """The header without what cffi's parser does not know: comments, conditionals, linkage."""
     text = re.sub(r" */\*.*?\*/", "", header, flags=re.DOTALL)
+    text = text.replace("LYNX_API ", "")
     text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.DOTALL)
     keep = [line for line in text.splitlines() if not line.startswith("#") or re.match(r"#define \w+ \d+$", line)]
     return "\n".join(keep)

@@ -73,7 +73,7 @@ def test_planes_levels_and_refinement(data, dtype, shape, zstd, seed) -> None:
         assert codec.encode(spec, words, levels=[codec.levels - 1]) == levels[-1:]
         out, view = np.zeros_like(words), np.zeros_like(by_token)
         state, first = None, 0
-        for level, payload in enumerate(levels):
+        for level, payload in enumerate(map(bytes, levels)):
             assert len(payload) <= codec.max_encoded_size(spec, level)
             if zstd is None:
                 assert payload[:4] == bytes([level, planes[level], 0, 0])
@@ -122,7 +122,7 @@ def test_broken_payloads_are_errors() -> None:
     for zstd in (None, 3):
         codec = get_codec("bitplane", planes=[9, 7], zstd=zstd)
         levels = codec.encode(spec, words)
-        for level, payload in enumerate(levels):
+        for level, payload in enumerate(map(bytes, levels)):
             wrong_header = bytes([payload[0] ^ 1]) + payload[1:]
             for wrong in (payload[:-1], payload + b"\0", payload[:4], payload[:3], b"", wrong_header):
                 for out in (np.zeros_like(words), None):

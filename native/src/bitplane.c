@@ -1,41 +1,99 @@
-/* Bit planes of whole words: spec/codec-bitplane.md. */
+/* Bit planes of whole words: spec/codec-bitplane.md. Words that do not lie next to each other go through a buffer. */
 #include "isa.h"
+#include "view.h"
 
-static bool shape_is_bad(int word_bytes, size_t rows, size_t row_words) {
-    return (word_bytes != 1 && word_bytes != 2 && word_bytes != 4) || rows == 0 || row_words == 0 ||
-           (rows > 1 && row_words % 8 != 0);
+#define PIECE 2048 /* words of the buffer; runs as long as it do without */
+
+/* What of the planes is done. Pieces are multiples of 8 words, but for the last. */
+typedef struct {
+    const lynx_kernels *kernels;
+    int word_bytes, first, last;
+    size_t done; /* words */
+} progress;
+
+static void pack_piece(progress *p, uint8_t *planes, size_t plane_bytes, const uint8_t *words, size_t count) {
+    uint8_t *at[32] = {NULL};
+    for (int plane = p->first; plane < p->last; plane++) {
+        at[plane] = planes + (size_t)(plane - p->first) * plane_bytes + p->done / 8;
+    }
+    p->kernels->pack_row(p->word_bytes, words, count, p->first, p->last, at);
+    p->done += count;
 }
 
-int lynx_bitplane_pack(int word_bytes, const void *words, size_t rows, size_t row_words, ptrdiff_t row_stride,
+int lynx_bitplane_pack(const lynx_view *view, int word_bytes, uint32_t heads, uint32_t tokens, uint32_t head_dim,
                        int first, int last, uint8_t *planes) {
-    if (shape_is_bad(word_bytes, rows, row_words) || first < 0 || first > last || last > 8 * word_bytes) {
+    lynx_walk walk;
+    if (!start_walk(&walk, view, word_bytes, heads, tokens, head_dim) || first < 0 || first > last ||
+        last > 8 * word_bytes) {
         return LYNX_ERR_ARGUMENT;
     }
-    const size_t row_bytes = (row_words + 7) / 8;
-    const lynx_kernels *kernels = lynx_current();
-    for (size_t row = 0; row < rows; row++) {
-        uint8_t *at[32] = {NULL};
-        for (int p = first; p < last; p++) {
-            at[p] = planes + (size_t)(p - first) * rows * row_bytes + row * row_bytes;
+    const size_t size = (size_t)word_bytes, plane_bytes = ((size_t)heads * tokens * head_dim + 7) / 8;
+    progress p = {lynx_current(), word_bytes, first, last, 0};
+    _Alignas(64) uint8_t buffer[4 * PIECE];
+    size_t held = 0;
+    for (lynx_run run = next_run(&walk); run.words > 0;) {
+        if (held == 0 && run.words >= PIECE) {
+            const size_t count = run.words & ~(size_t)7;
+            pack_piece(&p, planes, plane_bytes, run.at, count);
+            run.at += count * size;
+            run.words -= count;
+        } else {
+            const size_t count = run.words < PIECE - held ? run.words : PIECE - held;
+            memcpy(buffer + held * size, run.at, count * size);
+            held += count;
+            run.at += count * size;
+            run.words -= count;
+            if (held == PIECE) {
+                pack_piece(&p, planes, plane_bytes, buffer, held);
+                held = 0;
+            }
         }
-        kernels->pack_row(word_bytes, (const uint8_t *)words + (ptrdiff_t)row * row_stride, row_words, first, last, at);
+        run = run.words > 0 ? run : next_run(&walk);
+    }
+    if (held > 0) {
+        pack_piece(&p, planes, plane_bytes, buffer, held);
     }
     return LYNX_OK;
 }
 
-int lynx_bitplane_unpack(int word_bytes, const uint8_t *const *planes, size_t rows, size_t row_words,
-                         ptrdiff_t row_stride, void *words) {
-    if (shape_is_bad(word_bytes, rows, row_words)) {
+static void unpack_piece(progress *p, const uint8_t *const *planes, uint8_t *words, size_t count) {
+    const uint8_t *at[32] = {NULL};
+    for (int plane = 0; plane < 8 * p->word_bytes; plane++) {
+        at[plane] = planes[plane] == NULL ? NULL : planes[plane] + p->done / 8;
+    }
+    p->kernels->unpack_row(p->word_bytes, at, count, words);
+    p->done += count;
+}
+
+int lynx_bitplane_unpack(const uint8_t *const *planes, const lynx_view *view, int word_bytes, uint32_t heads,
+                         uint32_t tokens, uint32_t head_dim) {
+    lynx_walk walk;
+    if (!start_walk(&walk, view, word_bytes, heads, tokens, head_dim)) {
         return LYNX_ERR_ARGUMENT;
     }
-    const size_t row_bytes = (row_words + 7) / 8;
-    const lynx_kernels *kernels = lynx_current();
-    for (size_t row = 0; row < rows; row++) {
-        const uint8_t *at[32] = {NULL};
-        for (int p = 0; p < 8 * word_bytes; p++) {
-            at[p] = planes[p] == NULL ? NULL : planes[p] + row * row_bytes;
+    const size_t size = (size_t)word_bytes, words = (size_t)heads * tokens * head_dim;
+    progress p = {lynx_current(), word_bytes, 0, 8 * word_bytes, 0};
+    _Alignas(64) uint8_t buffer[4 * PIECE];
+    size_t held = 0, used = 0;
+    for (lynx_run run = next_run(&walk); run.words > 0;) {
+        if (used == held && run.words >= PIECE) {
+            const size_t count = run.words & ~(size_t)7;
+            unpack_piece(&p, planes, run.at, count);
+            run.at += count * size;
+            run.words -= count;
+        } else {
+            if (used == held) {
+                held = words - p.done < PIECE ? words - p.done : PIECE;
+                used = 0;
+                unpack_piece(&p, planes, buffer, held);
+            }
+            const size_t count = run.words < held - used ? run.words : held - used;
+            memcpy(run.at, buffer + used * size, count * size);
+            used += count;
+            run.at += count * size;
+            run.words -= count;
         }
-        kernels->unpack_row(word_bytes, at, row_words, (uint8_t *)words + (ptrdiff_t)row * row_stride);
+        run = run.words > 0 ? run : next_run(&walk);
     }
     return LYNX_OK;
 }

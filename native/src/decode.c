@@ -204,10 +204,25 @@ static void prefetch(const uint8_t *p, uint64_t size) {
     }
 }
 
-/* Rows of the block's channels to their places. */
-static void place_rows(const lynx_view *view, const lynx_block *block, const uint16_t *rows) {
-    for (int t = 0; t < block->tokens; t++) {
-        memcpy(row_of(view, block, block->token + (uint32_t)t), rows + t * ROW, 2 * (size_t)block->channels);
+/* Words [tokens, `stride`] of the block to their places; `stream`: past the caches, where rows lie next to each other. */
+static void place_rows(const lynx_kernels *kernels, const lynx_view *view, const lynx_block *block, const uint8_t *words,
+                       size_t stride, bool stream) {
+    for (int t = 0; t < block->tokens;) {
+        const lynx_stretch some = stretch_from(view, block, t);
+        uint16_t *row = some.row;
+        if (stream) {
+            kernels->stream(row, (const uint16_t *)(const void *)words + t * ROW, (size_t)some.count * ROW);
+            t += some.count;
+            continue;
+        }
+        for (const int end = t + some.count; t < end; t++, row += view->token_stride) {
+            const uint8_t *from = words + (size_t)t * stride;
+            if (block->channels == ROW) { /* a size that compilers know */
+                memcpy(row, from, 2 * ROW);
+            } else {
+                memcpy(row, from, 2 * (size_t)block->channels);
+            }
+        }
     }
 }
 
@@ -308,19 +323,16 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                              &s->params)) {
                 return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
             }
-            const bool in_place = block.channels == ROW && is_straight(view, &block);
-            uint16_t *rows = in_place ? row_of(view, &block, block.token) : s->words;
+            const lynx_stretch whole = stretch_from(view, &block, 0);
+            const bool in_place = block.channels == ROW && whole.count == block.tokens;
+            uint16_t *rows = in_place ? whole.row : s->words;
             const ptrdiff_t row_stride = in_place ? view->token_stride : ROW;
             if (entry != NULL && load16(entry) == RAW_RANKS) {
-                const uint8_t *in = levels->rank + ranks;
-                for (int t = 0; t < block.tokens; t++) {
-                    memcpy(row_of(view, &block, block.token + (uint32_t)t), in, 2 * (size_t)block.channels);
-                    in += 2 * block.channels;
-                }
+                place_rows(kernels, view, &block, levels->rank + ranks, 2 * (size_t)block.channels, false);
             } else {
                 /* Anchors and 8-bit values go past the caches where they are many, and exponents with them where no word can
                  * leave the range that they move. */
-                const bool streamed = streams && in_place && row_stride == ROW;
+                const bool streamed = streams && block.channels == ROW && view->token_stride == ROW;
                 const bool tame = entry == NULL && setup->shifted && tile->part == LYNX_VALUE && is_tame(&s->params, block.groups);
                 const bool apart = streamed || (setup->shifted && !tame);
                 uint16_t *to = apart ? s->words : rows;
@@ -360,11 +372,8 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                     uint16_t *moved = streamed ? s->words : rows;
                     kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, moved, streamed ? ROW : row_stride);
                 }
-                if (streamed) {
-                    kernels->stream(rows, s->words, (size_t)block.tokens * ROW);
-                }
-                if (!in_place) {
-                    place_rows(view, &block, s->words);
+                if (streamed || !in_place) {
+                    place_rows(kernels, view, &block, (const uint8_t *)s->words, 2 * ROW, streamed);
                 }
             }
         }

@@ -217,18 +217,34 @@ static int8_t bias_of(uint32_t tokens, uint32_t negative) {
     return (int8_t)(bias < -8 ? -8 : bias > 7 ? 7 : bias);
 }
 
+/* The block's words, rows `stride` bytes apart. */
+static void take_rows(const lynx_view *view, const lynx_block *block, uint8_t *to, size_t stride) {
+    for (int t = 0; t < block->tokens;) {
+        const lynx_stretch some = stretch_from(view, block, t);
+        const uint16_t *row = some.row;
+        t += some.count;
+        for (int i = 0; i < some.count; i++, row += view->token_stride, to += stride) {
+            if (block->channels == ROW) { /* a size that compilers know */
+                memcpy(to, row, 2 * ROW);
+            } else {
+                memcpy(to, row, 2 * (size_t)block->channels);
+            }
+        }
+    }
+}
+
 /* The block's values in rows of 64 channels for the kernels: in place, or in scratch where they are fewer (repeats do not
  * change a group's extremes) or on several pages, or have exponents to divide by. */
 static const uint16_t *block_rows(const lynx_kernels *kernels, const lynx_view *view, const lynx_block *block,
                                   const lynx_setup *setup, ptrdiff_t *stride, lynx_scratch *s) {
-    const uint16_t *rows = row_of(view, block, block->token);
+    const lynx_stretch whole = stretch_from(view, block, 0);
+    const uint16_t *rows = whole.row;
     *stride = view->token_stride;
-    if (block->channels < ROW || !is_straight(view, block)) {
-        for (int t = 0; t < block->tokens; t++) {
-            const uint16_t *row = row_of(view, block, block->token + (uint32_t)t);
-            memcpy(s->words + t * ROW, row, 2 * (size_t)block->channels);
+    if (block->channels < ROW || whole.count < block->tokens) {
+        take_rows(view, block, (uint8_t *)s->words, 2 * ROW);
+        for (int t = 0; t < block->tokens && block->channels < ROW; t++) {
             for (int c = block->channels; c < ROW; c++) {
-                s->words[t * ROW + c] = row[0];
+                s->words[t * ROW + c] = s->words[t * ROW];
             }
         }
         rows = s->words;
@@ -333,10 +349,8 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         if (raw) {
             store16(table, RAW_RANKS);
             store16(table + 2, 0);
-            for (int t = 0; t < block.tokens; t++) {
-                memcpy(ranks, row_of(view, &block, block.token + (uint32_t)t), 2 * (size_t)block.channels);
-                ranks += 2 * block.channels;
-            }
+            take_rows(view, &block, ranks, 2 * (size_t)block.channels);
+            ranks += 2 * block.tokens * block.channels;
         } else {
             ranks += write_ranks(&s->streams, table, ranks);
         }

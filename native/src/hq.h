@@ -139,21 +139,22 @@ const lynx_setup *lynx_set_up(const lynx_tile *tile, const lynx_block *block, ly
 
 /* --- views ---------------------------------------------------------------------------------------------------- */
 
-static inline uint16_t *row_of(const lynx_view *view, const lynx_block *block, uint32_t token) {
+/* The block's row `t`, and how many rows from there on lie `token_stride` apart. */
+typedef struct {
+    uint16_t *row;
+    int count;
+} lynx_stretch;
+
+static inline lynx_stretch stretch_from(const lynx_view *view, const lynx_block *block, int t) {
+    const uint32_t token = block->token + (uint32_t)t, rows = (uint32_t)(block->tokens - t);
     uint16_t *words = view->words;
     words += (ptrdiff_t)block->head * view->head_stride + block->channel;
     if (view->pages == NULL) {
-        return words + (ptrdiff_t)token * view->token_stride;
+        return (lynx_stretch){words + (ptrdiff_t)token * view->token_stride, (int)rows};
     }
-    const uint32_t at = view->first_token + token;
-    return words + view->pages[at / view->page_tokens] * view->page_stride +
-           (ptrdiff_t)(at % view->page_tokens) * view->token_stride;
-}
-
-/* Whether the block's tokens lie `token_stride` apart. */
-static inline bool is_straight(const lynx_view *view, const lynx_block *block) {
-    return view->pages == NULL || (view->first_token + block->token) % view->page_tokens + (uint32_t)block->tokens <=
-                                      view->page_tokens;
+    const uint32_t at = view->first_token + token, inside = at % view->page_tokens, left = view->page_tokens - inside;
+    words += view->pages[at / view->page_tokens] * view->page_stride + (ptrdiff_t)inside * view->token_stride;
+    return (lynx_stretch){words, (int)(left < rows ? left : rows)};
 }
 
 /* Where zero lies among the codes of value tokens. */

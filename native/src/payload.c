@@ -349,6 +349,19 @@ int lynx_hq_assemble(const void *memory, uint8_t *const levels[3], const lynx_hq
     return LYNX_OK;
 }
 
+int lynx_hq_store(const lynx_hq_config *config, const lynx_view *view, int level, uint8_t *payload, uint64_t *size) {
+    if (level < 0 || level >= config->levels) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    write_header(payload, STORED, level, 0);
+    *size = HEADER;
+    if (level > 0) {
+        return LYNX_OK;
+    }
+    *size += 2 * (uint64_t)config->heads * config->tokens * config->head_dim;
+    return lynx_view_gather(view, 2, config->heads, config->tokens, config->head_dim, payload + HEADER);
+}
+
 /* --- decoder -------------------------------------------------------------------------------------------------- */
 
 static int fail(lynx_hq_fault *fault, int error, int level, uint64_t offset, uint64_t expected) {

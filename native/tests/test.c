@@ -342,6 +342,23 @@ static void payloads(int isa, void *scratch) {
         found[i] = lynx_hq_assemble(plan, levels[i], pieces, 2, sizes[i]);
     }
     CHECK(found[0] == found[1] && (found[0] == LYNX_OK || found[0] == LYNX_STORED));
+    if (found[0] == LYNX_STORED) {
+        uint8_t *stored[3] = {NULL};
+        uint64_t stored_sizes[3];
+        for (int level = 0; level < config.levels; level++) {
+            stored[level] = bytes(8 + (level == 0 ? 2 * values : 0));
+            CHECK(lynx_hq_store(&config, &view, level, stored[level], &stored_sizes[level]) == LYNX_OK);
+            CHECK(stored_sizes[level] == 8 + (level == 0 ? 2 * values : 0));
+        }
+        lynx_hq_fault fault;
+        const uint8_t *const in[3] = {stored[0], stored[1], stored[2]};
+        CHECK(lynx_hq_open(&config, in, stored_sizes, config.levels, plan, &fault) == LYNX_STORED);
+        CHECK(memcmp(stored[0] + 8, words, 2 * (size_t)values) == 0);
+        CHECK(lynx_hq_store(&config, &view, config.levels, stored[0], stored_sizes) == LYNX_ERR_ARGUMENT);
+        for (int level = 0; level < config.levels; level++) {
+            free(stored[level]);
+        }
+    }
     for (int count = 1; count <= config.levels && found[0] == LYNX_OK; count++) {
         const uint8_t *in[3] = {NULL};
         for (int level = 0; level < count; level++) {
@@ -395,38 +412,68 @@ static void payloads(int isa, void *scratch) {
     free(widths);
 }
 
+/* Planes: the same from rows and from pages, and back to either. */
 static void bitplane(int isa) {
     const int word_bytes = 1 << draw(3);
-    const size_t rows = 1 + draw(5), row_words = rows == 1 ? 1 + draw(200) : 8 * (1 + (size_t)draw(12));
-    const size_t row_bytes = row_words * (size_t)word_bytes, n = rows * row_bytes;
-    const size_t plane = (rows * row_words + 7) / 8;
-    uint8_t *words = bytes(n), *out = bytes(n);
-    for (size_t i = 0; i < n; i++) {
+    const uint32_t heads = 1 + draw(3), tokens = 1 + draw(30), dim = 1 + draw(draw(8) == 0 ? 3000 : 150);
+    const uint64_t values = (uint64_t)heads * tokens * dim, n = values * (uint64_t)word_bytes;
+    const size_t plane = (size_t)(values + 7) / 8;
+    const uint32_t page = 1 + draw(20), first_token = draw(page), pages = (first_token + tokens + page - 1) / page;
+    const ptrdiff_t row = (ptrdiff_t)dim + (ptrdiff_t)draw(2), page_stride = row * page * heads;
+    const bool heads_first = draw(2);
+    int64_t *ids = bytes(8 * (uint64_t)pages);
+    for (uint32_t i = 0; i < pages; i++) {
+        ids[i] = pages - 1 - i;
+    }
+    const uint64_t room = (uint64_t)page_stride * pages * (uint64_t)word_bytes;
+    uint8_t *words = bytes(n), *out = bytes(n), *paged = bytes(room), *other = bytes(room);
+    for (uint64_t i = 0; i < n; i++) {
         words[i] = (uint8_t)draw(256);
     }
+    memset(paged, 7, (size_t)room);
+    memset(other, 7, (size_t)room);
+    const lynx_view flat = {words, (ptrdiff_t)dim * tokens, dim, NULL, 0, 0, 0};
+    lynx_view view = {paged, heads_first ? row * page : row, heads_first ? row : row * heads, ids, page_stride, page,
+                      first_token};
+    CHECK(lynx_view_scatter(&view, word_bytes, heads, tokens, dim, words) == LYNX_OK);
     const int all = 8 * word_bytes, cut = (int)draw((uint32_t)all + 1);
     uint8_t *first[2], *second[2];
     for (int i = 0; i < 2; i++) {
         CHECK(lynx_isa_select(i ? isa : LYNX_ISA_SCALAR) == LYNX_OK);
         first[i] = bytes(plane * (size_t)cut);
         second[i] = bytes(plane * (size_t)(all - cut));
-        CHECK(lynx_bitplane_pack(word_bytes, words, rows, row_words, (ptrdiff_t)row_bytes, 0, cut, first[i]) == LYNX_OK);
-        CHECK(lynx_bitplane_pack(word_bytes, words, rows, row_words, (ptrdiff_t)row_bytes, cut, all, second[i]) == LYNX_OK);
+        const lynx_view *from = i ? &view : &flat;
+        CHECK(lynx_bitplane_pack(from, word_bytes, heads, tokens, dim, 0, cut, first[i]) == LYNX_OK);
+        CHECK(lynx_bitplane_pack(from, word_bytes, heads, tokens, dim, cut, all, second[i]) == LYNX_OK);
         const uint8_t *planes[32] = {NULL};
         for (int p = 0; p < all; p++) {
             planes[p] = p < cut ? first[i] + plane * (size_t)p : second[i] + plane * (size_t)(p - cut);
         }
-        CHECK(lynx_bitplane_unpack(word_bytes, planes, rows, row_words, (ptrdiff_t)row_bytes, out) == LYNX_OK);
-        CHECK(memcmp(out, words, n) == 0);
+        lynx_view to = flat;
+        to.words = out;
+        CHECK(lynx_bitplane_unpack(planes, &to, word_bytes, heads, tokens, dim) == LYNX_OK);
+        CHECK(memcmp(out, words, (size_t)n) == 0);
+        to = view;
+        to.words = other;
+        CHECK(lynx_bitplane_unpack(planes, &to, word_bytes, heads, tokens, dim) == LYNX_OK);
+        CHECK(memcmp(other, paged, (size_t)room) == 0); /* what lies between rows stays */
     }
     CHECK(memcmp(first[0], first[1], plane * (size_t)cut) == 0);
     CHECK(memcmp(second[0], second[1], plane * (size_t)(all - cut)) == 0);
+    view.page_tokens = 0;
+    CHECK(lynx_bitplane_pack(&view, word_bytes, heads, tokens, dim, 0, all, first[0]) == LYNX_ERR_ARGUMENT);
+    CHECK(lynx_bitplane_pack(&flat, word_bytes, heads, tokens, dim, 0, all + 1, first[0]) == LYNX_ERR_ARGUMENT);
+    CHECK(lynx_bitplane_pack(&flat, 3, heads, tokens, dim, 0, 1, first[0]) == LYNX_ERR_ARGUMENT);
+    CHECK(lynx_bitplane_pack(&flat, word_bytes, heads, 0, dim, 0, 1, first[0]) == LYNX_ERR_ARGUMENT);
     for (int i = 0; i < 2; i++) {
         free(first[i]);
         free(second[i]);
     }
+    free(ids);
     free(words);
     free(out);
+    free(paged);
+    free(other);
 }
 
 int main(int argc, char **argv) {
