@@ -225,22 +225,32 @@ class Incoming:
         self._check()
         return False
 
-    async def exact(self) -> None:
-        """Return when every word is there and verified; raise why that will not happen."""
+    async def exact(self, layer: int | None) -> None:
+        """Return when every word (of ``layer``) is there and verified; raise why that will not happen."""
         if self.manifest.lossy:
             raise LocalError(f"transfer {self.id:032x} is lossy: no level of it is exact; wait for ready() instead")
+        if layer is not None:
+            self.manifest.layer(layer)
 
         def done() -> bool:
-            if self.final is not None and any(tile.last > self.final for tile in self._tiles.values()):
+            tiles = [tile for tile in self._tiles.values() if layer is None or tile.tile.layer == layer]
+            if self.final is not None and any(tile.last > self.final for tile in tiles):
                 raise self._final_error()
+            if layer is not None and layer in self._plans and self._verified(layer):
+                return True
             if self.complete:
-                if any(tile.last < tile.exact for tile in self._tiles.values()):
+                if any(tile.last < tile.exact for tile in tiles):
                     raise LocalError(f"transfer {self.id:032x} is not exact: this side did not want all levels")
                 return True
             self._check()
             return False
 
         await self.changed.until(done)
+
+    def _verified(self, layer: int) -> bool:
+        """Whether all tiles of a layer are."""
+        tiles = [self._tiles.get(key.tile()) for key in self._plans[layer].tiles]
+        return all(tile is not None and tile.verified and tile.last == tile.exact for tile in tiles)
 
     async def result(self) -> Result:
         """Prefill's result, once it has arrived."""
@@ -582,6 +592,7 @@ class Incoming:
             return False
         tile.verified = True
         self._peer.connection.tile_verified(self.id, tile.tile, time.monotonic())
+        self.changed.notify()
         return True
 
     def _fail_tile(self, tile: _Tile, code: ErrorCode, text: str) -> None:

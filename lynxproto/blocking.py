@@ -148,9 +148,9 @@ class IncomingTransfer(_Transfer[Incoming]):
         """Whether :meth:`ready` would return at once."""
         return self._io.call(self._side.is_ready, level, layer)
 
-    def exact(self, timeout: float | None = None) -> None:
-        """Return when every word is in place and every digest matched."""
-        _wait(self._io, self._side.exact(), timeout)
+    def exact(self, timeout: float | None = None, layer: int | None = None) -> None:
+        """Return when every word (of ``layer``, or all) is in place and every digest matched."""
+        _wait(self._io, self._side.exact(layer), timeout)
 
     def result(self, timeout: float | None = None) -> Result:
         """Prefill's first token."""

@@ -204,9 +204,12 @@ class IncomingTransfer(_Transfer):
         """Whether :meth:`ready` would return at once."""
         return self._io.call(self._side.is_ready, level, layer)
 
-    async def exact(self) -> None:
-        """Return when every word is in place and every digest matched; else raise, also for a degraded transfer."""
-        await self._run(self._side.exact())
+    async def exact(self, layer: int | None = None) -> None:
+        """Return when every word is in place and every digest matched; else raise, also for a degraded transfer.
+
+        ``layer``: of this layer only, which may be long before the others.
+        """
+        await self._run(self._side.exact(layer))
 
     async def result(self) -> Result:
         """Prefill's first token, once it has arrived.

@@ -102,6 +102,28 @@ async def first(receiver: Any) -> Any:
     return await anext(receiver)
 
 
+@pytest.mark.parametrize("policy", ["exact", "bf16"])
+def test_a_layer_is_exact_before_the_others_are_written(policy: Any) -> None:
+    cache = make_cache(layers=2)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            outgoing = sender.open(cache.manifest, Policy.named(policy))
+            await outgoing.write(1, cache.arrays[1, "key"], cache.arrays[1, "value"])
+            incoming = await first(receiver)
+            await incoming.exact(layer=1)
+            for part in ("key", "value"):
+                np.testing.assert_array_equal(incoming.arrays[1, part], cache.arrays[1, part])
+            with pytest.raises(SpecError, match="no layer 7"):
+                await incoming.exact(layer=7)
+            waiting = asyncio.create_task(incoming.exact(layer=0))
+            await incoming.cancel()
+            with pytest.raises(TransferCancelledError):
+                await waiting
+
+    run(main)
+
+
 @pytest.mark.parametrize("url", ["tcp://127.0.0.1:0", "memory://round-trip"])
 @pytest.mark.parametrize("policy", ["lynx", "bf16"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
