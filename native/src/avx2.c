@@ -66,6 +66,14 @@ INLINE uint8_t *store_row(uint64_t mask, const uint8_t *row, uint8_t *out) {
 #include "fold.h"
 #include "ranks.h"
 #define ROWS_FIELDS
+static void fields(const uint8_t *stream, int bits, uint32_t *out) {
+    const __m256i ones = _mm256_set1_epi32((1 << bits) - 1), step = _mm256_set1_epi32(8 * bits);
+    __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
+    for (int g = 0; g < ROW; g += 8, at = _mm256_add_epi32(at, step)) {
+        const __m256i found = _mm256_i32gather_epi32((const int *)stream, _mm256_srli_epi32(at, 3), 1);
+        store(out + g, _mm256_and_si256(_mm256_srlv_epi32(found, _mm256_and_si256(at, _mm256_set1_epi32(7))), ones));
+    }
+}
 #include "rows.h"
 
 /* Half of what the centres of a row's channels are made of: by zero points and biases, or by the codes before. */
@@ -536,15 +544,6 @@ static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, co
     }
 }
 
-static void fields(const uint8_t *stream, int bits, uint32_t *out) {
-    const __m256i ones = _mm256_set1_epi32((1 << bits) - 1), step = _mm256_set1_epi32(8 * bits);
-    __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
-    for (int g = 0; g < ROW; g += 8, at = _mm256_add_epi32(at, step)) {
-        const __m256i found = _mm256_i32gather_epi32((const int *)stream, _mm256_srli_epi32(at, 3), 1);
-        store(out + g, _mm256_and_si256(_mm256_srlv_epi32(found, _mm256_and_si256(at, _mm256_set1_epi32(7))), ones));
-    }
-}
-
 static void stream(uint16_t *to, const uint16_t *rows, size_t words) {
     const size_t head = -((uintptr_t)to / 2) & 31; /* words up to a line of the cache */
     memcpy(to, rows, 2 * head);
@@ -989,7 +988,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_avx2 = {
     .range = range,
     .survey = survey,
-    .fields = fields,
+    .params = params,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,

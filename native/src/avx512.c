@@ -5,32 +5,7 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                          \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,f16c,lzcnt"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,f16c,lzcnt,prefer-vector-width=512")
-#endif
-
-#include <immintrin.h>
-
-#include "params.h"
-#include "words.h"
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* Of bytes of two registers, those of even positions. */
-#define FIRST_BYTES _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88, 86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0)
-
-INLINE __m512i load(const void *p) {
-    return _mm512_loadu_si512(p);
-}
-
-INLINE void store(void *p, __m512i v) {
-    _mm512_storeu_si512(p, v);
-}
+#include "avx512.h"
 
 /* --- folding -------------------------------------------------------------------------------------------------- */
 
@@ -116,6 +91,18 @@ INLINE __m512i uncentred_row(const centres *c, __m512i code, int zero, __m512i b
 #define ROWS_SURVEY
 #define ROWS_RESCALE
 #define ROWS_FIELDS
+static void fields(const uint8_t *stream, int bits, uint32_t *out) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i ones = _mm512_set1_epi32((1 << bits) - 1), steps = _mm512_set1_epi32(0x03020100);
+    for (int i = 0; i < 4; i++) { /* 16 fields lie within 51 bytes */
+        const int first = 16 * i * bits;
+        const __m512i at = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(bits)), _mm512_set1_epi32(first & 7));
+        const __m512i spread = _mm512_mullo_epi32(_mm512_srli_epi32(at, 3), _mm512_set1_epi32(0x01010101));
+        const __m512i found = _mm512_permutexvar_epi8(_mm512_add_epi8(spread, steps), load(stream + (first >> 3)));
+        const __m512i field = _mm512_srlv_epi32(found, _mm512_and_si512(at, _mm512_set1_epi32(7)));
+        store(out + 16 * i, _mm512_and_si512(field, ones));
+    }
+}
 #include "rows.h"
 
 INLINE __m512i ordered16(__m512i w) {
@@ -215,19 +202,6 @@ static void survey(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens
     spread_words(dtype, low, high, range, size);
 }
 
-static void fields(const uint8_t *stream, int bits, uint32_t *out) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i ones = _mm512_set1_epi32((1 << bits) - 1), steps = _mm512_set1_epi32(0x03020100);
-    for (int i = 0; i < 4; i++) { /* 16 fields lie within 51 bytes */
-        const int first = 16 * i * bits;
-        const __m512i at = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(bits)), _mm512_set1_epi32(first & 7));
-        const __m512i spread = _mm512_mullo_epi32(_mm512_srli_epi32(at, 3), _mm512_set1_epi32(0x01010101));
-        const __m512i found = _mm512_permutexvar_epi8(_mm512_add_epi8(spread, steps), load(stream + (first >> 3)));
-        const __m512i field = _mm512_srlv_epi32(found, _mm512_and_si512(at, _mm512_set1_epi32(7)));
-        store(out + 16 * i, _mm512_and_si512(field, ones));
-    }
-}
-
 /* Words outside the range stay; those that leave it come in again at the other end, which unsigned minima find. */
 static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                     ptrdiff_t out_stride) {
@@ -252,24 +226,6 @@ static void choose(int dtype, const lynx_planes *planes, const int16_t *low, con
     } else {
         choose_as(LYNX_FLOAT16, planes, low, high, params);
     }
-}
-
-/* Of 32-bit lanes of a, then b: the upper or lower halves. */
-INLINE __m512i upper_words(__m512i a, __m512i b) {
-    const __m512i odd = _mm512_add_epi16(_mm512_slli_epi16(_mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 1), _mm512_set1_epi16(1));
-    return _mm512_permutex2var_epi16(a, odd, b);
-}
-
-INLINE __m512i lower_bytes(__m512i a, __m512i b) {
-    return _mm512_permutex2var_epi8(a, FIRST_BYTES, b);
-}
-
-/* A float of each even, or each odd 16-bit lane. */
-INLINE void even_odd(const float *in, __m512 *even, __m512 *odd) {
-    const __m512i first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512 a = _mm512_loadu_ps(in), b = _mm512_loadu_ps(in + 16);
-    *even = _mm512_permutex2var_ps(a, first, b);
-    *odd = _mm512_permutex2var_ps(a, _mm512_or_si512(first, _mm512_set1_epi32(1)), b);
 }
 
 INLINE __m512i rounded(__m512 magnitude, __m512 inverse) {
@@ -321,45 +277,6 @@ static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride
         quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
     } else {
         quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
-    }
-}
-
-/* One stage of a bit-matrix transpose: the bits of `b` that `mask` selects and those of `a`, `shift` higher, change
- * places in every byte. 0x28 is (x ^ y) & z. */
-#define SWAP(a, b, shift, mask)                                                                                        \
-    do {                                                                                                               \
-        const __m512i difference =                                                                                     \
-            _mm512_ternarylogic_epi64(_mm512_srli_epi16(a, shift), b, _mm512_set1_epi8(mask), 0x28);                   \
-        b = _mm512_xor_si512(b, difference);                                                                           \
-        a = _mm512_xor_si512(a, _mm512_slli_epi16(difference, shift));                                                 \
-    } while (0)
-
-/* 64 matrices of 8 x 8 bits, one per byte position, across 8 registers: bit j of register i to bit i of register j.
- * With `upper` only registers 4..7 hold anything on entry. */
-INLINE void transpose(__m512i *r, bool upper) {
-    for (int i = upper ? 4 : 0; i < 8; i += 4) {
-        SWAP(r[i], r[i + 2], 2, 0x33);
-        SWAP(r[i + 1], r[i + 3], 2, 0x33);
-        SWAP(r[i], r[i + 1], 1, 0x55);
-        SWAP(r[i + 2], r[i + 3], 1, 0x55);
-    }
-    for (int i = 0; i < 4; i++) {
-        if (upper) {
-            const __m512i low = _mm512_and_si512(r[i + 4], _mm512_set1_epi8(0x0f));
-            r[i] = _mm512_slli_epi16(low, 4);
-            r[i + 4] = _mm512_xor_si512(r[i + 4], low);
-        } else {
-            SWAP(r[i], r[i + 4], 4, 0x0f);
-        }
-    }
-}
-
-/* The channels whose plane p is in the anchor section. */
-INLINE void anchor_masks(const lynx_planes *planes, __mmask64 *masks, __mmask64 *used) {
-    const __m512i widths = load(planes->widths);
-    *used = planes->channels == ROW ? ~0ull : (1ull << planes->channels) - 1;
-    for (int p = 0; p < 8; p++) {
-        masks[p] = _mm512_mask_cmpgt_epu8_mask(*used, widths, _mm512_set1_epi8((char)p));
     }
 }
 
@@ -693,11 +610,6 @@ INLINE __m512i words_of(int dtype, __m512 a, __m512 b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-/* Words that are not zero, with `shift` added. */
-INLINE __m512i shifted(__m512i words, __m512i shift) {
-    return _mm512_mask_add_epi16(words, _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff)), words, shift);
-}
-
 INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
                           const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     const lanes channels = of_channels(params);
@@ -944,7 +856,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_avx512 = {
     .range = range,
     .survey = survey,
-    .fields = fields,
+    .params = params,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,
@@ -952,6 +864,7 @@ const lynx_kernels lynx_avx512 = {
     .check = check,
     .rescale = rescale,
     .dequantise = dequantise,
+    .place = lynx_avx512_place,
     .stream = stream,
     .unpack_folded = unpack_folded,
     .pack_folded = pack_folded,
@@ -962,9 +875,5 @@ const lynx_kernels lynx_avx512 = {
     .unpack_row = unpack_row,
 };
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+AVX512_END
 #endif

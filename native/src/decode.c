@@ -3,14 +3,6 @@
 
 #define STREAMED (1 << 17) /* values of a tile from which on the caches are left to others */
 
-/* Set scales and offsets from s and z, for bytes that are full codes (`full`) or anchors with zeros below. */
-static void derive(const lynx_planes *planes, bool full, lynx_params *params) {
-    for (int g = 0; g < ROW; g++) {
-        params->scale[g] = bits_float((uint32_t)params->s[g] << 16);
-        params->offset[g] = (int16_t)(params->z[g] + (full ? planes->full[g] : -planes->base[g]));
-    }
-}
-
 static int fail(lynx_hq_fault *fault, int error, int section, uint64_t block, uint64_t offset) {
     *fault = (lynx_hq_fault){.section = section, .block = block, .offset = offset};
     return error;
@@ -117,51 +109,48 @@ int lynx_check(const lynx_tile *tile, const lynx_levels *levels, lynx_hq_fault *
     return LYNX_OK;
 }
 
+/* Parameters in full, of a block with constant groups. */
+static bool read_raw_params(const lynx_block *block, const uint8_t *in, const lynx_fields *limits, const lynx_planes *planes,
+                            bool full, lynx_params *params) {
+    bool bad = limits->s_low != 0 || limits->z_low != 0;
+    params->constant = 0;
+    for (int g = 0; g < ROW; g++) {
+        const bool used = g < block->groups;
+        const uint16_t scale = used ? load16(in + 4 * g) : 0, word = used ? load16(in + 4 * g + 2) : 0;
+        const int zero = scale == 0 ? 0 : (int16_t)word;
+        bad |= scale != 0 && (scale < limits->least || scale > limits->largest || zero < -MAX_ZERO_POINT || zero > MAX_ZERO_POINT);
+        params->constant |= (uint64_t)(used && scale == 0) << g;
+        params->s[g] = scale;
+        params->scale[g] = bits_float((uint32_t)scale << 16);
+        params->z[g] = (int16_t)zero;
+        params->word[g] = word;
+        params->offset[g] = (int16_t)(zero + (full ? planes->full[g] : -planes->base[g]));
+    }
+    params->s_least = 0; /* no block to be fast with */
+    params->s_most = UINT16_MAX;
+    return !bad;
+}
+
 static bool read_params(const lynx_kernels *kernels, const lynx_tile *tile, const lynx_block *block,
                         const uint8_t *header, const uint8_t *in, uint64_t size, uint64_t left,
                         const lynx_planes *planes, bool full, lynx_params *params) {
-    const bool raw = header[4] == RAW_PARAMS;
-    const int s_bits = header[4], z_bits = header[5];
-    const int s_low = load16(header), z_low = (int16_t)load16(header + 2);
-    params->constant = 0;
-    if (raw && (s_low != 0 || z_low != 0)) {
-        return false;
+    lynx_fields fields = {.stream = in,
+                          .s_bits = header[4],
+                          .z_bits = header[5],
+                          .s_low = load16(header),
+                          .z_low = (int16_t)load16(header + 2),
+                          .groups = block->groups,
+                          .least = LYNX_DTYPES[tile->dtype].least,
+                          .largest = LYNX_DTYPES[tile->dtype].largest};
+    if (header[4] == RAW_PARAMS) {
+        return read_raw_params(block, in, &fields, planes, full, params);
     }
     uint8_t padded[4 * ROW + 64]; /* fields are read in wide pieces */
     if (left < sizeof padded) { /* unused groups have fields too, as far as these reach */
         memset(padded, 0, sizeof padded);
-        in = memcpy(padded, in, size);
+        fields.stream = memcpy(padded, in, size);
     }
-    const uint16_t least = LYNX_DTYPES[tile->dtype].least, largest = LYNX_DTYPES[tile->dtype].largest;
-    int bad = 0;
-    if (raw) {
-        for (int g = 0; g < block->groups; g++) {
-            const uint16_t scale = load16(in + 4 * g), zero = load16(in + 4 * g + 2);
-            params->s[g] = scale;
-            params->z[g] = scale == 0 ? 0 : (int16_t)zero;
-            params->word[g] = zero;
-            params->constant |= (uint64_t)(scale == 0) << g;
-            bad |= scale != 0 && (scale < least || scale > largest || params->z[g] < -MAX_ZERO_POINT ||
-                                  params->z[g] > MAX_ZERO_POINT);
-        }
-    } else {
-        uint32_t fields[ROW];
-        const uint32_t s_mask = (1u << s_bits) - 1;
-        kernels->fields(in, s_bits + z_bits, fields);
-        for (int g = 0; g < ROW; g++) {
-            const int scale = s_low + SCALE_UNIT * (int)(fields[g] & s_mask), zero = z_low + (int)(fields[g] >> s_bits);
-            bad |= (g < block->groups) & ((scale < least) | (scale > largest) | (zero < -MAX_ZERO_POINT) |
-                                          (zero > MAX_ZERO_POINT));
-            params->s[g] = (uint16_t)scale;
-            params->z[g] = (int16_t)zero;
-        }
-    }
-    for (int g = block->groups; g < ROW; g++) {
-        params->s[g] = 0;
-        params->z[g] = 0;
-    }
-    derive(planes, full, params);
-    return bad == 0;
+    return kernels->params(&fields, planes, full, params);
 }
 
 static void read_ranks(const uint8_t *entry, const uint8_t *in, lynx_streams *streams) {
@@ -226,13 +215,12 @@ static void place_rows(const lynx_kernels *kernels, const lynx_view *view, const
     }
 }
 
-/* Whether no word of these groups can leave the range that exponents move: integers have 11 bits, exponents 3 and a sign. */
-static bool is_tame(const lynx_params *params, int groups) {
-    bool tame = params->constant == 0;
-    for (int g = 0; g < groups; g++) {
-        tame &= params->s[g] >= 0x0c80 /* 2^-102 */ && params->s[g] <= 0x7480 /* 2^106 */;
-    }
-    return tame;
+/* Whether words of these groups can be made in one step: binary32 holds their products, and none can leave the range that
+ * exponents move. Integers have 11 bits, exponents 3 and a sign. */
+static bool is_tame(const lynx_tile *tile, const lynx_setup *setup, const lynx_params *params) {
+    const uint16_t least = setup->shifted ? 0x0c80 /* 2^-102 */ : 0;
+    return tile->dtype == LYNX_BFLOAT16 && (tile->part == LYNX_VALUE || !setup->shifted) && params->constant == 0 &&
+           params->s_least >= least && params->s_most <= MOST_PLACED;
 }
 
 /* A block's planes, as received. */
@@ -242,39 +230,45 @@ typedef struct {
     uint32_t anchor_entry, rest_entry; /* of the fold tables; FLAT where there are none */
 } planes_in;
 
+/* Kernels read beyond the end of what is not uniform, or folded: where that may not be, in a copy. */
+static void make_readable(planes_in *in, lynx_scratch *s) {
+    if ((uint64_t)(in->anchor_end - in->anchor) < in->anchor_size + SLACK) {
+        in->anchor = memcpy(s->anchor, in->anchor, in->anchor_size);
+    }
+    if (in->rest != NULL) {
+        in->rest = memcpy(s->rest, in->rest, in->rest_size);
+    }
+}
+
 /* Codes of a block. Returns the section that is wrong, or -1. */
 static int read_codes(const lynx_kernels *kernels, const lynx_tile *tile, const lynx_block *block,
-                      const lynx_planes *planes, const planes_in *in, lynx_scratch *s) {
+                      const lynx_planes *planes, planes_in in, lynx_scratch *s) {
     int16_t zeros_of_tokens[ROW];
-    const bool folded = in->anchor_entry != FLAT, rest_folded = in->rest != NULL && in->rest_entry != FLAT;
-    const uint8_t *anchor = in->anchor, *rest = in->rest;
+    const planes_in received = in;
+    const bool folded = in.anchor_entry != FLAT, rest_folded = in.rest != NULL && in.rest_entry != FLAT;
     const int16_t *zeros = folded || rest_folded ? zeros_of(tile->part, planes, &s->params, zeros_of_tokens) : NULL;
     const bool at_once = (folded || rest_folded) && kernels->unpack_folded != NULL;
-    /* Kernels read beyond the end of what is not uniform. */
-    if ((at_once || !planes->uniform) && (uint64_t)(in->anchor_end - anchor) < in->anchor_size + SLACK) {
-        anchor = memcpy(s->anchor, anchor, in->anchor_size);
-    }
-    if ((at_once || !planes->uniform) && rest != NULL) {
-        rest = memcpy(s->rest, rest, in->rest_size);
+    if (at_once || !planes->uniform) {
+        make_readable(&in, s);
     }
     if (at_once) {
-        const int bad = kernels->unpack_folded(planes, zeros, anchor, in->anchor_entry, rest, in->rest_entry, block->tokens,
-                                               s->codes);
-        return bad;
+        return kernels->unpack_folded(planes, zeros, in.anchor, in.anchor_entry, in.rest, in.rest_entry, block->tokens,
+                                      s->codes);
     }
     if (folded) {
-        anchor = unfold_section(kernels, block, &planes->fold[0], in->anchor_entry, in->anchor, in->anchor_size, s, s->anchor);
-        if (anchor == NULL) {
+        in.anchor = unfold_section(kernels, block, &planes->fold[0], in.anchor_entry, received.anchor, in.anchor_size, s,
+                                   s->anchor);
+        if (in.anchor == NULL) {
             return IN_ANCHOR;
         }
     }
     if (rest_folded) {
-        rest = unfold_section(kernels, block, &planes->fold[1], in->rest_entry, in->rest, in->rest_size, s, s->rest);
-        if (rest == NULL) {
+        in.rest = unfold_section(kernels, block, &planes->fold[1], in.rest_entry, received.rest, in.rest_size, s, s->rest);
+        if (in.rest == NULL) {
             return IN_REST;
         }
     }
-    kernels->unpack(planes, anchor, rest, block->tokens, s->codes);
+    kernels->unpack(planes, in.anchor, in.rest, block->tokens, s->codes);
     if (folded || rest_folded) {
         kernels->uncentre(planes, zeros, block->tokens, folded, rest_folded, s->codes);
     }
@@ -332,28 +326,42 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
             } else {
                 /* Anchors and 8-bit values go past the caches where they are many, and exponents with them where no word can
                  * leave the range that they move. */
-                const bool streamed = streams && block.channels == ROW && view->token_stride == ROW;
-                const bool tame = entry == NULL && setup->shifted && tile->part == LYNX_VALUE && is_tame(&s->params, block.groups);
-                const bool apart = streamed || (setup->shifted && !tame);
+                const bool tame = entry == NULL && is_tame(tile, setup, &s->params);
+                const bool direct = tame && block.channels == ROW && kernels->place != NULL;
+                const bool placed = direct && in_place; /* past the caches if need be, without a stop in scratch */
+                const bool streamed = !placed && streams && block.channels == ROW && view->token_stride == ROW;
+                const bool moved = setup->shifted && !tame;
+                const bool apart = streamed || moved;
                 uint16_t *to = apart ? s->words : rows;
                 const ptrdiff_t stride = apart ? ROW : row_stride;
-                const planes_in sections = {anchor, rest, levels->anchor + levels->anchor_size,
-                                            (uint64_t)anchor_size, (uint64_t)rest_size,
-                                            folding == NULL ? FLAT : load16(folding),
-                                            rest_folding == NULL ? FLAT : load16(rest_folding)};
-                const int bad = read_codes(kernels, tile, &block, planes, &sections, s);
-                if (bad >= 0) {
-                    const uint64_t at = (uint64_t)(bad == IN_ANCHOR ? anchor - levels->anchor : rest - levels->rest);
-                    return fail(fault, LYNX_ERR_FOLD, bad, block.index, at);
+                const int16_t *shifts = setup->shifted && tame ? setup->shifts : NULL;
+                planes_in sections = {anchor, rest, levels->anchor + levels->anchor_size,
+                                      (uint64_t)anchor_size, (uint64_t)rest_size,
+                                      folding == NULL ? FLAT : load16(folding),
+                                      rest_folding == NULL ? FLAT : load16(rest_folding)};
+                const bool folded = sections.anchor_entry != FLAT || (rest != NULL && sections.rest_entry != FLAT);
+                if (!direct || folded) {
+                    const int bad = read_codes(kernels, tile, &block, planes, sections, s);
+                    if (bad >= 0) {
+                        const uint64_t at = (uint64_t)(bad == IN_ANCHOR ? anchor - levels->anchor : rest - levels->rest);
+                        return fail(fault, LYNX_ERR_FOLD, bad, block.index, at);
+                    }
                 }
-                if (rest != NULL &&
-                    !kernels->check(tile->part, s->codes, block.tokens, planes)) {
+                bool good = true;
+                if (direct) {
+                    if (!planes->uniform && !folded) {
+                        make_readable(&sections, s);
+                    }
+                    good = kernels->place(tile->part, planes, &s->params, sections.anchor, sections.rest,
+                                          folded ? s->codes : NULL, rest != NULL, block.tokens, shifts, placed && streams,
+                                          to, stride);
+                } else if (rest != NULL) {
+                    good = kernels->check(tile->part, s->codes, block.tokens, planes);
+                }
+                if (!good) {
                     return fail(fault, LYNX_ERR_CODE, 1, block.index, (uint64_t)(rest - levels->rest));
                 }
-                if (entry == NULL) {
-                    kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params,
-                                        tame ? setup->shifts : NULL, to, stride);
-                } else {
+                if (entry != NULL) {
                     prefetch(anchor + anchor_size, (uint64_t)anchor_size);
                     prefetch(rest + rest_size, (uint64_t)rest_size);
                     prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
@@ -364,13 +372,15 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                         !ranks_fit(&s->streams, entry)) {
                         return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
                     }
+                } else if (!direct) {
+                    kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, shifts, to, stride);
                 }
                 if (s->params.constant != 0) {
                     write_constants(tile->part, &block, &s->params, to, stride);
                 }
-                if (setup->shifted && !tame) {
-                    uint16_t *moved = streamed ? s->words : rows;
-                    kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, moved, streamed ? ROW : row_stride);
+                if (moved) {
+                    kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, streamed ? s->words : rows,
+                                     streamed ? ROW : row_stride);
                 }
                 if (streamed || !in_place) {
                     place_rows(kernels, view, &block, (const uint8_t *)s->words, 2 * ROW, streamed);

@@ -8,8 +8,6 @@
 
 #define RAW_PARAMS 0xff   /* parameter header: both widths; s and z follow in full */
 #define RAW_RANKS 0xffff  /* rank table: size of stream A; the block's words follow */
-#define MAX_ZERO_POINT 1024
-#define SCALE_UNIT 4      /* scales have 6 significant bits: a multiple of 4 as bfloat16 words */
 #define PARAM_HEADER 6    /* bytes of a block's parameter header, */
 #define RANK_HEADER 4     /* of its entry in the rank table, */
 #define FOLD_HEADER 2     /* and of that in a fold table */

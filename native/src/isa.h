@@ -63,7 +63,15 @@ typedef struct {
     int16_t z[ROW];
     uint16_t word[ROW];  /* of a constant group */
     uint64_t constant;   /* bit per group */
+    uint16_t s_least, s_most; /* of used groups (decoder only) */
 } lynx_params;
+
+/* Parameters of a block as received: s is s_low + 4 times a field, z is z_low + the next. */
+typedef struct {
+    const uint8_t *stream; /* up to 64 bytes beyond what 64 groups take may be read */
+    int s_bits, z_bits, s_low, z_low, groups;
+    uint16_t least, largest; /* that s may be */
+} lynx_fields;
 
 /* Level 2 of a block in four streams; decoders find B, W and X in `more`, one behind the other. The sizes bound what 4096
  * values can need, plus slack for wide accesses. */
@@ -88,8 +96,9 @@ typedef struct {
     /* Spreads of channels: range and size as bfloat16 words, 0 for those with special words; and how many have a sign. */
     void (*survey)(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *range, uint16_t *size,
                    uint16_t *signs);
-    /* The first 64 fields of `bits` (up to 25) of a stream, of which up to 64 bytes beyond may be read. */
-    void (*fields)(const uint8_t *stream, int bits, uint32_t *out);
+    /* Parameters from a block's fields, for codes that are `full` or anchors with zeros below. False if some are out of
+     * range. */
+    bool (*params)(const lynx_fields *in, const lynx_planes *planes, bool full, lynx_params *params);
     /* Scale and zero point of 64 groups from their extremes; none may be constant or hold special words. */
     void (*choose)(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params);
     /* Codes. Only the portable kernel takes special words and constant groups. */
@@ -106,6 +115,13 @@ typedef struct {
     /* `shifts`, of value channels of bfloat16, are added to all words but zeros; null: none. */
     void (*dequantise)(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
                        const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
+    /* Words straight from planes, or from codes if those are not null, to rows of 64 channels, past the caches if asked for
+     * (STREAM_FENCE); null where there is none. bfloat16 with scales of at most MOST_PLACED and without constant groups;
+     * words with `shifts` may not leave the range that exponents move. With `full` codes are checked: false for one that is
+     * not valid. Reads as `unpack` does. */
+    bool (*place)(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor, const uint8_t *rest,
+                  const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed, uint16_t *rows,
+                  ptrdiff_t stride);
     /* A copy past the caches; null where there is none. The caller has to order it (STREAM_FENCE). */
     void (*stream)(uint16_t *to, const uint16_t *rows, size_t words);
     /* Level 2. `unrank` returns LYNX_OK or LYNX_ERR_RANK; it leaves in the streams' counters what it has used. */
@@ -142,6 +158,8 @@ typedef struct {
     void (*unpack_row)(int word_bytes, const uint8_t *const *planes, size_t count, void *words);
 } lynx_kernels;
 
+#define MOST_PLACED 0x7480 /* 2^106, as a word */
+
 #if defined(__x86_64__)
 #define STREAM_FENCE() __builtin_ia32_sfence()
 #else
@@ -151,6 +169,9 @@ typedef struct {
 /* Words that rescaling moves round: magnitude words from 2^-111 up to those that are special. */
 #define RESCALE_FIRST 0x0800
 #define RESCALE_COUNT (0x7e80 - RESCALE_FIRST)
+
+#define MAX_ZERO_POINT 1024
+#define SCALE_UNIT 4 /* scales have 6 significant bits: a multiple of 4 as bfloat16 words */
 
 /* A block's entry in a fold table: bytes of its streams, and which of them are sent in pairs; or FLAT. */
 #define FOLD_SIZE 0x1fff
@@ -163,6 +184,9 @@ typedef struct {
 extern const lynx_kernels lynx_scalar;
 #if defined(__x86_64__)
 extern const lynx_kernels lynx_avx2, lynx_avx512;
+bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
+                       const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed,
+                       uint16_t *rows, ptrdiff_t stride);
 #elif defined(__aarch64__)
 extern const lynx_kernels lynx_neon;
 #endif

@@ -55,6 +55,7 @@ static void survey(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens
 #endif
 
 #ifndef ROWS_FIELDS
+/* The first 64 fields of `bits` (up to 25) of a stream. */
 static void fields(const uint8_t *stream, int bits, uint32_t *out) {
     const uint32_t ones = (1u << bits) - 1;
     for (int g = 0; g < ROW; g++) {
@@ -62,6 +63,30 @@ static void fields(const uint8_t *stream, int bits, uint32_t *out) {
     }
 }
 #endif
+
+static bool params(const lynx_fields *in, const lynx_planes *planes, bool full, lynx_params *params) {
+    uint32_t field[ROW];
+    fields(in->stream, in->s_bits + in->z_bits, field);
+    const uint32_t s_mask = (1u << in->s_bits) - 1;
+    const int s_bits = in->s_bits, s_low = in->s_low, z_low = in->z_low, groups = in->groups;
+    int least = INT32_MAX, most = 0, far = 0;
+    for (int g = 0; g < ROW; g++) {
+        const int used = g < groups ? -1 : 0;
+        const int scale = s_low + SCALE_UNIT * (int)(field[g] & s_mask), zero = (z_low + (int)(field[g] >> s_bits)) & used;
+        const int in_least = scale | (~used & INT32_MAX), in_most = scale & used, distance = zero < 0 ? -zero : zero;
+        least = in_least < least ? in_least : least;
+        most = in_most > most ? in_most : most;
+        far = distance > far ? distance : far;
+        params->scale[g] = bits_float((uint32_t)in_most << 16);
+        params->s[g] = (uint16_t)in_most;
+        params->z[g] = (int16_t)zero;
+        params->offset[g] = (int16_t)(zero + (full ? planes->full[g] : -planes->base[g]));
+    }
+    params->s_least = (uint16_t)least;
+    params->s_most = (uint16_t)most;
+    params->constant = 0;
+    return least >= in->least && most <= in->largest && far <= MAX_ZERO_POINT;
+}
 
 #ifndef ROWS_RESCALE
 static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,

@@ -270,7 +270,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_scalar = {
     .range = range,
     .survey = survey,
-    .fields = fields,
+    .params = params,
     .choose = choose,
     .quantise = quantise,
     .pack = pack,

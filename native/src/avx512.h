@@ -1,0 +1,99 @@
+/* What the AVX-512 files share: the target, and operations on rows of 64 bytes. Each file ends with AVX512_END. */
+#ifndef LYNX_AVX512_H
+#define LYNX_AVX512_H
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,f16c,lzcnt"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,f16c,lzcnt,prefer-vector-width=512")
+#endif
+
+#include <immintrin.h>
+
+#include "params.h"
+#include "words.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Of bytes of two registers, those of even positions. */
+#define FIRST_BYTES _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88, 86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0)
+
+INLINE __m512i load(const void *p) {
+    return _mm512_loadu_si512(p);
+}
+
+INLINE void store(void *p, __m512i v) {
+    _mm512_storeu_si512(p, v);
+}
+
+/* One stage of a bit-matrix transpose: the bits of `b` that `mask` selects and those of `a`, `shift` higher, change
+ * places in every byte. 0xe4 is z ? x : y. */
+#define SWAP(a, b, shift, mask)                                                                                        \
+    do {                                                                                                               \
+        const __m512i low = _mm512_srli_epi16(a, shift), high = _mm512_slli_epi16(b, shift);                           \
+        b = _mm512_ternarylogic_epi64(low, b, _mm512_set1_epi8(mask), 0xe4);                                           \
+        a = _mm512_ternarylogic_epi64(a, high, _mm512_set1_epi8(mask), 0xe4);                                          \
+    } while (0)
+
+/* 64 matrices of 8 x 8 bits, one per byte position, across 8 registers: bit j of register i to bit i of register j.
+ * With `upper` only registers 4..7 hold anything on entry. */
+INLINE void transpose(__m512i *r, bool upper) {
+    for (int i = upper ? 4 : 0; i < 8; i += 4) {
+        SWAP(r[i], r[i + 2], 2, 0x33);
+        SWAP(r[i + 1], r[i + 3], 2, 0x33);
+        SWAP(r[i], r[i + 1], 1, 0x55);
+        SWAP(r[i + 2], r[i + 3], 1, 0x55);
+    }
+    for (int i = 0; i < 4; i++) {
+        if (upper) {
+            const __m512i low = _mm512_and_si512(r[i + 4], _mm512_set1_epi8(0x0f));
+            r[i] = _mm512_slli_epi16(low, 4);
+            r[i + 4] = _mm512_xor_si512(r[i + 4], low);
+        } else {
+            SWAP(r[i], r[i + 4], 4, 0x0f);
+        }
+    }
+}
+
+/* The channels whose plane p is in the anchor section. */
+INLINE void anchor_masks(const lynx_planes *planes, __mmask64 *masks, __mmask64 *used) {
+    const __m512i widths = load(planes->widths);
+    *used = planes->channels == ROW ? ~0ull : (1ull << planes->channels) - 1;
+    for (int p = 0; p < 8; p++) {
+        masks[p] = _mm512_mask_cmpgt_epu8_mask(*used, widths, _mm512_set1_epi8((char)p));
+    }
+}
+
+/* Of 32-bit lanes of a, then b: the upper or lower halves. */
+INLINE __m512i upper_words(__m512i a, __m512i b) {
+    const __m512i odd = _mm512_add_epi16(_mm512_slli_epi16(_mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 1), _mm512_set1_epi16(1));
+    return _mm512_permutex2var_epi16(a, odd, b);
+}
+
+INLINE __m512i lower_bytes(__m512i a, __m512i b) {
+    return _mm512_permutex2var_epi8(a, FIRST_BYTES, b);
+}
+
+/* A float of each even, or each odd 16-bit lane. */
+INLINE void even_odd(const float *in, __m512 *even, __m512 *odd) {
+    const __m512i first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 a = _mm512_loadu_ps(in), b = _mm512_loadu_ps(in + 16);
+    *even = _mm512_permutex2var_ps(a, first, b);
+    *odd = _mm512_permutex2var_ps(a, _mm512_or_si512(first, _mm512_set1_epi32(1)), b);
+}
+
+/* Words that are not zero, with `shift` added. */
+INLINE __m512i shifted(__m512i words, __m512i shift) {
+    return _mm512_mask_add_epi16(words, _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff)), words, shift);
+}
+
+#if defined(__clang__)
+#define AVX512_END _Pragma("clang attribute pop")
+#else
+#define AVX512_END _Pragma("GCC pop_options")
+#endif
+
+#endif
