@@ -418,7 +418,8 @@ def test_large_tiles_may_lie_anywhere(name: str, part: str, preset: str) -> None
             memory[:] = 0xDEAD
             codec.decode(spec, levels[:n], memory[start : start + words.size].reshape(words.shape))
             assert np.array_equal(memory[start : start + words.size].reshape(words.shape), expected[n - 1])
-            assert (memory[:start] == 0xDEAD).all() and (memory[start + words.size :] == 0xDEAD).all()
+            assert (memory[:start] == 0xDEAD).all()
+            assert (memory[start + words.size :] == 0xDEAD).all()
         for n, width in itertools.product((1, 2), (2, 3)):  # rows that lie apart: [tokens, heads, head_dim]
             apart = np.full((1090, width, 64), 0xDEAD, np.uint16)
             codec.decode(spec, levels[:n], apart.transpose(1, 0, 2)[:2], threads=n)
