@@ -152,6 +152,14 @@ class IncomingTransfer(_Transfer[Incoming]):
         """Return when every word (of ``layer``, or all) is in place and every digest matched."""
         _wait(self._io, self._side.exact(layer), timeout)
 
+    def when_ready(self, level: int = 0, layer: int | None = None) -> concurrent.futures.Future[None]:
+        """A future that is done when :meth:`ready` would return, with its error if it would raise."""
+        return self._io.submit(self._side.ready(level, layer))
+
+    def when_exact(self) -> concurrent.futures.Future[None]:
+        """The same for :meth:`exact`."""
+        return self._io.submit(self._side.exact())
+
     def result(self, timeout: float | None = None) -> Result:
         """Prefill's first token."""
         return _wait(self._io, self._side.result(), timeout)

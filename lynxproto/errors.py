@@ -27,6 +27,7 @@ __all__ = [
     "ExpiredSecretError",
     "ForbiddenError",
     "ForeignObjectError",
+    "IdentityError",
     "LimitError",
     "LocalError",
     "LynxError",
@@ -222,6 +223,13 @@ class ForbiddenError(RejectedError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, ErrorCode.FORBIDDEN)
+
+
+class IdentityError(PeerError):
+    """A cache of another model, revision, dtype, shape or prompt than this side computes with."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ErrorCode.IDENTITY)
 
 
 class NotFoundError(PeerError):

@@ -351,3 +351,8 @@ class FetchKey:
             raise SpecError("FetchKey.identity must be the 16 bytes of Identity.hash()")
         if any(not 8 <= len(block) <= 32 for block in self.blocks) or len(self.salt) > 64:
             raise SpecError("FetchKey: block hashes have 8 to 32 bytes, the salt at most 64")
+
+    @classmethod
+    def of_request(cls, request_id: str, identity: Identity, salt: bytes = b"") -> FetchKey:
+        """The key of a cache that is known by its request id: one block, xxh3-128 of the id (big-endian)."""
+        return cls(identity=identity.hash(), blocks=(xxhash.xxh3_128_digest(request_id.encode()),), salt=salt)

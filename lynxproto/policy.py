@@ -131,6 +131,16 @@ class Policy:
         return cls(body=get_codec("hq", preset=preset, calibration=calibration, levels=levels).get_config())
 
     @classmethod
+    def progressive(cls, dtype: str) -> Policy:
+        """The default for caches of ``dtype``: the default tiers for 16-bit types; 12 bit planes of float32 first.
+
+        8-bit types travel as they are: an anchor of theirs would save little.
+        """
+        if dtype == "float32":
+            return cls(body={"id": "bitplane", "planes": [12, 20]}, sinks=0, recent=0)
+        return cls() if DTYPES[dtype].itemsize == 2 else cls.named("raw")
+
+    @classmethod
     def auto(cls, calibration: Calibration | None = None, *, exact_weight: float = 1.0) -> AutoPolicy:
         """The best policy for each transfer, by the link's measured goodput and the codecs' measured speed.
 

@@ -22,7 +22,7 @@ from lynxproto.errors import CacheFileError, LimitError, LynxError, NotFoundErro
 from lynxproto.manifest import FetchKey, Identity, Manifest, Want
 from lynxproto.session import IncomingTransfer
 
-__all__ = ["Folder", "find_caches", "request_key"]
+__all__ = ["Folder", "find_caches"]
 
 _SUFFIX = ".safetensors"
 
@@ -34,12 +34,6 @@ class _Landing(dict[tuple[int, Part], NDArray[Any]]):
         super().__init__(writer.arrays)
         self.writer = writer
         weakref.finalize(self, forgotten, writer)
-
-
-def request_key(request_id: str, identity: Identity, salt: bytes = b"") -> FetchKey:
-    """The key of a cache that is known by its request id: one block, xxh3-128 of the id (big-endian)."""
-    block = xxhash.xxh3_128_digest(request_id.encode())
-    return FetchKey(identity=identity.hash(), blocks=(block,), salt=salt)
 
 
 def find_caches(path: Path, suffixes: Sequence[str] = (_SUFFIX,)) -> list[Path]:
@@ -182,7 +176,7 @@ class Folder:
         return path
 
     def find(self, key: FetchKey, wants: Sequence[Want]) -> Cache | None:
-        """For a session's ``on_fetch``: the cache whose id and identity the key states, see :func:`request_key`.
+        """For a session's ``on_fetch``: the cache whose id and identity a :meth:`FetchKey.of_request` states.
 
         The identity may be stated whole, by model and revision, or by the model alone.
         """

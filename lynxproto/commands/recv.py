@@ -150,9 +150,9 @@ async def _fetch(
     model: str,
     revision: str,
 ) -> int:
-    from lynxproto.commands.folder import Folder, request_key
+    from lynxproto.commands.folder import Folder
     from lynxproto.commands.progress import Watch, summarize
-    from lynxproto.manifest import Identity
+    from lynxproto.manifest import FetchKey, Identity
     from lynxproto.session import connect
 
     folder, identity = Folder(output), Identity(model=model, revision=revision)
@@ -162,7 +162,7 @@ async def _fetch(
         async with connect(url, **arguments, allocate=folder.allocate, capture=recording, observe=observe) as session:
             if metrics is not None:
                 metrics.watch(session.snapshot)
-            transfer = await session.fetch(request_key(request_id, identity))
+            transfer = await session.fetch(FetchKey.of_request(request_id, identity))
             async with Watch(transfer, quiet=options.quiet):
                 path = await folder.land(transfer)
     summarize("fetch", transfer, as_json=options.json, path=path)

@@ -150,6 +150,8 @@ def _of_file(path: Path, url: str, request_id: str) -> tuple[str, ...]:
 def _policy(policy: Any, preset: str, calibration: Path | None, cache: Cache) -> Policy | AutoPolicy:
     from lynxproto.policy import Policy
 
+    if policy == "lynx" and cache.manifest.dtype not in ("bfloat16", "float16"):  # hq codes no others
+        return Policy.progressive(cache.manifest.dtype)
     if policy == "lynx":
         return Policy.lynx(preset, _calibration(calibration, cache))
     if policy == "auto":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from lynxproto.integrations.hf_model import as_array, as_tensor, make_identity, make_manifest, weights_revision
+from lynxproto.integrations.hf_cache import CacheReceiver, IncomingCache, LynxCache
+from lynxproto.integrations.hf_model import as_array, make_identity, make_manifest, weights_revision
 from lynxproto.integrations.hf_words import HFEngine, WordCache
 
 __all__ = [
+    "CacheReceiver",
     "HFEngine",
+    "IncomingCache",
+    "LynxCache",
     "WordCache",
     "as_array",
-    "as_tensor",
     "make_identity",
     "make_manifest",
     "weights_revision",

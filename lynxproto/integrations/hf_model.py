@@ -32,9 +32,9 @@ except ImportError:  # transformers before 5.10
 __all__ = [
     "DTYPES",
     "NAMES",
+    "DummyLayer",
     "LayerShape",
     "as_array",
-    "as_tensor",
     "layer_shapes",
     "make_identity",
     "make_manifest",
@@ -194,13 +194,6 @@ def as_array(words: torch.Tensor) -> NDArray[Any]:
     return cast(NDArray[Any], words.detach().view(integer).numpy().view(unsigned))
 
 
-def as_tensor(words: NDArray[Any], dtype: str) -> torch.Tensor:
-    """The values of words of a manifest's ``dtype``, as a new tensor."""
-    integer, _ = _BITS[words.dtype.itemsize]
-    signed = words.view(np.int16 if words.dtype.itemsize == 2 else np.int32)
-    return torch.from_numpy(signed.copy()).to(integer).view(DTYPES[dtype])
-
-
 def _hash(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
 
@@ -219,5 +212,5 @@ def _rope_hash(config: Any) -> str:
         "partial_rotary_factor",
         "head_dim",
     )
-    text = config.get_text_config(decoder=True)
-    return _hash({name: getattr(text, name, None) for name in names})
+    fields = config.get_text_config(decoder=True).to_dict()  # where layers differ, attributes raise
+    return _hash({name: fields.get(name) for name in names})

@@ -12,7 +12,7 @@ refused by name. Batch size is 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ from lynxproto.speculation import Logits
 
 import torch  # isort: skip  # after hf_model, whose error names the extra
 import transformers  # isort: skip  # the same
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache  # isort: skip  # the same
+from transformers.cache_utils import Cache, CacheLayerMixin  # isort: skip  # the same
 
 __all__ = ["HFEngine", "WordCache"]
 
@@ -96,7 +96,7 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         """(kv_heads, head_dim) of K and of V."""
         return [(buffer.shape[1], buffer.shape[3]) for buffer in self.word_buffers]
 
-    def _shown_from(self, length: int) -> int:
+    def shown_from(self, length: int) -> int:
         """The first of ``length`` tokens that attention reads."""
         if self._window is None or not self._cache.windows:
             return self.start
@@ -106,7 +106,7 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         """Show attention the first ``length`` tokens, as far as it reads them."""
         self.length = length
         if self.is_initialized:
-            first, stop = self._shown_from(length) - self.start, length - self.start
+            first, stop = self.shown_from(length) - self.start, length - self.start
             self.keys, self.values = (buffer[:, :, first:stop] for buffer in self._value_buffers)
 
     def refresh(self, length: int) -> None:
@@ -129,7 +129,7 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
             self.lazy_initialization(key_states, value_states)
         if self._cache.before_layer is not None:
             self._cache.before_layer(self._index)
-        first = self._shown_from(self.length) - self.start
+        first = self.shown_from(self.length) - self.start
         start, stop = self.length - self.start, self.length - self.start + key_states.shape[-2]
         if stop > self.word_buffers[0].shape[2]:
             if not self._cache.grows:
@@ -151,7 +151,7 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        first = self._shown_from(self.length)
+        first = self.shown_from(self.length)
         return self.length - first + query_length, first
 
     def get_seq_length(self) -> int:
@@ -232,11 +232,11 @@ class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
             raise SpecError(f"layer {layer} holds no tokens yet")
         return as_array(held.word_buffers[_part_index(part)][0, :, : held.length - held.start])
 
-    def allocate(self, manifest: Manifest, model: Any) -> dict[tuple[int, Part], NDArray[Any]]:
+    def allocate(self, manifest: Manifest, model: Any, device: Any = None) -> dict[tuple[int, Part], NDArray[Any]]:
         """Views of this cache, ``[kv_heads, tokens, head_dim]`` words, for a receiver to write the prompt into.
 
-        Pass as a listener's ``allocate``. Buffers are kept from one prompt to the next. Call :meth:`refresh` when
-        a layer's words have been written or improved.
+        Pass as a listener's ``allocate``. Buffers are kept from one prompt to the next; they are made on ``device``
+        (default: the model's). Call :meth:`refresh` when a layer's words have been written or improved.
 
         Raises :class:`~lynxproto.errors.SpecError` for a manifest that does not describe this model's cache.
         """
@@ -255,7 +255,7 @@ class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
             self._fit(spec, layer)
             shapes = [(spec.kv_heads, spec.key_dim), (spec.kv_heads, spec.value_dim)]
             if not layer.is_initialized:
-                layer.allocate(shapes, parameter.dtype, parameter.device, spec.token_start)
+                layer.allocate(shapes, parameter.dtype, device or parameter.device, spec.token_start)
             elif layer.shapes != shapes or layer.start != spec.token_start:
                 raise SpecError(
                     f"layer {spec.index}: the manifest's (heads, head_dim) are {shapes} from token {spec.token_start} "
@@ -291,23 +291,16 @@ class WordCache(Cache):  # type: ignore[misc]  # transformers is not followed
         held.refresh(tokens)
         held.resize(max(held.length, tokens))
 
-    def stock(self, config: Any) -> DynamicCache:
-        """The stock cache that holds what this one holds, for anything that transformers does: views, not copies.
+    def held_words(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, int, str]]:
+        """Of each layer with tokens: index, K and V words ``[1, kv_heads, tokens, head_dim]``, tokens seen, kind.
 
-        A stock layer copies itself as soon as a token is added to it. Do not use both after that.
+        Of a sliding layer, with ``windows``, what the next token attends to.
         """
-        dynamic = DynamicCache(config=config)
         for index, layer in self._held():
-            if not layer.is_initialized:
-                continue
-            target = dynamic.layers[index]
-            first = max(0, layer.length - layer._window + 1) if layer._window is not None else layer.start
-            pair = [buffer[:, :, first - layer.start : layer.length - layer.start] for buffer in layer._value_buffers]
-            target.lazy_initialization(*pair)
-            target.keys, target.values = pair
-            if hasattr(target, "cumulative_length"):
-                target.cumulative_length = layer.length
-        return dynamic
+            if layer.is_initialized and layer.length:
+                first, stop = layer.shown_from(layer.length) - layer.start, layer.length - layer.start
+                keys, values = (buffer[:, :, first:stop] for buffer in layer.word_buffers)
+                yield index, keys, values, layer.length, "sliding" if layer.is_sliding else "full"
 
 
 class HFEngine:
