@@ -30,7 +30,7 @@ _SECONDS: Final = (25e-3, 5.0)
 class LinkAware:
     """One session's. Lives on the I/O thread."""
 
-    def __init__(self, peer: Peer, policy: Policy | AutoPolicy) -> None:
+    def __init__(self, peer: Peer, policy: Policy | AutoPolicy | None) -> None:
         self.meter = LinkMeter()
         self._peer = peer
         self._auto = policy if isinstance(policy, AutoPolicy) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -65,7 +65,7 @@ class Deadline:
 class Options:
     """Everything of a session that is not protocol; :func:`lynxproto.listen` and ``connect`` say what each means."""
 
-    policy: Policy | AutoPolicy = field(default_factory=Policy)
+    policy: Policy | AutoPolicy | None = None
     allocate: Allocate = allocate_arrays
     wants: Wants | None = None
     on_fetch: OnFetch | None = None

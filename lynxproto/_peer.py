@@ -646,7 +646,7 @@ class Peer:
         """Offer a transfer. Without a ``resume`` secret of the caller's it can go on as long as this process lives."""
         if self.over:
             raise self.error or StreamClosedError("the session was closed by this side")
-        chosen = policy or self._options.policy
+        chosen = policy or self._options.policy or Policy.progressive(manifest.dtype)
         choice = None
         if isinstance(chosen, AutoPolicy):
             choice = self.link.choose(chosen, manifest)
@@ -790,12 +790,20 @@ class Peer:
             self.connection.not_found(event.request, time.monotonic(), code, text)
             self.pump()
             return
+        outgoing = None
         try:
             await self.link.get_to_know()
             outgoing = self.open(cache.manifest, None, float("inf"), fetch=event.request)
             await outgoing.send_cache(cache)
         except LynxError as error:
             _log.warning("a fetched cache was not delivered: %s", error)
+            if self.over or (outgoing is not None and outgoing.released):
+                return
+            if outgoing is None:
+                self.connection.not_found(event.request, time.monotonic(), ErrorCode.INTERNAL, str(error))
+                self.pump()
+            else:  # this side cannot go on, for example because the session's policy does not code such a cache
+                await outgoing.cancel(None)
 
     async def _authorize(self, request: TransferRequest) -> None:
         """Ask the user (on a thread) whether the peer may. Raises :class:`~lynxproto.errors.ForbiddenError`."""

@@ -156,9 +156,9 @@ class IncomingTransfer(_Transfer[Incoming]):
         """A future that is done when :meth:`ready` would return, with its error if it would raise."""
         return self._io.submit(self._side.ready(level, layer))
 
-    def when_exact(self) -> concurrent.futures.Future[None]:
+    def when_exact(self, layer: int | None = None) -> concurrent.futures.Future[None]:
         """The same for :meth:`exact`."""
-        return self._io.submit(self._side.exact())
+        return self._io.submit(self._side.exact(layer))
 
     def result(self, timeout: float | None = None) -> Result:
         """Prefill's first token."""

@@ -307,8 +307,8 @@ class Sender(_Session):
         """Offer a transfer; write to it at once, while the peer still makes room.
 
         ``policy`` cuts it into tiles and chooses codecs (default: the session's, which may choose for each transfer:
-        :meth:`Policy.auto`); the manifest's ``codecs`` and ``lossy`` follow from it. ``deadline``
-        (``time.monotonic()``) decides between anchors of several transfers.
+        :meth:`Policy.auto`; else :meth:`Policy.progressive` for the cache's dtype); the manifest's ``codecs`` and
+        ``lossy`` follow from it. ``deadline`` (``time.monotonic()``) decides between anchors of several transfers.
         ``resume``: 32 random bytes (``secrets.token_bytes(32)``), as secret as the cache. Whoever opens the same
         manifest with the same policy and secret again, after a restart, sends only what the receiver lacks.
 
@@ -374,7 +374,7 @@ def connect(
     or :class:`~lynxproto.errors.ProtocolError` when the handshake fails.
     """
     options = Options(
-        policy=policy or Policy(),
+        policy=policy,
         allocate=allocate,
         wants=wants,
         on_fetch=on_fetch,
@@ -429,7 +429,7 @@ def listen(
     :func:`lynxproto.transports.server_context`; ``insecure`` as in :func:`connect`.
     """
     options = Options(
-        policy=policy or Policy(),
+        policy=policy,
         allocate=allocate,
         wants=wants,
         on_fetch=on_fetch,

@@ -85,7 +85,9 @@ def make_cache(
     arrays: Any = {}
     for layer, part in itertools.product(range(layers), ("key", "value")):
         values = rng.standard_normal((heads, tokens, dim), np.float32) * 2
-        if dtype == "bfloat16":
+        if dtype == "float32":
+            arrays[layer, part] = values.view(np.uint32)
+        elif dtype == "bfloat16":
             arrays[layer, part] = (values.view(np.uint32) >> 16).astype(np.uint16)
         else:
             arrays[layer, part] = values.astype(np.float16).view(np.uint16)
@@ -1253,6 +1255,28 @@ def test_fetch() -> None:
             with pytest.raises(NotFoundError):
                 await client.fetch(replace(key, salt=b"other tenant"))
         assert [k.salt for k in asked] == [b"", b"other tenant"]
+
+    run(main)
+
+
+def test_a_fetched_cache_of_float32() -> None:
+    """Its policy follows from its dtype; with one that cannot code it the peer is told, and does not wait."""
+    cache = make_cache(dtype="float32")
+    key = FetchKey(identity=IDENTITY.hash(), blocks=())
+
+    async def main() -> None:
+        async with listen(next(_names), on_fetch=lambda *_: cache) as server, connect(server.url) as client:
+            incoming = await client.fetch(key)
+            await incoming.exact()
+            assert_same(incoming.arrays, cache)
+        unfit = Policy()
+        async with (
+            listen(next(_names), on_fetch=lambda *_: cache, policy=unfit) as server,
+            connect(server.url) as client,
+            asyncio.timeout(20),
+        ):
+            with pytest.raises(TransferCancelledError):
+                await (await client.fetch(key)).exact()
 
     run(main)
 
