@@ -41,7 +41,7 @@ from lynxproto.errors import (
     SpecError,
 )
 from lynxproto.frames import HEADER_SIZE, End, FrameType, Header, Open, Plan, TileKey
-from lynxproto.manifest import Manifest
+from lynxproto.manifest import LayerSpec, Manifest
 
 __all__ = ["ObjectCodec", "object_size", "read_manifest"]
 
@@ -54,7 +54,7 @@ _MAX_FRAMES: Final = (1 << 32) - 1
 _LIMITS: Final = Limits(frame_bytes=_MAX_FRAMES, layers=0xFFFF, tokens=0xFFFFFFFF)
 #: Fewer bytes hold no object.
 _MIN_SIZE: Final = FILE_HEADER_SIZE + RECORD_HEADER_SIZE
-#: Codecs that a reader remembers.
+#: Codecs and shapes that are remembered.
 _REMEMBERED: Final = 64
 
 
@@ -73,15 +73,20 @@ class _Tile(NamedTuple):
         )  # fmt: skip
 
 
-def _tiles(manifest: Manifest) -> dict[int, list[_Tile]]:
+def _tiles(manifest: Manifest) -> Mapping[int, Sequence[_Tile]]:
     """The tiles of an object by layer: each part of a layer is one."""
+    return _tiles_of(manifest.dtype, manifest.layers)
+
+
+@lru_cache(_REMEMBERED)
+def _tiles_of(dtype: str, layers: tuple[LayerSpec, ...]) -> Mapping[int, Sequence[_Tile]]:
     return {
         layer.index: [
             _Tile(
                 (layer.index, part),
                 ChunkSpec(
                     part=part,
-                    dtype=manifest.dtype,
+                    dtype=dtype,
                     heads=layer.kv_heads,
                     tokens=layer.tokens,
                     head_dim=layer.head_dim(part),
@@ -92,17 +97,17 @@ def _tiles(manifest: Manifest) -> dict[int, list[_Tile]]:
             )
             for part in layer.parts
         ]
-        for layer in manifest.layers
+        for layer in layers
     }
 
 
 class ObjectCodec:
     """Makes objects of caches, and caches of objects. Immutable, may be used from several threads at once.
 
-    ``codec``: an exact codec for keys and values of bfloat16 and float16 (default: ``hq``, preset ``balanced``); what
-    it does not take, the bit planes of the words take, with Zstandard (any dtype, any order of words). A tile that does
-    not become smaller is stored as it is, so that an object is never larger than :meth:`bound`. ``threads``: of one
-    call. Raises :class:`~lynxproto.errors.ConfigError` for a codec that is not exact.
+    ``codec``: an exact codec for keys and values of bfloat16 and float16 (default: ``hq``, preset ``balanced``). What
+    it does not take, Zstandard takes: bytes (fp8, opaque) as they are, larger words plane by plane, in whatever order
+    they are. A tile that does not become smaller is stored as it is: an object is never larger than :meth:`bound`.
+    ``threads``: of one call. Raises :class:`~lynxproto.errors.ConfigError` for a codec that is not exact.
     """
 
     def __init__(self, codec: Codec | None = None, *, threads: int = 1) -> None:
@@ -112,7 +117,7 @@ class ObjectCodec:
         self._threads = threads
 
     def _for(self, spec: ChunkSpec) -> Codec:
-        return self._codec if self._codec.supports(spec) else _planes(spec.word_dtype.itemsize)
+        return self._codec if self._codec.supports(spec) else _general(spec.word_dtype.itemsize)
 
     def _configs(self, manifest: Manifest) -> list[Codec]:
         """All codecs that an object of ``manifest`` may name, in the order of their numbers."""
@@ -392,9 +397,9 @@ def _codec(config: bytes) -> Codec:
 
 
 @lru_cache(4)
-def _planes(itemsize: int) -> Codec:
-    """What takes words of any meaning: all their bit planes, most significant first, compressed."""
-    return get_codec("bitplane", planes=[8 * itemsize], zstd=1)
+def _general(itemsize: int) -> Codec:
+    """What takes words of any meaning: compressed as they are if they are bytes, else plane by plane."""
+    return get_codec("raw", zstd=1) if itemsize == 1 else get_codec("bitplane", planes=[8 * itemsize], zstd=1)
 
 
 def _difference(found: Manifest, expected: Manifest) -> str | None:
