@@ -159,7 +159,7 @@ def _progress(console: Any) -> Iterator[tuple[sources.Note, Any]]:
     """Two functions: one that says what is being done, and one that makes a bar of so many steps."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     # It is drawn between the steps only: a thread that draws would take time from what is measured.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
         task = bars.add_task("start", total=None)

@@ -33,7 +33,7 @@ def print_tables(result: Mapping[str, Any], console: Any) -> None:
         )
     console.print(table)
     for entry in result["infeasible"]:
-        console.print(f"{entry['method']}: {entry['reason']}")
+        console.print(f"{entry['method']}: {entry['reason']}", markup=False)
     if "drafts" in result:
         table = Table("method", "accepted", title="Real drafts")
         for row in result["drafts"]:

@@ -153,16 +153,16 @@ class Report:
                 to_zipnn = self._to_zipnn(run, case)
                 if to_zipnn:
                     text = ", ".join(f"{o.replace('_', ' ')} {factor:.2f}" for o, factor in to_zipnn.items())
-                    console.print(f"{case.contestant.label}, times ZipNN's speed: {text}")
+                    console.print(f"{case.contestant.label}, times ZipNN's speed: {text}", markup=False)
             if source.layers_left_out:
                 console.print(
                     f"{source.layers_left_out} layers do not fit the memory and were left out", style="yellow"
                 )
             self._print_scaling(console, run)
         for (name, label), bits in self.policy.items():
-            console.print(f"{name}: {label} under the default policy: {_bits(bits)} bits a value")
+            console.print(f"{name}: {label} under the default policy: {_bits(bits)} bits a value", markup=False)
         for skipped in self.skipped:
-            console.print(f"{skipped.codec}: {skipped.reason}", style="yellow")
+            console.print(f"{skipped.codec}: {skipped.reason}", style="yellow", markup=False)
         if self.settings["working_set_bound_by_memory"]:
             size = self.settings["working_set_bytes"] / 2**20
             console.print(f"Too little memory for the working set: {size:.0f} MiB of words only.", style="yellow")
@@ -174,6 +174,8 @@ class Report:
         )
 
     def _row(self, case: Case) -> list[str]:
+        from rich.markup import escape
+
         contestant, bits = case.contestant, case.bits()
         ratio = sum(bits) * case.values / (8 * case.nbytes)
 
@@ -186,7 +188,7 @@ class Report:
 
         refine = [f"{case.speed(f'refine_{n}') or 0:.2f}" for n in range(1, contestant.levels) if case.times]
         return [
-            contestant.label,
+            escape(contestant.label),
             str(case.threads),
             _bits(bits),
             f"{ratio:.4f}",
@@ -207,7 +209,7 @@ class Report:
                         for o in _OPERATIONS
                         if o in factors
                     )
-                    console.print(f"  {case.contestant.label}: {text}")
+                    console.print(f"  {case.contestant.label}: {text}", markup=False)
 
     def plot(self, path: Path, quality: dict[str, Any] | None = None) -> None:
         """Ratio against exact decode speed; with ``quality``, also rate against acceptance.

@@ -295,7 +295,7 @@ def _mooncake_send(nbytes: int) -> None:
 
 
 def _nixl(name: str, nbytes: int) -> tuple[Any, NDArray[np.uint8], Any]:
-    from nixl._api import nixl_agent, nixl_agent_config
+    from nixl_cu12._api import nixl_agent, nixl_agent_config
 
     agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
     memory = np.zeros(nbytes, np.uint8)
@@ -373,7 +373,7 @@ def missing(contestant: Contestant) -> str | None:
         return f"not installed (pip install {contestant.package})"
     if contestant.name == "ucx":
         return None if importlib.util.find_spec("ucxx") else "not installed (pip install 'lynxproto[ucx]')"
-    module = {"mooncake": "mooncake.engine", "nixl": "nixl._api"}.get(contestant.kind)
+    module = {"mooncake": "mooncake.engine", "nixl": "nixl_cu12._api"}.get(contestant.kind)
     if module is None:
         return None
     tried = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=False)

@@ -169,9 +169,9 @@ def _print(report: dict[str, Any]) -> None:
             )
         console.print(table)
         for row in report["results"]:
-            console.print(f"{row['transport']}: {row['what']}", style="dim")
+            console.print(f"{row['transport']}: {row['what']}", style="dim", markup=False)
         for entry in report["skipped"]:
-            console.print(f"{entry['transport']}: {entry['reason']}")
+            console.print(f"{entry['transport']}: {entry['reason']}", markup=False)
     if "parser" in report:
         p = report["parser"]
         console.print(
@@ -191,7 +191,7 @@ def _print(report: dict[str, Any]) -> None:
 
         show(report["priority"], console)
     environment = report["environment"]
-    console.print(", ".join(f"{key}: {value}" for key, value in environment.items()), style="dim")
+    console.print(", ".join(f"{key}: {value}" for key, value in environment.items()), style="dim", markup=False)
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:

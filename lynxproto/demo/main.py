@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from lynxproto.demo.plot import check_plot, write_plot
 from lynxproto.demo.run import Settings, run
@@ -33,14 +34,14 @@ def run_demo(*, json_file: Path | None = None, plot_file: Path | None = None, **
     console.print()
     for line in report.conclusions():
         console.print(line, highlight=False)
-    console.print(f"The model went on: [italic]{report.text!r}[/italic]", highlight=False)
+    console.print(f"The model went on: [italic]{escape(repr(report.text))}[/italic]", highlight=False)
     if json_file is not None:
         try:
             json_file.write_text(json.dumps(report.as_json(), indent=2) + "\n")
         except OSError as error:
             raise CacheFileError(f"cannot write {json_file}: {error.strerror}") from error
-        console.print(f"wrote {json_file}")
+        console.print(f"wrote {json_file}", markup=False)
     if plot_file is not None:
         write_plot(report, plot_file)
-        console.print(f"wrote {plot_file}")
+        console.print(f"wrote {plot_file}", markup=False)
     return all(report.checks().values())
