@@ -30,7 +30,7 @@ __all__ = [
     "workspace",
 ]
 
-_ABI_VERSION: Final = 6
+_ABI_VERSION: Final = 7
 _BUILD_HINT: Final = "build it with `pip install -e .` (needs a C compiler) in the project's root"
 
 try:

@@ -20,9 +20,10 @@ from lynxproto.events import Event
 from lynxproto.frames import Body, control_frame
 from lynxproto.manifest import Manifest
 
-__all__ = ["Backoff", "Context", "Land", "Peer", "build_codec", "max_sizes"]
+__all__ = ["Backoff", "Context", "Land", "Lend", "Peer", "build_codec", "max_sizes"]
 
 Land = Callable[[int, Tile], memoryview | None]
+Lend = Callable[[int, Tile], memoryview]
 _MAX_WAITING: Final = 10_000
 
 
@@ -64,6 +65,8 @@ class Context:
     """Copy what is left to send of the frame of this chunk: its payload must not be read any more."""
     land: Land | None = None
     """Where the shell wants a tile's words."""
+    lend: Lend | None = None
+    """Where the shell has them."""
 
     def emit(self, body: Body, transfer: int = 0) -> None:
         """Queue a control frame, if some stripe can carry it."""

@@ -229,16 +229,11 @@ class Outgoing:
     # --- called by the peer
 
     def encode(self, request: ChunkRequest) -> None:
-        """Encode a chunk on a worker and hand it to the connection; words that go as they are need no worker."""
+        """Encode a chunk on a worker and hand it to the connection."""
         tile = request.tile
         layer = self.manifest.layer(tile.layer)
         words = self._words[tile.layer, tile.part]
         codec = self._codecs[tile.codec]
-        if codec.verbatim:
-            view = np.ascontiguousarray(tile_view(words, layer, tile))
-            payload = view.reshape(-1).view(np.uint8).data
-            self._peer.connection.chunk_encoded(self.id, tile, request.level, payload, time.monotonic())
-            return
         spec = tile.spec(self.manifest.dtype, layer.head_dim(tile.part))
         urgency = (0 if request.level == 0 else _DIGEST_URGENCY + request.level, tile.layer)
         self._encoding += 1
@@ -249,6 +244,11 @@ class Outgoing:
             lambda: _encode(codec, spec, words, layer, request),
             lambda future: self._encoded(request, future),
         )
+
+    def lend(self, tile: Tile) -> memoryview:
+        """The words of a tile that go as they are; copied if they are not contiguous."""
+        words = tile_view(self._words[tile.layer, tile.part], self.manifest.layer(tile.layer), tile)
+        return np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
 
     def on_digested(self, tile: Tile, digest: bytes) -> None:
         """A tile whose words go as they are was framed."""

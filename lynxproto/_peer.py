@@ -22,7 +22,7 @@ from lynxproto.access import Principal, TransferRequest
 from lynxproto.admission import Gate, Guest
 from lynxproto.chunk import Tile
 from lynxproto.config import Config
-from lynxproto.connection import Connection
+from lynxproto.connection import Connection, News
 from lynxproto.errors import (
     ConnectionClosedError,
     ErrorCode,
@@ -139,7 +139,11 @@ class Peer:
         self.workers = endpoint.workers
         self.journal = endpoint.journal
         self.connection = Connection(
-            config, client=dial is not None, land=self._land, unix_offset=time.time() - time.monotonic()
+            config,
+            client=dial is not None,
+            land=self._land,
+            lend=self._lend,
+            unix_offset=time.time() - time.monotonic(),
         )
         self.principal = Principal("")
         self.name = "the peer"
@@ -169,7 +173,7 @@ class Peer:
         self._look: asyncio.TimerHandle | None = None
         self._redialing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._pumping = False
+        self._pumping = self._pump_due = False
         self.encoding = 0  # chunks at the codec threads
 
     # --- byte streams
@@ -217,7 +221,12 @@ class Peer:
         try:
             while True:
                 try:
-                    count = await stripe.stream.receive_into(self.connection.get_buffer(stripe.number))
+                    buffer = self.connection.get_buffer(stripe.number)
+                    sums = self.connection.sums(stripe.number)
+                    if sums is None:
+                        count = await stripe.stream.receive_into(buffer)
+                    else:
+                        count = await stripe.stream.receive_summed(sums)
                 except asyncio.CancelledError:
                     if stripe.interrupted is None:
                         raise
@@ -233,7 +242,11 @@ class Peer:
                     break
                 self.bytes_received += count
                 self.connection.buffer_updated(count, time.monotonic(), stripe.number)
-                self.pump()
+                news = self.connection.news()
+                if news is News.CHUNKS:
+                    self._pump_soon()
+                elif news:
+                    self.pump()
         except StreamClosedError:
             return
         except RemoteError as broken:
@@ -261,10 +274,11 @@ class Peer:
                     nbytes = sum(part.nbytes for part in data)
                     pace.sent(nbytes, started, time.monotonic())
                     self.bytes_sent += nbytes
-                    for transfer in self.connection.lent(stripe.number):
-                        if transfer in self.outgoing:
-                            self.outgoing[transfer].count()
-                    self.pump()
+                    if self.connection.news():
+                        for transfer in self.connection.lent(stripe.number):
+                            if transfer in self.outgoing:
+                                self.outgoing[transfer].count()
+                        self.pump()
                 elif stripe.closing:
                     await stripe.stream.send_eof()
                     return  # the receiving task goes on until the peer hangs up too, or the linger time is over
@@ -308,6 +322,9 @@ class Peer:
     def _land(self, transfer: int, tile: Tile) -> memoryview | None:
         incoming = self.incoming.get(transfer)
         return None if incoming is None else incoming.land(tile)
+
+    def _lend(self, transfer: int, tile: Tile) -> memoryview:
+        return self.outgoing[transfer].lend(tile)
 
     async def stop_landing(self, transfer: int) -> None:
         """Return when no stream writes to the destination of ``transfer``, which is over, any more."""
@@ -369,6 +386,16 @@ class Peer:
             self._redialing = None
 
     # --- the pump
+
+    def _pump_soon(self) -> None:
+        """The same once the task that runs waits or gives way: many chunks that are there already are one job."""
+        if not self._pump_due:
+            self._pump_due = True
+            self._loop.call_soon(self._pump_now)
+
+    def _pump_now(self) -> None:
+        self._pump_due = False
+        self.pump()
 
     def pump(self) -> None:
         """After anything happened: deliver events, ask for chunks, wake senders, set the timer."""

@@ -18,7 +18,7 @@ from lynxproto.chunk import PARTS, Tile
 from lynxproto.codecs.abc import Codec
 from lynxproto.config import MAX_LEVELS
 from lynxproto.counters import Counters
-from lynxproto.digest import Digest, pieces
+from lynxproto.digest import checksums
 from lynxproto.errors import (
     DeadlineError,
     DigestError,
@@ -143,9 +143,9 @@ class Incoming:
 
 
 class Arrival(Target):
-    """A chunk whose header was accepted: where its payload goes; with a ``digest`` if that is the final place."""
+    """A chunk whose header was accepted: where its payload goes; ``landing`` if that is the final place."""
 
-    __slots__ = ("attempt", "digest", "header", "layer", "tile", "transfer")
+    __slots__ = ("attempt", "header", "landing", "layer", "tile", "transfer")
 
     def __init__(
         self, transfer: Incoming, layer: _Layer, tile: _Tile, header: frames.Header, landing: memoryview | None
@@ -156,20 +156,18 @@ class Arrival(Target):
         self.tile = tile
         self.header = header
         self.attempt = tile.attempt
-        self.digest = None if landing is None else Digest()
+        self.landing = landing is not None
 
     @property
     def wanted(self) -> bool:
         t, tile = self.transfer, self.tile
         return t.state is IncomingState.RECEIVING and self.attempt == tile.attempt and self.header.level < tile.want
 
-    def took(self, nbytes: int) -> memoryview:
-        if self.digest is None:
-            return super().took(nbytes)
-        first = self.filled
-        for piece in pieces(self.view[first : first + nbytes]):
-            self.digest.update(super().took(piece.nbytes))
-        return self.view[first : self.filled]
+    def landed(self) -> bytes | None:
+        """The digest of the words, if they are in their final place."""
+        if not self.landing:
+            return None
+        return checksums(self.view)[1] if self.sums is None else self.sums.digest()
 
 
 class Receiver:
@@ -743,7 +741,7 @@ class Receiver:
                     payload=arrival.view,
                     attempt=has.attempt,
                     last=level == has.levels - 1,
-                    landed=None if arrival.digest is None else arrival.digest.digest(),
+                    landed=arrival.landed(),
                 )
             )
 

@@ -54,12 +54,8 @@ def _max_size(chunk: Chunk) -> int:
     return chunk.max_size
 
 
-def _charged(chunk: Chunk) -> int:
-    return chunk.charged
-
-
-def _always(chunk: Chunk) -> Fit:
-    return Fit.YES
+def _size(chunk: Chunk) -> int:
+    return chunk.charged or chunk.max_size
 
 
 _UNSENT: Final = frozenset({ChunkState.WAITING, ChunkState.ENCODING, ChunkState.READY})
@@ -98,11 +94,13 @@ class _Tile:
     """``levels`` are its codec's, ``want`` of them the receiver's; masks are of levels, in the current attempt."""
 
     __slots__ = (
-        "applied", "attempt", "chunks", "codec_id", "digested", "done", "key", "layer", "levels", "max_sizes", "place",
-        "received", "tile", "transfer", "verbatim", "verified", "want",
+        "applied", "attempt", "chunks", "codec_id", "digested", "done", "key", "layer", "lent", "levels", "max_sizes",
+        "place", "received", "tile", "transfer", "verbatim", "verified", "want",
     )  # fmt: skip
 
-    def __init__(self, transfer: Outgoing, layer: _Layer, tile: Tile, key: TileKey, codec: Codec) -> None:
+    def __init__(
+        self, transfer: Outgoing, layer: _Layer, tile: Tile, key: TileKey, codec: Codec, *, lend: bool
+    ) -> None:
         self.transfer = transfer
         self.layer = layer
         self.place = len(layer.tiles)
@@ -112,6 +110,7 @@ class _Tile:
         self.levels = codec.levels
         self.max_sizes = max_sizes(codec, transfer.manifest, tile)
         self.verbatim = codec.verbatim
+        self.lent = codec.verbatim and lend  # its payload is had when its turn comes
         self.digested = False
         self.start_over()
 
@@ -291,7 +290,8 @@ class Sender:
                 raise SpecError(f"a tile of layer {tile.layer} in the plan of layer {index}")
             if not 0 <= tile.codec < len(t.codecs):
                 raise SpecError(f"tile codec {tile.codec}: the manifest has {len(t.codecs)} codecs")
-            layer.tiles.append(_Tile(t, layer, tile, key, t.codecs[tile.codec]))
+            lend = self.ctx.lend is not None
+            layer.tiles.append(_Tile(t, layer, tile, key, t.codecs[tile.codec], lend=lend))
             layer.positions += key.positions
         parts = [PARTS.index(part) for part in spec.parts]
         heads = range(spec.head_start, spec.head_start + spec.kv_heads)
@@ -344,11 +344,7 @@ class Sender:
             held = self._held[chunk.level > 0]
             if held and held + size > ahead:
                 return Fit.NOTHING
-            if chunk.charged:
-                return Fit.YES
-            if not self.windows[chunk.level].fits(size):
-                return Fit.NOTHING
-            return Fit.YES if chunk.tile.transfer.windows[chunk.level].fits(size) else Fit.NOT_THIS_TRANSFER
+            return self._credit(chunk)
 
         chunk = self._waiting.pick(self._encode_share, self._portion(), fits, _max_size, self._urgent)
         if chunk is None:
@@ -569,19 +565,43 @@ class Sender:
 
     @property
     def waits(self) -> bool:
-        """Whether encoded chunks wait for a stripe."""
+        """Whether chunks wait for a stripe, or for credit."""
         return bool(self._encoded)
 
     def next_frame(self) -> Chunk | None:
         """The encoded chunk to write next."""
         if not self._encoded:
             return None
-        chunk = self._encoded.pick(self._send_share, self._portion(), _always, _charged, self._urgent)
+        chunk = self._encoded.pick(self._send_share, self._portion(), self._credit, _size, self._urgent)
         if chunk is not None:
+            if chunk.payload is None:
+                self._borrow(chunk)
             self._move(chunk, "started")
             chunk.begun = True
             chunk.attempt = chunk.tile.attempt
         return chunk
+
+    def _credit(self, chunk: Chunk) -> Fit:
+        """Whether there is credit for a chunk, or it has been charged already."""
+        if chunk.charged:
+            return Fit.YES
+        size = chunk.max_size
+        if not self.windows[chunk.level].fits(size):
+            return Fit.NOTHING
+        return Fit.YES if chunk.tile.transfer.windows[chunk.level].fits(size) else Fit.NOT_THIS_TRANSFER
+
+    def _borrow(self, chunk: Chunk) -> None:
+        """The payload of a chunk that is its tile's words."""
+        tile = chunk.tile
+        assert self.ctx.lend is not None
+        view = self.ctx.lend(tile.transfer.id, tile.tile)
+        if view.nbytes != chunk.max_size:
+            raise LocalError(f"{tile.tile} has {chunk.max_size} bytes, lend() gave {view.nbytes}")
+        if not chunk.charged:
+            chunk.charged = view.nbytes
+            for window in self._windows(chunk):
+                window.charged += view.nbytes
+        chunk.payload = view
 
     def frame(self, chunk: Chunk) -> list[memoryview]:
         """The bytes of a chunk's frame."""
@@ -779,20 +799,25 @@ class Sender:
         self._check_confirmed(t)
 
     def _move(self, chunk: Chunk, signal: str) -> None:
-        before, chunk.state = chunk.state, advance(CHUNK, chunk.state, signal)
-        if chunk.level == 0:
-            chunk.flow.anchors += (chunk.state in _UNSENT) - (before in _UNSENT)
-            if not chunk.flow.anchors:
-                self._waiting.anchors_gone(chunk.flow)
-                self._encoded.anchors_gone(chunk.flow)
-        if chunk.state is ChunkState.WAITING:
+        before, after = chunk.state, advance(CHUNK, chunk.state, signal)
+        if after is ChunkState.WAITING and chunk.tile.lent:
+            after = advance(CHUNK, after, "lent")
+        chunk.state = after
+        if chunk.level == 0 and (before in _UNSENT) is not (after in _UNSENT):
+            flow = chunk.flow
+            flow.anchors += 1 if after in _UNSENT else -1
+            if not flow.anchors:
+                self._waiting.anchors_gone(flow)
+                self._encoded.anchors_gone(flow)
+        if after is ChunkState.WAITING:
             self._waiting.push(chunk)
-        elif chunk.state is ChunkState.READY:
+        elif after is ChunkState.READY:
             self._encoded.push(chunk)
 
     def _hold(self, chunk: Chunk, nbytes: int) -> None:
-        self._held[chunk.level > 0] += nbytes - chunk.held
-        chunk.held = nbytes
+        if nbytes != chunk.held:
+            self._held[chunk.level > 0] += nbytes - chunk.held
+            chunk.held = nbytes
 
     def _drop_payload(self, chunk: Chunk) -> None:
         chunk.payload = None

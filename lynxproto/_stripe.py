@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Protocol
 
 from lynxproto import frames
-from lynxproto.digest import crc32c
+from lynxproto.digest import Sums, crc32c, sums_of
 from lynxproto.frames import HEADER_SIZE, FrameType, Header
 from lynxproto.state import StripeState
 
@@ -32,24 +32,28 @@ _SINK = bytearray(_SCRATCH)
 class Target:
     """Where the bytes of a payload (or an extension) go. Checksums are made as they come, while the cache has them."""
 
-    __slots__ = ("crc", "filled", "view")
+    __slots__ = ("filled", "sums", "view")
 
     def __init__(self, view: memoryview) -> None:
         self.view = view
         self.filled = 0
-        self.crc = 0
+        self.sums = sums_of(view)  # None: it is short
 
     @property
     def wanted(self) -> bool:
         """Whether the rest may still be written; asked before each read."""
         return True
 
-    def took(self, nbytes: int) -> memoryview:
-        """``nbytes`` more are in place; returns them."""
-        piece = self.view[self.filled : self.filled + nbytes]
+    @property
+    def crc(self) -> int:
+        """CRC32C of the whole, once it is there."""
+        return crc32c(self.view) if self.sums is None else self.sums.crc
+
+    def took(self, nbytes: int) -> None:
+        """``nbytes`` more are in place."""
         self.filled += nbytes
-        self.crc = crc32c(piece, self.crc)
-        return piece
+        if self.sums is not None:
+            self.sums.add(self.filled)
 
 
 class FrameHandler(Protocol):
@@ -103,6 +107,11 @@ class FrameReader:
             self._start, self._end = 0, self._end - self._start
         room = _BRIEF if self._after_large and self._end < _BRIEF else _SCRATCH
         return memoryview(self._scratch)[self._end : room]
+
+    @property
+    def sums(self) -> Sums | None:
+        """Those that the last buffer begins with the rest of; None if it is no part of a long payload."""
+        return self._target.sums if self._direct and self._target is not None else None
 
     def buffer_updated(self, nbytes: int) -> None:
         """``nbytes`` bytes are in the last buffer."""

@@ -7,7 +7,7 @@ level of one tile as a codec encodes it. Vocabulary: spec/wire-format.md, "Tiles
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, Literal, cast, get_args
 
@@ -249,6 +249,14 @@ class Tile:
     heads: int
     tokens: TokenSet
     codec: int
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        key = (self.layer, self.part, self.head_start, self.heads, self.tokens, self.codec)
+        object.__setattr__(self, "_hash", hash(key))
+
+    def __hash__(self) -> int:  # tiles are looked up all the time, and their token sets may be long
+        return self._hash
 
     def spec(self, dtype: str, head_dim: int) -> ChunkSpec:
         """The :class:`ChunkSpec` that the tile's codec gets."""

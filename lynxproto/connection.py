@@ -16,18 +16,19 @@ import hmac
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from random import Random, SystemRandom
 from typing import Any, Final
 
 from lynxproto import _cbor, frames
-from lynxproto._context import Backoff, Context, Land, Peer
+from lynxproto._context import Backoff, Context, Land, Lend, Peer
 from lynxproto._receiver import Receiver
 from lynxproto._sender import Chunk, Sender
 from lynxproto._stripe import HANDSHAKE_TYPES, FrameReader, Stripe, Target
 from lynxproto.chunk import Tile
 from lynxproto.config import Config, Secret
 from lynxproto.counters import Counters
-from lynxproto.digest import crc32c
+from lynxproto.digest import Sums, crc32c
 from lynxproto.errors import (
     AuthenticationError,
     ConnectionClosedError,
@@ -62,7 +63,17 @@ from lynxproto.manifest import FetchKey, Manifest, Want, check_wants
 from lynxproto.state import SESSION, STRIPE, IncomingState, SessionState, StripeState, advance
 from lynxproto.windows import Budget
 
-__all__ = ["ChunkRequest", "Connection", "hello_session"]
+__all__ = ["ChunkRequest", "Connection", "News", "hello_session"]
+
+
+class News(IntEnum):
+    """What a shell that fed or emptied a connection has to look at. The larger, the more."""
+
+    NOTHING = 0
+    """No frame began or ended: there are no events, and nothing more to send or to encode."""
+    CHUNKS = 1
+    """Frames of DATA did: chunks may be delivered or asked for, and credit may be due."""
+    ANYTHING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +159,9 @@ class Connection:
     the chunk arrives, before its checksum is known; or None, and the chunk is delivered like any other. Nothing is
     written there after :class:`~lynxproto.events.TransferReleased`, provided that the shell asks for
     :meth:`get_buffer` again before it reads.
+
+    ``lend(transfer, tile)`` is asked for those words at the sender, contiguous and borrowed as by
+    :meth:`chunk_encoded`, when the turn of such a tile has come; without it :meth:`next_chunk` asks for them too.
     """
 
     def __init__(
@@ -157,6 +171,7 @@ class Connection:
         client: bool,
         random: Random | None = None,
         land: Land | None = None,
+        lend: Lend | None = None,
         unix_offset: float | None = None,
     ) -> None:
         if unix_offset is None and any(s.not_before or s.not_after for s in config.secrets):
@@ -166,7 +181,7 @@ class Connection:
         self._ctx = ctx = Context(config, random or SystemRandom(), Random(None if random is None else random.random()))
         ctx.stripe_alive = self._is_alive
         ctx.take_over = self._take_over
-        ctx.land = land
+        ctx.land, ctx.lend = land, lend
         self._client = client
         self._state = SessionState.CONNECTING
         self._session: bytes | None = None
@@ -178,6 +193,7 @@ class Connection:
         self._alone_since: float | None = None  # without a ready stripe
         self._pings = 0
         self._measuring: set[int] = set()
+        self._news = News.NOTHING
         self._handshake_timeout = min(config.handshake_timeout, config.peer_timeout)
         #: Control frames cost no credit; their rate is limited instead: frames and bytes. A shell may add budgets that
         #: several sessions share.
@@ -267,8 +283,16 @@ class Connection:
         """Where the next bytes of ``stripe`` should be read to; never empty. Payloads land in their own buffer."""
         return self._stripe(stripe).reader.get_buffer()
 
+    def sums(self, stripe: int = 0) -> Sums | None:
+        """If :meth:`get_buffer`'s last result lies in a long payload: the checksums of that payload.
+
+        The shell may then fill up ``sums.data`` behind ``sums.there`` instead, beyond the buffer's end if it likes, and
+        add what it reads to them while the processor's cache has it (:meth:`~lynxproto.digest.Sums.receive`).
+        """
+        return self._stripe(stripe).reader.sums
+
     def buffer_updated(self, nbytes: int, now: float, stripe: int = 0) -> None:
-        """``nbytes`` bytes were read into the start of :meth:`get_buffer`'s last result."""
+        """``nbytes`` bytes were read into the start of :meth:`get_buffer`'s last result, or of what is behind it."""
         self._ctx.now = now
         found = self._stripe(stripe)
         if found.closed or not nbytes:
@@ -277,8 +301,10 @@ class Connection:
         try:
             found.reader.buffer_updated(nbytes)
         except (CorruptFrameError, VersionError) as error:
+            self._news = News.ANYTHING
             self._stripe_error(found, error, framing_lost=True)
         except ProtocolError as error:
+            self._news = News.ANYTHING
             self._stripe_error(found, error, framing_lost=False)
 
     def data_to_send(self, now: float, stripe: int = 0, limit: int = 65536) -> list[memoryview]:
@@ -324,7 +350,12 @@ class Connection:
     def landing(self, stripe: int = 0) -> int | None:
         """The transfer whose destination :meth:`get_buffer`'s last result for ``stripe`` may lie in."""
         arrival = self._stripe(stripe).arrival
-        return None if arrival is None or arrival.digest is None else arrival.transfer.id
+        return arrival.transfer.id if arrival is not None and arrival.landing else None
+
+    def news(self) -> News:
+        """What :meth:`buffer_updated` and :meth:`data_to_send` brought since this was asked last."""
+        news, self._news = self._news, News.NOTHING
+        return news
 
     def next_event(self) -> Event | None:
         """The oldest event not yet taken."""
@@ -629,8 +660,10 @@ class Connection:
 
     def _begin_payload(self, stripe: Stripe, header: Header, bitmap: bytes) -> Target | None:
         if header.type == FrameType.DATA:
+            self._news = self._news or News.CHUNKS
             stripe.arrival = self._receiver.admit(header, bitmap, self._ctx.now)
             return stripe.arrival
+        self._news = News.ANYTHING
         counters = self._ctx.counters
         counters.control_frames_received += 1
         counters.control_bytes_received += HEADER_SIZE + header.payload_length
@@ -643,6 +676,7 @@ class Connection:
 
     def _end_payload(self, stripe: Stripe, header: Header, target: Target) -> None:
         payload = target.view
+        self._news = self._news or News.CHUNKS
         if header.type == FrameType.DATA:
             arrival, stripe.arrival = stripe.arrival, None
             assert arrival is not None
@@ -1008,6 +1042,7 @@ class Connection:
 
     def _frame_written(self, stripe: Stripe) -> None:
         chunk, stripe.writing, stripe.lender = stripe.writing, None, None
+        self._news = self._news or News.CHUNKS
         if chunk is not None:
             self._sender.written(chunk, stripe.index, stripe.writing_bytes, self._ctx.now)
 

@@ -164,8 +164,7 @@ def _bitmap(tokens: TokenSet) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """The fixed header. ``type`` may be unknown. The chunk fields are 0 except in DATA frames."""
 
     type: int
@@ -223,24 +222,28 @@ class Header:
         """Whether this version defines the type."""
         return self.type in _KNOWN_TYPES
 
+    @property
+    def _name(self) -> str:
+        return FrameType(self.type).name if self.known else f"type {self.type:#06x}"
+
     def check(self, limits: Limits) -> None:
         """Enforce ``limits`` and the critical bits, before a byte is allocated for this frame.
 
         Raises :class:`~lynxproto.errors.LimitError` or :class:`~lynxproto.errors.ProtocolError`.
         """
-        name = FrameType(self.type).name if self.known else f"type {self.type:#06x}"
         if not self.known and not self.type & IGNORABLE_TYPE:
-            raise ProtocolError(f"unknown critical frame {name}", ErrorCode.UNKNOWN_CRITICAL)
+            raise ProtocolError(f"unknown critical frame {self._name}", ErrorCode.UNKNOWN_CRITICAL)
         if self.flags & CRITICAL_FLAGS:
-            raise ProtocolError(f"{name} frame: unknown critical flags {self.flags:#06x}", ErrorCode.UNKNOWN_CRITICAL)
+            text = f"{self._name} frame: unknown critical flags {self.flags:#06x}"
+            raise ProtocolError(text, ErrorCode.UNKNOWN_CRITICAL)
         limit = limits.frame_bytes if self.type == FrameType.DATA else limits.control_bytes
         if self.payload_length > limit:
-            error = LimitError(f"{name} frame: payload of {self.payload_length} bytes, limit {limit}")
+            error = LimitError(f"{self._name} frame: payload of {self.payload_length} bytes, limit {limit}")
             error.code = ErrorCode.FRAME_TOO_LARGE
             raise error
         if self.type != FrameType.DATA:
             if self.extension_length:
-                raise ProtocolError(f"{name} frame: only DATA may have a header extension")
+                raise ProtocolError(f"{self._name} frame: only DATA may have a header extension")
             return
         if self.level >= MAX_LEVELS or self.attempt > 1 or not self.payload_length:
             raise ProtocolError(f"DATA frame: level {self.level}, attempt {self.attempt}, {self.payload_length} bytes")

@@ -243,6 +243,14 @@ class ChunkQueue(Generic[C]):
         """
         anchors = self._classes[0]
         anchor = anchors.first(fits, behind_anchors=False) if anchors.chunks else None
+        for class_ in self._residuals:
+            if class_.chunks:
+                break
+        else:  # what is most often so
+            share.owed = 0.0
+            if anchor is not None:
+                anchors.serve(anchor.flow.order, size(anchor))
+            return anchor
         # The floor is for other transfers: a residual is worth nothing to one whose own anchor still waits.
         residual = self._residual(fits, urgent, behind_anchors=anchor is not None)
         chunk = anchor if residual is None or (anchor and not share.residual_is_due(size(residual))) else residual

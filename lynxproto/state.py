@@ -134,7 +134,7 @@ _c = ChunkState
 CHUNK: Final = _table(
     {
         _c.IDLE: {"wanted": _c.WAITING, "held": _c.ARRIVED},
-        _c.WAITING: {"requested": _c.ENCODING, "arrived": _c.ARRIVED, "unwanted": _c.IDLE},
+        _c.WAITING: {"requested": _c.ENCODING, "lent": _c.READY, "arrived": _c.ARRIVED, "unwanted": _c.IDLE},
         _c.ENCODING: {"encoded": _c.READY, "arrived": _c.ARRIVED, "unwanted": _c.IDLE},
         _c.READY: {"started": _c.SENDING, "arrived": _c.ARRIVED, "restarted": _c.WAITING, "unwanted": _c.IDLE},
         _c.SENDING: {"written": _c.SENT, "cut off": _c.READY},

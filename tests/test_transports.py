@@ -34,7 +34,7 @@ from lynxproto.transports import (
     server_context,
 )
 from lynxproto.transports.abc import take
-from lynxproto.transports.tcp import UNSENT_BYTES
+from lynxproto.transports.tcp import LOCAL_BYTES
 
 
 def run(coroutine: Awaitable[Any]) -> Any:
@@ -288,7 +288,7 @@ def test_the_kernel_holds_little_unsent() -> None:
             siocoutqnsd = 0x894B
             unsent = struct.unpack("i", fcntl.ioctl(client._sock, siocoutqnsd, bytes(4)))[0]  # type: ignore[attr-defined]
             assert not sending.done()
-            assert 0 < unsent <= 2 * UNSENT_BYTES
+            assert 0 < unsent <= 2 * LOCAL_BYTES
             await client.aclose()
             with pytest.raises(StreamClosedError):
                 await sending

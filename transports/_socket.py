@@ -12,14 +12,20 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from lynxproto.errors import StreamClosedError, TransportError
 from lynxproto.transports.abc import ByteStream, Credentials, Listener, take
+
+if TYPE_CHECKING:
+    from lynxproto.digest import Sums
 
 __all__ = ["SocketListener", "SocketStream"]
 
 #: Calls that may succeed in a row before other tasks of the loop get their turn.
 _BURST = 16
+#: Bytes that weigh as much as a call.
+_TURN_BYTES = 1 << 20
 #: Buffers of one sendmsg; far below Linux's IOV_MAX of 1024.
 _IOV = 64
 
@@ -110,6 +116,22 @@ class SocketStream(ByteStream):
                 await self._waiter.readable()
             except OSError as error:
                 raise self._broken(error) from error
+
+    async def receive_summed(self, sums: Sums) -> int:
+        """See :meth:`ByteStream.receive_summed`."""
+        await self._fair()
+        while True:
+            self._waiter.check_open()
+            try:
+                count = sums.receive(self._sock.fileno())
+            except (BlockingIOError, InterruptedError):
+                self._streak = 0
+                await self._waiter.readable()
+            except OSError as error:
+                raise self._broken(error) from error
+            else:
+                self._streak += count // _TURN_BYTES
+                return count
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
         """See :meth:`ByteStream.send`."""

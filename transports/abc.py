@@ -13,7 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple, Protocol, Self
+
+if TYPE_CHECKING:
+    from lynxproto.digest import Sums
 
 __all__ = [
     "Address",
@@ -27,6 +30,10 @@ __all__ = [
     "WrappedStream",
     "take",
 ]
+
+
+#: Bytes that a core's cache holds.
+_PIECE: Final = 256 << 10
 
 
 class _Resource(ABC):
@@ -82,6 +89,16 @@ class ByteStream(_Resource):
         Raises :class:`~lynxproto.errors.TransportError` if the link broke and
         :class:`~lynxproto.errors.StreamClosedError` if this side closed the stream.
         """
+
+    async def receive_summed(self, sums: Sums) -> int:
+        """Receive what comes next of ``sums.data``, add it to ``sums``, return how many bytes; 0 when the peer ended.
+
+        Otherwise as :meth:`receive_into`. A stream that gets at bytes piece by piece can override this, to add each
+        piece while the processor's cache has it.
+        """
+        count = await self.receive_into(sums.data[sums.there : sums.there + _PIECE])
+        sums.add(sums.there + count)
+        return count
 
     @abstractmethod
     async def send(self, buffers: Sequence[memoryview]) -> None:

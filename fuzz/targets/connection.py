@@ -225,7 +225,7 @@ class _Peer:
             tile for t in receiver.transfers.values() for layer in t.layers.values() for tile in layer.by_key.values()
         ]
         arrivals = [arrival for tile in tiles for arrival in tile.held.values()]
-        held = sum(arrival.header.payload_length for arrival in arrivals if arrival.digest is None)
+        held = sum(arrival.header.payload_length for arrival in arrivals if not arrival.landing)
         assert held <= MAX_LEVELS * _LIMITS.session_window, f"{held} bytes of chunks are held"
         for window in receiver.windows:
             assert 0 <= window.released <= window.charged <= window.advertised

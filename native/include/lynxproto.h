@@ -31,7 +31,7 @@ extern "C" {
 #endif
 
 /* Of the binary interface: the number in the shared library's name. It grows when a program has to be compiled again. */
-#define LYNX_ABI_VERSION 6
+#define LYNX_ABI_VERSION 7
 
 enum {
     LYNX_OK = 0,
@@ -67,6 +67,25 @@ LYNX_API int lynx_isa_select(int isa);
 
 /* CRC32C (Castagnoli) of `size` bytes that follow on others with the CRC32C `crc`; 0 if there are none. */
 LYNX_API uint32_t lynx_crc32c(uint32_t crc, const void *data, size_t size);
+
+/* CRC32C and XXH3-128 of `total` bytes, while they arrive; both read each byte once. `done` tells how far: what is short of
+ * 1024 bytes waits for more. */
+typedef struct {
+    uint64_t total, done;
+    uint64_t lanes[8];
+    uint32_t crc;
+} lynx_sums;
+
+#define LYNX_SUMS_LEAST 240 /* bytes: a digest needs more */
+
+LYNX_API void lynx_sums_begin(lynx_sums *sums, uint64_t total);
+/* The first `there` bytes at `data`, which lies where it lay before, are in place. */
+LYNX_API void lynx_sums_add(lynx_sums *sums, const void *data, uint64_t there);
+/* Moves what a socket has now into place behind the `there` bytes at `data`, at most to the end, and adds it piece by piece,
+ * while the core's cache has it. Returns how many bytes came; 0 if the peer has ended; else -errno (-EAGAIN: none yet). */
+LYNX_API int64_t lynx_sums_receive(lynx_sums *sums, int socket, void *data, uint64_t there);
+/* XXH3-128 in its canonical form (big-endian). LYNX_ERR_ARGUMENT for too few bytes, or before all were added. */
+LYNX_API int lynx_sums_digest(const lynx_sums *sums, uint8_t digest[16]);
 
 /* --- views ----------------------------------------------------------------------------------------------------
  * Where the words of a tile [heads, tokens, head_dim] are; those of a token and head lie next to each other. With `pages`

@@ -1,8 +1,7 @@
-/* CRC32C (Castagnoli; RFC 3720, appendix B.4). Long runs are folded with carry-less multiplications, as in Gopal and
- * others, "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009): an accumulator of 16
- * bytes moves past D bytes by multiplying its halves by x^(8D+31) and x^(8D-33) mod P, bit-reflected. */
+/* CRC32C (Castagnoli; RFC 3720, appendix B.4). Long runs are folded (crc.h). */
 #include <stdatomic.h>
 
+#include "crc.h"
 #include "isa.h"
 
 #define POLYNOMIAL 0x82f63b78u /* reflected */
@@ -49,12 +48,6 @@ static uint32_t crc_portable(uint32_t crc, const uint8_t *p, size_t n) {
 }
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#define AHEAD 2048 /* bytes */
-
-#define SSE __attribute__((target("sse4.2,pclmul")))
-#define VECTOR __attribute__((target("sse4.2,pclmul,avx512f,avx512vl,vpclmulqdq")))
 
 SSE static uint32_t crc_short(uint32_t crc, const uint8_t *p, size_t n) {
     for (; n >= 8; p += 8, n -= 8) {
@@ -66,25 +59,6 @@ SSE static uint32_t crc_short(uint32_t crc, const uint8_t *p, size_t n) {
         crc = _mm_crc32_u8(crc, *p);
     }
     return crc;
-}
-
-SSE static inline __m128i constants(uint32_t low, uint32_t high) {
-    return _mm_set_epi64x(high, low);
-}
-
-/* `a`, moved past the bytes that `by` stands for, plus `b`. */
-SSE static inline __m128i fold(__m128i a, __m128i by, __m128i b) {
-    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(a, by, 0x00), _mm_clmulepi64_si128(a, by, 0x11)), b);
-}
-
-#define PAST_16 constants(0xf20c0dfe, 0x493c7d27)
-#define PAST_64 constants(0x740eef02, 0x9e4addf8)
-
-/* The CRC of four accumulators one after the other. */
-SSE static uint32_t finish(__m128i a, __m128i b, __m128i c, __m128i d) {
-    const __m128i past = PAST_16;
-    a = fold(fold(fold(a, past, b), past, c), past, d);
-    return (uint32_t)_mm_crc32_u64(_mm_crc32_u64(0, (uint64_t)_mm_cvtsi128_si64(a)), (uint64_t)_mm_extract_epi64(a, 1));
 }
 
 SSE static uint32_t crc_sse(uint32_t crc, const uint8_t *p, size_t n) {
@@ -104,29 +78,18 @@ SSE static uint32_t crc_sse(uint32_t crc, const uint8_t *p, size_t n) {
     return crc_short(crc, p, n);
 }
 
-VECTOR static inline __m512i fold_512(__m512i a, __m512i by, __m512i b) {
-    __m512i low = _mm512_clmulepi64_epi128(a, by, 0x00), high = _mm512_clmulepi64_epi128(a, by, 0x11);
-    return _mm512_ternarylogic_epi64(low, high, b, 0x96); /* the sum of three */
-}
-
 VECTOR static uint32_t crc_vector(uint32_t crc, const uint8_t *p, size_t n) {
     if (n >= 512) {
-        const __m512i past = _mm512_broadcast_i32x4(constants(0xdcb17aa4, 0xb9e02b86)); /* 256 bytes */
-        const __m512i past_64 = _mm512_broadcast_i32x4(PAST_64);
-        __m512i a = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)crc)));
-        __m512i b = _mm512_loadu_si512(p + 64), c = _mm512_loadu_si512(p + 128), d = _mm512_loadu_si512(p + 192);
+        const __m512i past = _mm512_broadcast_i32x4(PAST_256);
+        __m512i sum[4];
+        begin_512(sum, crc, p);
         for (p += 256, n -= 256; n >= 256; p += 256, n -= 256) {
-            for (int line = 0; line < 256; line += 64) { /* the hardware's own prefetching stays 15 % below the memory */
-                _mm_prefetch((const char *)p + AHEAD + line, _MM_HINT_T0);
+            for (int i = 0; i < 4; i++) {
+                _mm_prefetch((const char *)p + AHEAD + 64 * i, _MM_HINT_T0);
+                sum[i] = fold_512(sum[i], past, _mm512_loadu_si512(p + 64 * i));
             }
-            a = fold_512(a, past, _mm512_loadu_si512(p));
-            b = fold_512(b, past, _mm512_loadu_si512(p + 64));
-            c = fold_512(c, past, _mm512_loadu_si512(p + 128));
-            d = fold_512(d, past, _mm512_loadu_si512(p + 192));
         }
-        a = fold_512(fold_512(fold_512(a, past_64, b), past_64, c), past_64, d);
-        crc = finish(_mm512_castsi512_si128(a), _mm512_extracti32x4_epi32(a, 1), _mm512_extracti32x4_epi32(a, 2),
-                     _mm512_extracti32x4_epi32(a, 3));
+        crc = finish_512(sum);
     }
     return crc_sse(crc, p, n);
 }
