@@ -73,20 +73,19 @@ class Bitplane(Codec):
         """See :meth:`Codec.encode`."""
         wanted = list(range(self.levels)) if levels is None else list(levels)
         self._check(spec, wanted)
-        view, size = view_of(spec, array), spec.word_dtype.itemsize
-        plane_bytes = _plane_bytes(spec)
-        payloads: list[Buffer] = []
-        for level in wanted:
+        view, plane_bytes = view_of(spec, array), _plane_bytes(spec)
+        payloads = [np.empty(_HEADER.size + self._planes[level] * plane_bytes, np.uint8) for level in wanted]
+        planes = ffi.new("uint8_t *[]", 32)
+        for level, payload in zip(wanted, payloads, strict=True):
             first, count = sum(self._planes[:level]), self._planes[level]
-            payload = np.empty(_HEADER.size + count * plane_bytes, np.uint8)
             _HEADER.pack_into(payload.data, 0, level, count, 0)
-            body = payload[_HEADER.size :]
-            check(lib.lynx_bitplane_pack(view.c, size, *spec.shape, first, first + count, address(body)))
-            if self._zstd is None:
-                payloads.append(payload.data)
-            else:
-                payloads.append(payload[: _HEADER.size].tobytes() + zstd_compress(body, self._zstd))
-        return payloads
+            for i in range(count):
+                planes[first + i] = address(payload) + _HEADER.size + i * plane_bytes
+        check(lib.lynx_bitplane_pack(view.c, spec.word_dtype.itemsize, *spec.shape, planes))
+        if self._zstd is None:
+            return [payload.data for payload in payloads]
+        cut = _HEADER.size
+        return [payload[:cut].tobytes() + zstd_compress(payload[cut:], self._zstd) for payload in payloads]
 
     def decode(self, spec: ChunkSpec, levels: Sequence[Buffer], out: Any | None, *, threads: int = 1) -> DecodeState:
         """See :meth:`Codec.decode`."""

@@ -25,11 +25,12 @@ int main(void) {
     view.head_stride = 70 * 64;
     view.token_stride = 64;
     uint8_t planes[16 * 2 * 70 * 64 / 8];
+    uint8_t *to[16];
     const uint8_t *at[16];
     for (int p = 0; p < 16; p++) {
-        at[p] = planes + p * (2 * 70 * 64 / 8);
+        at[p] = to[p] = planes + p * (2 * 70 * 64 / 8);
     }
-    if (lynx_bitplane_pack(&view, 2, 2, 70, 64, 0, 16, planes) != LYNX_OK) {
+    if (lynx_bitplane_pack(&view, 2, 2, 70, 64, to) != LYNX_OK) {
         return 1;
     }
     view.words = back;

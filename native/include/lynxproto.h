@@ -117,12 +117,12 @@ LYNX_API int lynx_view_scatter(const lynx_view *view, int word_bytes, uint32_t h
  * word, 8 words a byte, least significant bit first, in [head, token, dim] order: ceil(words / 8) bytes. A payload is a header
  * of 4 bytes (level, number of planes, two zeros), then the level's planes one after another; spec/codec-bitplane.md. */
 
-/* Planes [first, last), one after another. LYNX_ERR_ARGUMENT for planes that the words do not have, another word_bytes, and an
- * empty tile. */
+/* `planes` points to 8 * word_bytes planes, each where it is to begin; those that are null are not made. LYNX_ERR_ARGUMENT for
+ * another word_bytes and an empty tile. */
 LYNX_API int lynx_bitplane_pack(const lynx_view *view, int word_bytes, uint32_t heads, uint32_t tokens, uint32_t head_dim,
-                                int first, int last, uint8_t *planes);
+                                uint8_t *const *planes);
 
-/* The reverse. `planes` points to 8 * word_bytes planes, each where it begins; null stands for zeros. */
+/* The reverse. Planes that are null stand for zeros. */
 LYNX_API int lynx_bitplane_unpack(const uint8_t *const *planes, const lynx_view *view, int word_bytes, uint32_t heads,
                                   uint32_t tokens, uint32_t head_dim);
 

@@ -490,19 +490,19 @@ INLINE __m256i shifted(__m256i words, __m256i shift) {
     return _mm256_add_epi16(words, _mm256_andnot_si256(zero, shift));
 }
 
-INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
-                          const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int first_token, int last,
+                          const lynx_params *params, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     _Alignas(32) float scales[ROW];
     if (part == LYNX_KEY) {
         unpack_order(params->scale, scales);
     }
-    for (int t = 0; t < tokens; t++) {
+    for (int t = first_token; t < last; t++, rows += stride) {
         const __m256 of_token = _mm256_set1_ps(params->scale[t]);
         const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
         if (part == LYNX_VALUE && dtype == LYNX_BFLOAT16 && at_most_4_bits(codes + t * ROW)) {
-            dequantise_by_table(codes + t * ROW, params->offset[t], of_token, rows + t * stride);
+            dequantise_by_table(codes + t * ROW, params->offset[t], of_token, rows);
             for (int c = 0; c < ROW && shifts != NULL; c += 16) {
-                store(rows + t * stride + c, shifted(load(rows + t * stride + c), load(shifts + c)));
+                store(rows + c, shifted(load(rows + c), load(shifts + c)));
             }
             continue;
         }
@@ -525,22 +525,22 @@ INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens,
                 const __m128i w2 = _mm256_cvtps_ph(_mm256_max_ps(_mm256_min_ps(x2, top), bottom), 0);
                 words = in_order(_mm256_set_m128i(w2, w1));
             }
-            store(rows + t * stride + 16 * i,
+            store(rows + 16 * i,
                   part == LYNX_KEY || shifts == NULL ? words : shifted(words, load(shifts + 16 * i)));
         }
     }
 }
 
-static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+static void dequantise(int part, int dtype, const uint8_t *codes, int first_token, int last, const lynx_params *params,
                        const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     if (dtype == LYNX_BFLOAT16) {
         if (part == LYNX_KEY) {
-            dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, params, NULL, rows, stride);
+            dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, first_token, last, params, NULL, rows, stride);
         } else {
-            dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, params, shifts, rows, stride);
+            dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, first_token, last, params, shifts, rows, stride);
         }
     } else {
-        dequantise_as(part, LYNX_FLOAT16, codes, tokens, params, NULL, rows, stride);
+        dequantise_as(part, LYNX_FLOAT16, codes, first_token, last, params, NULL, rows, stride);
     }
 }
 
@@ -903,16 +903,22 @@ INLINE void join(int word_bytes, const __m256i *bytes, uint8_t *words) {
     }
 }
 
-INLINE void pack_row_as(int word_bytes, const uint8_t *words, size_t count, int first, int last,
-                        uint8_t *const *planes) {
+INLINE void pack_row_as(int word_bytes, const uint8_t *words, size_t count, uint8_t *const *planes) {
+    bool wanted[4] = {false};
+    for (int p = 0; p < 8 * word_bytes; p++) {
+        wanted[word_bytes - 1 - p / 8] |= planes[p] != NULL;
+    }
     for (size_t i = 0; i < count; i += 32) {
         __m256i bytes[4];
         split(word_bytes, words + i * (size_t)word_bytes, bytes);
         for (int byte = 0; byte < word_bytes; byte++) {
+            if (!wanted[byte]) {
+                continue;
+            }
             __m256i v = bytes[byte];
             const int top = 8 * (word_bytes - 1 - byte); /* the plane of this byte's highest bit */
             for (int p = top; p < top + 8; p++) {
-                if (p >= first && p < last) {
+                if (planes[p] != NULL) {
                     const uint32_t bits = bits_of(v);
                     memcpy(planes[p] + i / 8, &bits, sizeof bits);
                 }
@@ -942,25 +948,24 @@ INLINE void unpack_row_as(int word_bytes, const uint8_t *const *planes, size_t c
     }
 }
 
-static void pack_row(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes) {
+static void pack_row(int word_bytes, const void *words, size_t count, uint8_t *const *planes) {
     const size_t whole = count / 32 * 32;
     switch (word_bytes) {
     case 1:
-        pack_row_as(1, words, whole, first, last, planes);
+        pack_row_as(1, words, whole, planes);
         break;
     case 2:
-        pack_row_as(2, words, whole, first, last, planes);
+        pack_row_as(2, words, whole, planes);
         break;
     default:
-        pack_row_as(4, words, whole, first, last, planes);
+        pack_row_as(4, words, whole, planes);
     }
     if (whole < count) {
         uint8_t *rest[32] = {NULL};
-        for (int p = first; p < last; p++) {
-            rest[p] = planes[p] + whole / 8;
+        for (int p = 0; p < 8 * word_bytes; p++) {
+            rest[p] = planes[p] == NULL ? NULL : planes[p] + whole / 8;
         }
-        lynx_scalar.pack_row(word_bytes, (const uint8_t *)words + whole * (size_t)word_bytes, count - whole, first, last,
-                             rest);
+        lynx_scalar.pack_row(word_bytes, (const uint8_t *)words + whole * (size_t)word_bytes, count - whole, rest);
     }
 }
 

@@ -610,12 +610,13 @@ INLINE __m512i words_of(int dtype, __m512 a, __m512 b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
                           const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     const lanes channels = of_channels(params);
     const __m512i none = _mm512_setzero_si512();
     const __m512i shift[2] = {shifts == NULL ? none : load(shifts), shifts == NULL ? none : load(shifts + 32)};
-    for (int t = 0; t < tokens; t++, codes += ROW, rows += stride) {
+    codes += first * ROW;
+    for (int t = first; t < last; t++, codes += ROW, rows += stride) {
         if (part == LYNX_VALUE && _mm512_test_epi8_mask(load(codes), _mm512_set1_epi8(7)) == 0) {
             /* At most 5 bits: a table of all words of the token. */
             const __m512 step = _mm512_setr_ps(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
@@ -637,14 +638,14 @@ INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens,
     }
 }
 
-static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+static void dequantise(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
                        const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     if (dtype == LYNX_FLOAT16) {
-        dequantise_as(part, LYNX_FLOAT16, codes, tokens, params, NULL, rows, stride);
+        dequantise_as(part, LYNX_FLOAT16, codes, first, last, params, NULL, rows, stride);
     } else if (part == LYNX_KEY) {
-        dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, params, NULL, rows, stride);
+        dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, first, last, params, NULL, rows, stride);
     } else {
-        dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, params, shifts, rows, stride);
+        dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, first, last, params, shifts, rows, stride);
     }
 }
 
@@ -845,8 +846,8 @@ static uint64_t rank_bound(int part, const uint8_t *codes, int tokens, int chann
     return lynx_avx2.rank_bound(part, codes, tokens, channels, params);
 }
 
-static void pack_row(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes) {
-    lynx_avx2.pack_row(word_bytes, words, count, first, last, planes);
+static void pack_row(int word_bytes, const void *words, size_t count, uint8_t *const *planes) {
+    lynx_avx2.pack_row(word_bytes, words, count, planes);
 }
 
 static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t count, void *words) {

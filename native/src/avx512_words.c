@@ -11,6 +11,8 @@
 /* --- where words go ------------------------------------------------------------------------------------------- */
 
 typedef struct {
+    const lynx_stretch *rows; /* that come next */
+    int left;                 /* rows of this stretch */
     uint16_t *at;     /* of the next row, or of the line where it begins */
     ptrdiff_t stride; /* words */
     bool streamed;    /* past the caches, in whole lines */
@@ -20,12 +22,18 @@ typedef struct {
     __m512i turn;     /* which of those and the next 32 make a line */
 } row_writer;
 
-INLINE row_writer write_rows(uint16_t *rows, ptrdiff_t stride, bool streamed) {
+INLINE row_writer write_rows(const lynx_stretch *stretches, ptrdiff_t stride, bool streamed) {
+    uint16_t *rows = stretches->row;
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int before = (int)((uintptr_t)rows / 2 & 31);
     /* Rows at odd words, which no tensor has, and rows apart that are not at lines go through the caches. */
     streamed &= before == 0 ? stride % 32 == 0 : stride == ROW && before % 2 == 0 && (uintptr_t)rows % 2 == 0;
-    return (row_writer){.at = streamed ? rows - before : rows,
+    for (const lynx_stretch *next = stretches + 1; next->count > 0; next++) {
+        streamed &= before == 0 && (uintptr_t)next->row % 64 == 0;
+    }
+    return (row_writer){.rows = stretches + 1,
+                        .left = stretches->count,
+                        .at = streamed ? rows - before : rows,
                         .stride = stride,
                         .streamed = streamed,
                         .before = before,
@@ -34,16 +42,25 @@ INLINE row_writer write_rows(uint16_t *rows, ptrdiff_t stride, bool streamed) {
                         .turn = _mm512_add_epi32(lane, _mm512_set1_epi32(16 - before / 2))};
 }
 
+INLINE void next_row(row_writer *out) {
+    out->at += out->stride;
+    if (--out->left == 0) {
+        out->at = out->rows->row;
+        out->left = out->rows->count;
+        out->rows++;
+    }
+}
+
 INLINE void write_row(row_writer *out, __m512i first, __m512i second) {
     if (!out->streamed) {
         store(out->at, first);
         store(out->at + 32, second);
-        out->at += out->stride;
+        next_row(out);
     } else if (out->before == 0) {
         _mm512_stream_si512((__m512i *)out->at, first);
         _mm512_stream_si512((__m512i *)(out->at + 32), second);
-        out->at += out->stride;
-    } else {
+        next_row(out);
+    } else { /* one stretch */
         const __m512i line = _mm512_permutex2var_epi32(out->last, out->turn, first);
         if (__builtin_expect(out->own != ~0u, 0)) {
             _mm512_mask_storeu_epi16(out->at, out->own, line);
@@ -252,7 +269,7 @@ INLINE void words_by_table(int bits, const lynx_params *params, const uint8_t *a
 
 bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
                        const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed,
-                       uint16_t *rows, ptrdiff_t stride) {
+                       const lynx_stretch *rows, ptrdiff_t stride) {
     row_writer out = write_rows(rows, stride, streamed);
     bool good = true;
     if (part == LYNX_VALUE && codes == NULL && !full && planes->widths[0] == 3) {

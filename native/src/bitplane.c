@@ -2,56 +2,61 @@
 #include "isa.h"
 #include "view.h"
 
-#define PIECE 2048 /* words of the buffer; runs as long as it do without */
+#define PIECE 512 /* words of the buffer; runs as long as it do without */
 
 /* What of the planes is done. Pieces are multiples of 8 words, but for the last. */
 typedef struct {
     const lynx_kernels *kernels;
-    int word_bytes, first, last;
+    int word_bytes;
     size_t done; /* words */
 } progress;
 
-static void pack_piece(progress *p, uint8_t *planes, size_t plane_bytes, const uint8_t *words, size_t count) {
-    uint8_t *at[32] = {NULL};
-    for (int plane = p->first; plane < p->last; plane++) {
-        at[plane] = planes + (size_t)(plane - p->first) * plane_bytes + p->done / 8;
+/* Eight planes at a time, a line of the cache of each: planes are often so far apart that more of them evict one another. */
+static void pack_piece(progress *p, uint8_t *const *planes, const uint8_t *words, size_t count) {
+    for (size_t first = 0; first < count; first += PIECE) {
+        const size_t some = count - first < PIECE ? count - first : PIECE;
+        for (int top = 0; top < 8 * p->word_bytes; top += 8) {
+            uint8_t *at[32] = {NULL};
+            for (int plane = top; plane < top + 8; plane++) {
+                at[plane] = planes[plane] == NULL ? NULL : planes[plane] + p->done / 8;
+            }
+            p->kernels->pack_row(p->word_bytes, words + first * (size_t)p->word_bytes, some, at);
+        }
+        p->done += some;
     }
-    p->kernels->pack_row(p->word_bytes, words, count, p->first, p->last, at);
-    p->done += count;
 }
 
 int lynx_bitplane_pack(const lynx_view *view, int word_bytes, uint32_t heads, uint32_t tokens, uint32_t head_dim,
-                       int first, int last, uint8_t *planes) {
+                       uint8_t *const *planes) {
     lynx_walk walk;
-    if (!start_walk(&walk, view, word_bytes, heads, tokens, head_dim) || first < 0 || first > last ||
-        last > 8 * word_bytes) {
+    if (!start_walk(&walk, view, word_bytes, heads, tokens, head_dim, false)) {
         return LYNX_ERR_ARGUMENT;
     }
-    const size_t size = (size_t)word_bytes, plane_bytes = ((size_t)heads * tokens * head_dim + 7) / 8;
-    progress p = {lynx_current(), word_bytes, first, last, 0};
+    const size_t size = (size_t)word_bytes;
+    progress p = {lynx_current(), word_bytes, 0};
     _Alignas(64) uint8_t buffer[4 * PIECE];
     size_t held = 0;
     for (lynx_run run = next_run(&walk); run.words > 0;) {
         if (held == 0 && run.words >= PIECE) {
             const size_t count = run.words & ~(size_t)7;
-            pack_piece(&p, planes, plane_bytes, run.at, count);
+            pack_piece(&p, planes, run.at, count);
             run.at += count * size;
             run.words -= count;
         } else {
             const size_t count = run.words < PIECE - held ? run.words : PIECE - held;
-            memcpy(buffer + held * size, run.at, count * size);
+            copy_run(buffer + held * size, run.at, count * size);
             held += count;
             run.at += count * size;
             run.words -= count;
             if (held == PIECE) {
-                pack_piece(&p, planes, plane_bytes, buffer, held);
+                pack_piece(&p, planes, buffer, held);
                 held = 0;
             }
         }
         run = run.words > 0 ? run : next_run(&walk);
     }
     if (held > 0) {
-        pack_piece(&p, planes, plane_bytes, buffer, held);
+        pack_piece(&p, planes, buffer, held);
     }
     return LYNX_OK;
 }
@@ -68,11 +73,11 @@ static void unpack_piece(progress *p, const uint8_t *const *planes, uint8_t *wor
 int lynx_bitplane_unpack(const uint8_t *const *planes, const lynx_view *view, int word_bytes, uint32_t heads,
                          uint32_t tokens, uint32_t head_dim) {
     lynx_walk walk;
-    if (!start_walk(&walk, view, word_bytes, heads, tokens, head_dim)) {
+    if (!start_walk(&walk, view, word_bytes, heads, tokens, head_dim, true)) {
         return LYNX_ERR_ARGUMENT;
     }
     const size_t size = (size_t)word_bytes, words = (size_t)heads * tokens * head_dim;
-    progress p = {lynx_current(), word_bytes, 0, 8 * word_bytes, 0};
+    progress p = {lynx_current(), word_bytes, 0};
     _Alignas(64) uint8_t buffer[4 * PIECE];
     size_t held = 0, used = 0;
     for (lynx_run run = next_run(&walk); run.words > 0;) {
@@ -88,7 +93,7 @@ int lynx_bitplane_unpack(const uint8_t *const *planes, const lynx_view *view, in
                 unpack_piece(&p, planes, buffer, held);
             }
             const size_t count = run.words < held - used ? run.words : held - used;
-            memcpy(run.at, buffer + used * size, count * size);
+            copy_run(run.at, buffer + used * size, count * size);
             used += count;
             run.at += count * size;
             run.words -= count;

@@ -310,6 +310,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
             return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
         }
         if (block.index >= first) {
+            prefetch_next(tile, view, &block, 0, true);
             const lynx_setup *setup = lynx_set_up(tile, &block, s);
             const lynx_planes *planes = &setup->planes;
             if (!read_params(kernels, tile, &block, header, levels->params + params, (uint64_t)params_size,
@@ -317,9 +318,10 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                              &s->params)) {
                 return fail(fault, LYNX_ERR_PARAMETER, 0, block.index, params);
             }
-            const lynx_stretch whole = stretch_from(view, &block, 0);
-            const bool in_place = block.channels == ROW && whole.count == block.tokens;
-            uint16_t *rows = in_place ? whole.row : s->words;
+            prefetch_next(tile, view, &block, 1, true);
+            lynx_stretch stretches[ROW + 1];
+            const bool in_place = stretches_of(view, &block, stretches) == 1 && block.channels == ROW;
+            uint16_t *rows = in_place ? stretches->row : s->words;
             const ptrdiff_t row_stride = in_place ? view->token_stride : ROW;
             if (entry != NULL && load16(entry) == RAW_RANKS) {
                 place_rows(kernels, view, &block, levels->rank + ranks, 2 * (size_t)block.channels, false);
@@ -328,10 +330,10 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                  * leave the range that they move. */
                 const bool tame = entry == NULL && is_tame(tile, setup, &s->params);
                 const bool direct = tame && block.channels == ROW && kernels->place != NULL;
-                const bool placed = direct && in_place; /* past the caches if need be, without a stop in scratch */
-                const bool streamed = !placed && streams && block.channels == ROW && view->token_stride == ROW;
+                const bool streamed = !direct && streams && block.channels == ROW && view->token_stride == ROW;
                 const bool moved = setup->shifted && !tame;
                 const bool apart = streamed || moved;
+                const bool by_pages = entry == NULL && !in_place && !apart && block.channels == ROW && s->params.constant == 0;
                 uint16_t *to = apart ? s->words : rows;
                 const ptrdiff_t stride = apart ? ROW : row_stride;
                 const int16_t *shifts = setup->shifted && tame ? setup->shifts : NULL;
@@ -353,14 +355,15 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                         make_readable(&sections, s);
                     }
                     good = kernels->place(tile->part, planes, &s->params, sections.anchor, sections.rest,
-                                          folded ? s->codes : NULL, rest != NULL, block.tokens, shifts, placed && streams,
-                                          to, stride);
+                                          folded ? s->codes : NULL, rest != NULL, block.tokens, shifts, streams,
+                                          stretches, view->token_stride);
                 } else if (rest != NULL) {
                     good = kernels->check(tile->part, s->codes, block.tokens, planes);
                 }
                 if (!good) {
                     return fail(fault, LYNX_ERR_CODE, 1, block.index, (uint64_t)(rest - levels->rest));
                 }
+                prefetch_next(tile, view, &block, 2, true);
                 if (entry != NULL) {
                     prefetch(anchor + anchor_size, (uint64_t)anchor_size);
                     prefetch(rest + rest_size, (uint64_t)rest_size);
@@ -372,9 +375,15 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                         !ranks_fit(&s->streams, entry)) {
                         return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
                     }
+                } else if (by_pages && !direct) {
+                    for (int i = 0, t = 0; t < block.tokens; t += stretches[i++].count) {
+                        kernels->dequantise(tile->part, tile->dtype, s->codes, t, t + stretches[i].count, &s->params, shifts,
+                                            stretches[i].row, view->token_stride);
+                    }
                 } else if (!direct) {
-                    kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, shifts, to, stride);
+                    kernels->dequantise(tile->part, tile->dtype, s->codes, 0, block.tokens, &s->params, shifts, to, stride);
                 }
+                prefetch_next(tile, view, &block, 3, true);
                 if (s->params.constant != 0) {
                     write_constants(tile->part, &block, &s->params, to, stride);
                 }
@@ -382,7 +391,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                     kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, streamed ? s->words : rows,
                                      streamed ? ROW : row_stride);
                 }
-                if (streamed || !in_place) {
+                if (streamed || (!in_place && !by_pages)) {
                     place_rows(kernels, view, &block, (const uint8_t *)s->words, 2 * ROW, streamed);
                 }
             }

@@ -271,6 +271,9 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges
             for (; block.token < tile->tokens; block.token += ROW) {
                 block.tokens = tile->tokens - block.token < ROW ? (int)(tile->tokens - block.token) : ROW;
                 ptrdiff_t stride;
+                for (int quarter = 0; quarter < 4; quarter++) {
+                    prefetch_next(tile, view, &block, quarter, false);
+                }
                 const uint16_t *rows = block_rows(kernels, view, &block, NULL, &stride, s);
                 uint16_t ranges_of[ROW], sizes_of[ROW], signs[ROW];
                 kernels->survey(tile->dtype, rows, stride, block.tokens, ranges_of, sizes_of, signs);
@@ -310,12 +313,15 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         const lynx_planes *planes = &setup->planes;
         const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
         ptrdiff_t stride;
+        prefetch_next(tile, view, &block, 0, false);
         const uint16_t *rows = block_rows(kernels, view, &block, setup, &stride, s);
         kernels->range(tile->part, rows, stride, block.tokens, s->low, s->high);
+        prefetch_next(tile, view, &block, 1, false);
         const bool special = choose_params(kernels, tile, &block, planes, rows, stride, s);
         const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
         quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, planes, &s->params,
                             s->codes);
+        prefetch_next(tile, view, &block, 2, false);
         zero_pad(&block, s->codes);
         if (fold_table != NULL || rest_table != NULL) {
             pack_folded(kernels, tile->part, &block, planes, s, fold_table, rest_table, &anchor, &rest);
@@ -324,6 +330,7 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         } else {
             pack_planes(kernels, &block, planes, s->codes, s, &anchor, &rest);
         }
+        prefetch_next(tile, view, &block, 3, false);
         const uint64_t params_size = write_params(&s->params, block.groups, headers, params);
         made->params += params_size;
         if (headers != NULL) {

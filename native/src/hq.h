@@ -137,22 +137,63 @@ const lynx_setup *lynx_set_up(const lynx_tile *tile, const lynx_block *block, ly
 
 /* --- views ---------------------------------------------------------------------------------------------------- */
 
-/* The block's row `t`, and how many rows from there on lie `token_stride` apart. */
-typedef struct {
-    uint16_t *row;
-    int count;
-} lynx_stretch;
-
-static inline lynx_stretch stretch_from(const lynx_view *view, const lynx_block *block, int t) {
-    const uint32_t token = block->token + (uint32_t)t, rows = (uint32_t)(block->tokens - t);
+/* From a token on, of `rows` rows: those that lie `token_stride` apart, their words from `channel` on. */
+static inline lynx_stretch stretch_at(const lynx_view *view, uint32_t head, uint32_t channel, uint32_t token, int rows) {
     uint16_t *words = view->words;
-    words += (ptrdiff_t)block->head * view->head_stride + block->channel;
+    words += (ptrdiff_t)head * view->head_stride + channel;
     if (view->pages == NULL) {
-        return (lynx_stretch){words + (ptrdiff_t)token * view->token_stride, (int)rows};
+        return (lynx_stretch){words + (ptrdiff_t)token * view->token_stride, rows};
     }
     const uint32_t at = view->first_token + token, inside = at % view->page_tokens, left = view->page_tokens - inside;
     words += view->pages[at / view->page_tokens] * view->page_stride + (ptrdiff_t)inside * view->token_stride;
-    return (lynx_stretch){words, (int)(left < rows ? left : rows)};
+    return (lynx_stretch){words, left < (uint32_t)rows ? (int)left : rows};
+}
+
+/* From the block's row `t` on. */
+static inline lynx_stretch stretch_from(const lynx_view *view, const lynx_block *block, int t) {
+    return stretch_at(view, block->head, block->channel, block->token + (uint32_t)t, block->tokens - t);
+}
+
+/* All of the block's rows, and an empty stretch behind them. Returns how many stretches there are. */
+static inline int stretches_of(const lynx_view *view, const lynx_block *block, lynx_stretch *out) {
+    int count = 0;
+    for (int t = 0; t < block->tokens; count++) {
+        out[count] = stretch_from(view, block, t);
+        t += out[count].count;
+    }
+    out[count] = (lynx_stretch){NULL, 0};
+    return count;
+}
+
+/* Fetch a quarter of the rows below the block's, or of the next head's first: hardware does not foresee where pages lie, nor
+ * that a part of long rows is wanted. In quarters, because all at once would keep other loads waiting. */
+static inline void prefetch_next(const lynx_tile *tile, const lynx_view *view, const lynx_block *block, int quarter,
+                                 bool write) {
+    if (view->pages == NULL && view->token_stride == (ptrdiff_t)tile->head_dim) {
+        return;
+    }
+    const bool below = block->token + ROW < tile->tokens;
+    const uint32_t head = block->head + !below, first = (below ? block->token + ROW : 0) + (uint32_t)quarter * (ROW / 4);
+    if (head >= tile->heads || first >= tile->tokens) {
+        return;
+    }
+    uint32_t token = first;
+    int rows = tile->tokens - first < ROW / 4 ? (int)(tile->tokens - first) : ROW / 4;
+    while (rows > 0) {
+        const lynx_stretch some = stretch_at(view, head, block->channel, token, rows);
+        for (int i = 0; i < some.count; i++) {
+            const uint16_t *row = some.row + i * view->token_stride;
+            if (write) {
+                __builtin_prefetch(row, 1);
+                __builtin_prefetch(row + 32, 1);
+            } else {
+                __builtin_prefetch(row, 0);
+                __builtin_prefetch(row + 32, 0);
+            }
+        }
+        token += (uint32_t)some.count;
+        rows -= some.count;
+    }
 }
 
 /* Where zero lies among the codes of value tokens. */

@@ -90,6 +90,12 @@ typedef struct {
     uint8_t more[B_MAX + W_MAX + X_MAX + SLACK];
 } lynx_streams;
 
+/* Rows that lie some stride apart. */
+typedef struct {
+    uint16_t *row; /* the first */
+    int count;
+} lynx_stretch;
+
 typedef struct {
     /* Extremes of each group in the ordered-integer domain, w ^ ((w >> 15) & 0x7fff), where -0 differs from +0. */
     void (*range)(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
@@ -112,16 +118,17 @@ typedef struct {
     void (*unpack)(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
     /* Whether all codes are valid. */
     bool (*check)(int part, const uint8_t *codes, int tokens, const lynx_planes *planes);
-    /* `shifts`, of value channels of bfloat16, are added to all words but zeros; null: none. */
-    void (*dequantise)(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+    /* Words of tokens [first, last) of a block into rows of which the first is `rows`. `shifts`, of value channels of bfloat16,
+     * are added to all words but zeros; null: none. */
+    void (*dequantise)(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
                        const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
-    /* Words straight from planes, or from codes if those are not null, to rows of 64 channels, past the caches if asked for
-     * (STREAM_FENCE); null where there is none. bfloat16 with scales of at most MOST_PLACED and without constant groups;
+    /* Words straight from planes, or from codes if those are not null, to rows of 64 channels in stretches of one stride, behind
+     * which an empty one lies; past the caches if asked for (STREAM_FENCE); null where there is none. bfloat16 with scales of at most MOST_PLACED and without constant groups;
      * words with `shifts` may not leave the range that exponents move. With `full` codes are checked: false for one that is
      * not valid. Reads as `unpack` does. */
     bool (*place)(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor, const uint8_t *rest,
-                  const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed, uint16_t *rows,
-                  ptrdiff_t stride);
+                  const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed,
+                  const lynx_stretch *rows, ptrdiff_t stride);
     /* A copy past the caches; null where there is none. The caller has to order it (STREAM_FENCE). */
     void (*stream)(uint16_t *to, const uint16_t *rows, size_t words);
     /* Level 2. `unrank` returns LYNX_OK or LYNX_ERR_RANK; it leaves in the streams' counters what it has used. */
@@ -153,8 +160,9 @@ typedef struct {
     /* An upper bound on the bits of level 2, cheap. Null where there is none. */
     uint64_t (*rank_bound)(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
 
-    /* One row of words to and from planes; `count` is a multiple of 8 except in the last row. */
-    void (*pack_row)(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes);
+    /* One row of words to and from planes; `count` is a multiple of 8 except in the last row. Planes that are null are not made,
+     * and read as zeros. */
+    void (*pack_row)(int word_bytes, const void *words, size_t count, uint8_t *const *planes);
     void (*unpack_row)(int word_bytes, const uint8_t *const *planes, size_t count, void *words);
 } lynx_kernels;
 
@@ -186,7 +194,7 @@ extern const lynx_kernels lynx_scalar;
 extern const lynx_kernels lynx_avx2, lynx_avx512;
 bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
                        const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed,
-                       uint16_t *rows, ptrdiff_t stride);
+                       const lynx_stretch *rows, ptrdiff_t stride);
 #elif defined(__aarch64__)
 extern const lynx_kernels lynx_neon;
 #endif

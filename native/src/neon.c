@@ -238,9 +238,9 @@ INLINE uint16x8_t words_above(float32x4_t first, float32x4_t second, uint32_t mo
                         vaddhn_u32(vreinterpretq_u32_f32(second), vdupq_n_u32(more)));
 }
 
-static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+static void dequantise(int part, int dtype, const uint8_t *codes, int first_token, int last, const lynx_params *params,
                        const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
-    for (int t = 0; t < tokens; t++) {
+    for (int t = first_token; t < last; t++, rows += stride) {
         for (int c = 0; c < ROW; c += 8) {
             float32x4_t first, second;
             scaled(part, codes, t, c, params, &first, &second);
@@ -250,12 +250,12 @@ static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, co
                     const uint16x8_t some = vtstq_u16(words, vdupq_n_u16(0x7fff));
                     words = vaddq_u16(words, vandq_u16(some, vreinterpretq_u16_s16(vld1q_s16(shifts + c))));
                 }
-                vst1q_u16(rows + t * stride + c, words);
+                vst1q_u16(rows + c, words);
             } else {
                 const float32x4_t top = vdupq_n_f32(65504.0f), bottom = vdupq_n_f32(-65504.0f);
                 const float16x4_t w1 = vcvt_f16_f32(vmaxq_f32(vminq_f32(first, top), bottom));
                 const float16x8_t w = vcvt_high_f16_f32(w1, vmaxq_f32(vminq_f32(second, top), bottom));
-                vst1q_u16(rows + t * stride + c, vreinterpretq_u16_f16(w));
+                vst1q_u16(rows + c, vreinterpretq_u16_f16(w));
             }
         }
     }
@@ -373,8 +373,8 @@ static uint64_t rank_bound(int part, const uint8_t *codes, int tokens, int chann
     return sum;
 }
 
-static void pack_row(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes) {
-    lynx_scalar.pack_row(word_bytes, words, count, first, last, planes);
+static void pack_row(int word_bytes, const void *words, size_t count, uint8_t *const *planes) {
+    lynx_scalar.pack_row(word_bytes, words, count, planes);
 }
 
 static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t count, void *words) {

@@ -127,14 +127,14 @@ static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes 
     return good;
 }
 
-static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+static void dequantise(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
                        const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
-    for (int t = 0; t < tokens; t++) {
+    for (int t = first; t < last; t++, rows += stride) {
         for (int c = 0; c < ROW; c++) {
             const int g = group_of(part, t, c);
             const float value = (float)(codes[t * ROW + c] - params->offset[g]) * params->scale[g];
             const uint16_t word = dtype == LYNX_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
-            rows[t * stride + c] = (uint16_t)(shifts == NULL || (word & 0x7fff) == 0 ? word : word + shifts[c]);
+            rows[c] = (uint16_t)(shifts == NULL || (word & 0x7fff) == 0 ? word : word + shifts[c]);
         }
     }
 }
@@ -226,7 +226,7 @@ static inline uint32_t load_word(int word_bytes, const uint8_t *words, size_t i)
     }
 }
 
-static void pack_row(int word_bytes, const void *words, size_t count, int first, int last, uint8_t *const *planes) {
+static void pack_row(int word_bytes, const void *words, size_t count, uint8_t *const *planes) {
     const int bits = 8 * word_bytes;
     for (size_t i = 0; i < count; i += 8) {
         const size_t n = count - i < 8 ? count - i : 8;
@@ -238,7 +238,7 @@ static void pack_row(int word_bytes, const void *words, size_t count, int first,
             matrix = transpose8x8(matrix);
             for (int bit = 0; bit < 8; bit++) {
                 const int plane = bits - 1 - 8 * byte - bit;
-                if (plane >= first && plane < last) {
+                if (planes[plane] != NULL) {
                     planes[plane][i / 8] = (uint8_t)(matrix >> 8 * bit);
                 }
             }

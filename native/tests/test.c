@@ -443,12 +443,14 @@ static void bitplane(int isa) {
         first[i] = bytes(plane * (size_t)cut);
         second[i] = bytes(plane * (size_t)(all - cut));
         const lynx_view *from = i ? &view : &flat;
-        CHECK(lynx_bitplane_pack(from, word_bytes, heads, tokens, dim, 0, cut, first[i]) == LYNX_OK);
-        CHECK(lynx_bitplane_pack(from, word_bytes, heads, tokens, dim, cut, all, second[i]) == LYNX_OK);
+        uint8_t *upper[32] = {NULL}, *lower[32] = {NULL};
         const uint8_t *planes[32] = {NULL};
         for (int p = 0; p < all; p++) {
-            planes[p] = p < cut ? first[i] + plane * (size_t)p : second[i] + plane * (size_t)(p - cut);
+            uint8_t **half = p < cut ? upper : lower;
+            planes[p] = half[p] = p < cut ? first[i] + plane * (size_t)p : second[i] + plane * (size_t)(p - cut);
         }
+        CHECK(lynx_bitplane_pack(from, word_bytes, heads, tokens, dim, upper) == LYNX_OK);
+        CHECK(lynx_bitplane_pack(from, word_bytes, heads, tokens, dim, lower) == LYNX_OK);
         lynx_view to = flat;
         to.words = out;
         CHECK(lynx_bitplane_unpack(planes, &to, word_bytes, heads, tokens, dim) == LYNX_OK);
@@ -461,10 +463,10 @@ static void bitplane(int isa) {
     CHECK(memcmp(first[0], first[1], plane * (size_t)cut) == 0);
     CHECK(memcmp(second[0], second[1], plane * (size_t)(all - cut)) == 0);
     view.page_tokens = 0;
-    CHECK(lynx_bitplane_pack(&view, word_bytes, heads, tokens, dim, 0, all, first[0]) == LYNX_ERR_ARGUMENT);
-    CHECK(lynx_bitplane_pack(&flat, word_bytes, heads, tokens, dim, 0, all + 1, first[0]) == LYNX_ERR_ARGUMENT);
-    CHECK(lynx_bitplane_pack(&flat, 3, heads, tokens, dim, 0, 1, first[0]) == LYNX_ERR_ARGUMENT);
-    CHECK(lynx_bitplane_pack(&flat, word_bytes, heads, 0, dim, 0, 1, first[0]) == LYNX_ERR_ARGUMENT);
+    uint8_t *none[32] = {NULL};
+    CHECK(lynx_bitplane_pack(&view, word_bytes, heads, tokens, dim, none) == LYNX_ERR_ARGUMENT);
+    CHECK(lynx_bitplane_pack(&flat, 3, heads, tokens, dim, none) == LYNX_ERR_ARGUMENT);
+    CHECK(lynx_bitplane_pack(&flat, word_bytes, heads, 0, dim, none) == LYNX_ERR_ARGUMENT);
     for (int i = 0; i < 2; i++) {
         free(first[i]);
         free(second[i]);
