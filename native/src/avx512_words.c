@@ -11,8 +11,8 @@
 /* --- where words go ------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    const lynx_stretch *rows; /* that come next */
-    int left;                 /* rows of this stretch */
+    const lynx_stretch *rows; /* stretches that come next */
+    int left;         /* rows of this one, when not streamed */
     uint16_t *at;     /* of the next row, or of the line where it begins */
     ptrdiff_t stride; /* words */
     bool streamed;    /* past the caches, in whole lines */
@@ -28,9 +28,6 @@ INLINE row_writer write_rows(const lynx_stretch *stretches, ptrdiff_t stride, bo
     const int before = (int)((uintptr_t)rows / 2 & 31);
     /* Rows at odd words, which no tensor has, and rows apart that are not at lines go through the caches. */
     streamed &= before == 0 ? stride % 32 == 0 : stride == ROW && before % 2 == 0 && (uintptr_t)rows % 2 == 0;
-    for (const lynx_stretch *next = stretches + 1; next->count > 0; next++) {
-        streamed &= before == 0 && (uintptr_t)next->row % 64 == 0;
-    }
     return (row_writer){.rows = stretches + 1,
                         .left = stretches->count,
                         .at = streamed ? rows - before : rows,
@@ -42,25 +39,28 @@ INLINE row_writer write_rows(const lynx_stretch *stretches, ptrdiff_t stride, bo
                         .turn = _mm512_add_epi32(lane, _mm512_set1_epi32(16 - before / 2))};
 }
 
-INLINE void next_row(row_writer *out) {
-    out->at += out->stride;
-    if (--out->left == 0) {
-        out->at = out->rows->row;
-        out->left = out->rows->count;
-        out->rows++;
-    }
-}
+#define AHEAD 8 /* rows that are fetched: long strides and pages are not foreseen by hardware */
 
 INLINE void write_row(row_writer *out, __m512i first, __m512i second) {
     if (!out->streamed) {
+        const uint16_t *ahead = out->left > AHEAD      ? out->at + AHEAD * out->stride
+                                : out->rows->count > 0 ? out->rows->row + (AHEAD - out->left) * out->stride
+                                                       : out->at;
+        __builtin_prefetch(ahead, 1);
+        __builtin_prefetch(ahead + 32, 1);
         store(out->at, first);
         store(out->at + 32, second);
-        next_row(out);
+        out->at += out->stride;
+        if (--out->left == 0) {
+            out->at = out->rows->row;
+            out->left = out->rows->count;
+            out->rows++;
+        }
     } else if (out->before == 0) {
         _mm512_stream_si512((__m512i *)out->at, first);
         _mm512_stream_si512((__m512i *)(out->at + 32), second);
-        next_row(out);
-    } else { /* one stretch */
+        out->at += out->stride;
+    } else {
         const __m512i line = _mm512_permutex2var_epi32(out->last, out->turn, first);
         if (__builtin_expect(out->own != ~0u, 0)) {
             _mm512_mask_storeu_epi16(out->at, out->own, line);

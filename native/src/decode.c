@@ -281,7 +281,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
     lynx_scratch *s = lynx_scratch_of(scratch);
     forget_setups(s);
     const uint64_t values = (uint64_t)tile->heads * tile->tokens * tile->head_dim;
-    const bool streams = kernels->stream != NULL && levels->rank_table == NULL && values >= STREAMED;
+    const bool streams = kernels->stream != NULL && levels->rank_table == NULL && values >= STREAMED && view->pages == NULL;
     const uint8_t *anchor = levels->anchor, *rest = levels->rest;
     uint64_t params = 0, ranks = 0;
     *fault = (lynx_hq_fault){0};

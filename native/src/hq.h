@@ -183,9 +183,9 @@ static inline void prefetch_next(const lynx_tile *tile, const lynx_view *view, c
         const lynx_stretch some = stretch_at(view, head, block->channel, token, rows);
         for (int i = 0; i < some.count; i++) {
             const uint16_t *row = some.row + i * view->token_stride;
-            if (write) {
-                __builtin_prefetch(row, 1);
-                __builtin_prefetch(row + 32, 1);
+            if (write) { /* not so near: rows of long strides evict one another */
+                __builtin_prefetch(row, 0, 2);
+                __builtin_prefetch(row + 32, 0, 2);
             } else {
                 __builtin_prefetch(row, 0);
                 __builtin_prefetch(row + 32, 0);

@@ -123,7 +123,7 @@ typedef struct {
     void (*dequantise)(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
                        const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
     /* Words straight from planes, or from codes if those are not null, to rows of 64 channels in stretches of one stride, behind
-     * which an empty one lies; past the caches if asked for (STREAM_FENCE); null where there is none. bfloat16 with scales of at most MOST_PLACED and without constant groups;
+     * which an empty one lies; one of them past the caches if asked for (STREAM_FENCE); null where there is none. bfloat16 with scales of at most MOST_PLACED and without constant groups;
      * words with `shifts` may not leave the range that exponents move. With `full` codes are checked: false for one that is
      * not valid. Reads as `unpack` does. */
     bool (*place)(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor, const uint8_t *rest,
