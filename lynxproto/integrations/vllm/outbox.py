@@ -69,6 +69,7 @@ class Outbox:
         self._settings = settings
         self._report = report
         self._room = settings.buffer_bytes
+        self._open: set[Push] = set()
         self._lock = threading.Lock()
         self._sessions: dict[str, tuple[threading.Lock, list[blocking.Sender]]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, "lynxproto-push", initializer=use_all_cpus)
@@ -81,16 +82,26 @@ class Outbox:
                     f"{manifest.nbytes} bytes to send do not fit into the {self._room} left of buffer_bytes"
                 )
             self._room -= manifest.nbytes
-        push = Push(manifest, url)
+            push = Push(manifest, url)
+            self._open.add(push)
         self._threads.submit(self._run, push)
         return push
 
     def close(self) -> None:
         """Cancel what is under way."""
+        with self._lock:
+            pushes = list(self._open)
+        for push in pushes:
+            push.close(complete=False)
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._close_sessions()
+        self._threads.shutdown()
+        self._close_sessions()  # that were just being made
+
+    def _close_sessions(self) -> None:
         for _, kept in list(self._sessions.values()):
-            for session in kept:
-                session.close()
+            while kept:
+                kept.pop().close()
 
     def _run(self, push: Push) -> None:
         began, wire, error = time.monotonic(), 0, None
@@ -104,6 +115,7 @@ class Outbox:
         finally:
             with self._lock:
                 self._room += push.manifest.nbytes
+                self._open.discard(push)
         seconds = time.monotonic() - began
         self._report(Sent(push.manifest.request_id, push.url, error, seconds, wire, push.manifest.nbytes))
 
