@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from lynxproto import capture
 from lynxproto.conformance.vectors import Case, default_vectors, load
-from lynxproto.frames import HEADER_SIZE
+from lynxproto.frames import HEADER_SIZE, FrameType
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -34,6 +34,7 @@ def write_seeds(folder: Path) -> None:
         "hq_encode": _scripts(5),
         "bitplane": _scripts(4),
         "crc32c": _scripts(6),
+        "wire": _wire(cases, said),
     }
     for target, seeds in inputs.items():
         (folder / target).mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,18 @@ def _of_vectors(cases: list[Case]) -> list[bytes]:
     """For the codecs target: each vector as it is."""
     count = sum(case.op == "decode" for case in cases)
     return [bytes([VECTORS]) + i.to_bytes(2, "little") for i in range(count)]
+
+
+def _wire(cases: list[Case], said: list[bytes]) -> list[bytes]:
+    """For the wire target: what it is to be read as, then the bytes."""
+    kinds = {FrameType.OPEN: b"\4", FrameType.PLAN: b"\5", FrameType.END: b"\6"}
+    bodies = [kinds[kind] + frame[HEADER_SIZE:] for frame in said if (kind := _type(frame)) in kinds]
+    captures = [b"\2" + data for data in [*_data_of(cases, "capture"), _captures(said)[0]]]
+    return [*(b"\0" + frame for frame in said), *bodies, *captures, *(b"\3" + m for m in _data_of(cases, "manifest"))]
+
+
+def _type(frame: bytes) -> int:
+    return int.from_bytes(frame[6:8], "little")
 
 
 def _as_body(frame: bytes) -> bytes:

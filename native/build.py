@@ -18,10 +18,11 @@ def _declarations(header: str) -> str:
 
 
 ffi = FFI()
-ffi.cdef(_declarations((_HERE / "include" / "lynxproto.h").read_text()))
+for _name in ("lynxproto.h", "lynxproto_wire.h"):
+    ffi.cdef(_declarations((_HERE / "include" / _name).read_text()))
 ffi.set_source(
     "lynxproto._native",
-    '#include "lynxproto.h"',
+    '#include "lynxproto_wire.h"',
     sources=sorted(str(path) for path in (_HERE / "src").glob("*.c")),
     include_dirs=[str(_HERE / "include")],
     depends=sorted(str(path) for path in _HERE.glob("*/*.h")),

@@ -47,8 +47,19 @@ enum {
     LYNX_ERR_LEVEL = 10,    /* the payload is of another level */
     LYNX_ERR_MIXED = 11,    /* levels of which some are stored and others are not */
     LYNX_ERR_TABLE = 12,    /* the tile's own tables: a width over 8, or padding that is not zero */
+    LYNX_ERR_FRAME = 13,    /* no frame begins here, or its header is damaged */
+    LYNX_ERR_VERSION = 14,  /* a frame of another version */
+    LYNX_ERR_CRITICAL = 15, /* an unknown type, flag or key that must be understood */
+    LYNX_ERR_TOO_LARGE = 16, /* a payload beyond the limit */
+    LYNX_ERR_PROTOCOL = 17, /* a rule of the wire format is broken */
+    LYNX_ERR_LIMIT = 18,    /* more than a limit allows */
+    LYNX_ERR_CRC = 19,      /* a damaged payload */
+    LYNX_ERR_CAPTURE = 20,  /* no capture, or a damaged one */
+    LYNX_ERR_UNSUPPORTED = 21, /* allowed, and not in this library */
     LYNX_STORED = 100,      /* no error: the tile is stored */
-    LYNX_UNDECIDED = 101    /* no error: whether the tile is stored is not known yet */
+    LYNX_UNDECIDED = 101,   /* no error: whether the tile is stored is not known yet */
+    LYNX_MORE = 102,        /* no error: more bytes are needed */
+    LYNX_END = 103          /* no error: there is nothing more */
 };
 
 enum { LYNX_ISA_SCALAR = 0, LYNX_ISA_AVX2 = 1, LYNX_ISA_AVX512 = 2, LYNX_ISA_NEON = 3 };

@@ -125,6 +125,32 @@ const char *lynx_strerror(int error) {
         return "some levels of the chunk are stored and others are not";
     case LYNX_ERR_TABLE:
         return "a width is over 8 or padding not zero";
+    case LYNX_ERR_FRAME:
+        return "no frame, or a frame whose header is damaged";
+    case LYNX_ERR_VERSION:
+        return "a frame of another version";
+    case LYNX_ERR_CRITICAL:
+        return "something unknown that must be understood";
+    case LYNX_ERR_TOO_LARGE:
+        return "a payload beyond the limit";
+    case LYNX_ERR_PROTOCOL:
+        return "a rule of the wire format is broken";
+    case LYNX_ERR_LIMIT:
+        return "more than a limit allows";
+    case LYNX_ERR_CRC:
+        return "a damaged payload";
+    case LYNX_ERR_CAPTURE:
+        return "no capture, or a damaged one";
+    case LYNX_ERR_UNSUPPORTED:
+        return "not supported by this library";
+    case LYNX_STORED:
+        return "the tile is stored";
+    case LYNX_UNDECIDED:
+        return "whether the tile is stored is not known yet";
+    case LYNX_MORE:
+        return "more bytes are needed";
+    case LYNX_END:
+        return "there is nothing more";
     default:
         return "unknown error";
     }
