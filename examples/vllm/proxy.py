@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from typing import Any
 
 from aiohttp import ClientSession, ClientTimeout, web
@@ -23,23 +24,24 @@ async def forward(request: web.Request) -> web.StreamResponse:
     app = request.app
     body: dict[str, Any] = await request.json()
     headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP}
-    first = body | {
-        "stream": False,
-        "max_tokens": 1,
-        "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False, "remote_urls": app["kv"]},
-    }
+    asked = body.pop("kv_transfer_params", None) or {}
+    hand_over = {"do_remote_decode": True, "do_remote_prefill": False, "remote_urls": app["kv"]}
+    first = body | {"stream": False, "max_tokens": 1, "kv_transfer_params": asked | hand_over}
     first.pop("stream_options", None)
     first.pop("max_completion_tokens", None)
     session: ClientSession = app["session"]
+    began = time.monotonic()
     async with session.post(app["prefill"] + request.path, json=first, headers=headers) as answer:
         if answer.status != 200:
             return web.Response(status=answer.status, body=await answer.read(), content_type=answer.content_type)
         params = (await answer.json()).get("kv_transfer_params")
+    prefilled = time.monotonic() - began
     # Without parameters (an instance without a connector, a prompt that was not sent) decode computes the prompt.
-    second = body | ({"kv_transfer_params": params} if params else {})
+    second = body | ({"kv_transfer_params": asked | params} if params else {})
     async with session.post(app["decode"] + request.path, json=second, headers=headers) as answer:
         response = web.StreamResponse(status=answer.status)
         response.headers.update({n: v for n, v in answer.headers.items() if n.lower() not in HOP})
+        response.headers["X-Prefill-Seconds"] = f"{prefilled:.4f}"
         await response.prepare(request)
         async for piece in answer.content.iter_any():
             await response.write(piece)

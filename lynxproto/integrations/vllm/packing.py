@@ -28,8 +28,11 @@ def packing_of(spec: Any, cache_dtype: str, caches: Mapping[str, Any]) -> Packin
     ((_, tokens, content), dtype, device) = next(iter(shapes))
     if device != "cpu":
         raise SpecError(f"the KV cache lives on {device}; only caches in CPU memory can be transferred so far")
-    if content != spec.head_size + spec.head_size_v:
-        raise SpecError(f"a KV cache of {content} words a token is not K and V of {spec.head_size}, {spec.head_size_v}")
+    if not content == 2 * spec.head_size == 2 * spec.head_size_v:
+        raise SpecError(
+            f"a KV cache of {content} words a token, K of {spec.head_size} and V of {spec.head_size_v}, cannot be "
+            "transferred; only K and V of the same size can"
+        )
     return cpu_packing(dtype, tokens, spec.head_size, cache_dtype)
 
 
