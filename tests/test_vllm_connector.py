@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -335,3 +336,21 @@ def test_statistics_and_metrics() -> None:
     assert registry.get_sample_value("vllm:lynx_received_cache_bytes_total", labels) == size
     assert registry.get_sample_value("vllm:lynx_receive_seconds_count", labels) == 1
     assert registry.get_sample_value("vllm:lynx_failed_receives_total", labels) == 0
+
+
+def test_latent_caches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_engine
+
+    def latent(self: Any, block_size: int, head_size: int) -> None:
+        self.block_size, self.head_size, self.head_size_v, self.tokens_per_state = block_size, 2 * head_size, 0, 1
+
+    monkeypatch.setattr(vllm_engine.AttentionSpec, "__init__", latent)
+    with pytest.raises(SpecError, match="only K and V of the same size can"):
+        Engine("kv_producer")
+
+
+def test_groups_of_layers_are_refused() -> None:
+    with Engine("kv_producer") as engine:
+        groups = SimpleNamespace(kv_cache_groups=[None, None])
+        with pytest.raises(ConfigError, match="has 2 groups"):
+            LynxConnector(engine.scheduler._vllm_config, engine.scheduler._role, groups)
