@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -18,11 +19,15 @@ def program(name: str, package: str) -> str:
     """Path of a system program. Skips the test without it; in CI, where .ci/run installs it, that is a failure."""
     path = shutil.which(name)
     if path is None:
-        needs = f"this test needs {name}: apt-get install {package}"
-        if os.environ.get("CI"):
-            pytest.fail(needs)
-        pytest.skip(needs)
+        need(f"this test needs {name}: apt-get install {package}")
     return path
+
+
+def need(missing: str) -> NoReturn:
+    """Skip the test for want of something; in CI, where .ci/run installs it, that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
 
 
 def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
@@ -57,6 +62,28 @@ class Installed:
             program("pkg-config", "pkg-config"), *arguments,
             PKG_CONFIG_PATH=path, PKG_CONFIG_SYSROOT_DIR=str(self.root),
         ).split()  # fmt: skip
+
+
+SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+
+@cache
+def examples(root: Path, *, sanitized: bool = False) -> Path:
+    """The folder of the example programs, built with an installed library; ``sanitized``: both under ASan and UBSan."""
+    flags = SANITIZED if sanitized else "-O2"
+    library = install(root, flags=flags)
+    if sanitized:  # the linker takes the archive, and the sanitizers' runtime is the program's
+        for path in library.lib.glob("*.so*"):
+            path.unlink()
+    build = root / "examples"
+    build.mkdir()
+    settings = (f"BUILD={build}", f"CFLAGS={flags}", f"CXXFLAGS={flags}", f"LDFLAGS=-Wl,-rpath,{library.lib}")
+    found = {"PKG_CONFIG_PATH": f"{library.lib / 'pkgconfig'}", "PKG_CONFIG_SYSROOT_DIR": str(root)}
+    program("g++", "g++")
+    if subprocess.run([program("pkg-config", "pkg-config"), "--exists", "libxxhash"], check=False).returncode:
+        need("this test needs libxxhash: apt-get install libxxhash-dev")
+    run("make", "-s", "-j2", "-C", ROOT / "examples" / "c", "WERROR=-Werror", *settings, **found)
+    return build
 
 
 @cache
