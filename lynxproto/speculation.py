@@ -45,6 +45,10 @@ __all__ = [
 ]
 
 _SHORT_BATCH = 4
+#: To learn how batched and stepwise logits differ, so many tokens are decided both ways; what was seen is then doubled,
+#: and grows with depth beyond that.
+_LEARN_TOKENS = 8
+_LEARN_MARGIN = 2.0
 
 #: Scores of the next token, shape ``[vocabulary]``, any float type.
 Logits = NDArray[Any]
@@ -253,7 +257,10 @@ class Speculation:
     ``prompt`` are the tokens whose KV is (or will be) in the engine's cache; ``first_token`` is what prefill already
     chose (RESULT), committed from the start, or None, in which case the last prompt token is fed again.
     ``eos`` ends a request with its token; ``stop`` gets the generated tokens and says whether the newest ends it;
-    ``processors`` rewrite logits, in order. ``noise`` comes from :func:`measure_noise`; one number: for all depths.
+    ``processors`` rewrite logits, in order. ``noise`` comes from :func:`measure_noise`; one number: for all depths;
+    None: the first few tokens of the verification are decided both ways, to learn it (:attr:`noise` is for the next
+    request); infinity: no batch is believed, and all tokens are decided step by step. ``rounding``: of the engine's
+    numbers, relative; whatever is learned, logits may differ by that share of the largest.
 
     ``draft``, ``verify`` and ``decode`` are generators, called in that order; they do their work as they are
     iterated, so a caller timestamps, shows and interrupts at each event. Not thread-safe.
@@ -274,15 +281,19 @@ class Speculation:
         stop: Callable[[Sequence[int]], bool] | None = None,
         max_draft: int = 64,
         max_tokens: int | None = None,
-        noise: float | Sequence[float] = 0.0,
+        noise: float | Sequence[float] | None = 0.0,
+        rounding: float = float(np.finfo(np.float32).eps),
     ) -> None:
         if not prompt:
             raise ConfigError("a speculation needs a prompt of at least one token")
         if max_draft < 0 or (max_tokens is not None and max_tokens < 1):
             raise ConfigError(f"max_draft {max_draft} or max_tokens {max_tokens} is out of range")
-        by_depth = np.maximum.accumulate(np.atleast_1d(np.asarray(noise, np.float64)))
-        if by_depth.ndim != 1 or not by_depth.size or not (np.isfinite(by_depth).all() and by_depth[0] >= 0):
-            raise ConfigError(f"noise must be finite differences of logits, not {noise}")
+        self._learning = noise is None
+        self._rounding = rounding
+        given = np.zeros(_LEARN_TOKENS) if noise is None else np.atleast_1d(np.asarray(noise, np.float64))
+        by_depth = np.maximum.accumulate(given)
+        if by_depth.ndim != 1 or not by_depth.size or not by_depth[0] >= 0 or np.isnan(by_depth).any():
+            raise ConfigError(f"noise must be differences of logits, not {noise}")
         self._engine = engine
         self._sampler: Sampler = Greedy() if sampler is None else sampler
         self._processors = tuple(processors)
@@ -317,6 +328,14 @@ class Speculation:
     def drafts(self) -> tuple[int, ...]:
         """The provisional tokens that follow :attr:`tokens`; empty after verification."""
         return tuple(self._draft)
+
+    @property
+    def noise(self) -> tuple[float, ...] | None:
+        """How far batched logits may be from stepwise ones, by depth: as given or learned, and what was seen since.
+
+        None if it was to be learned, and there were no drafts to learn from.
+        """
+        return None if self._learning else tuple(map(float, self._noise))
 
     @property
     def finished(self) -> bool:
@@ -395,9 +414,9 @@ class Speculation:
     def _settle(self, draft: list[int], kept: list[Logits]) -> bool:
         """Commit from one forward over the last token and ``draft``; whether more of the draft may follow."""
         start = len(self._sequence)
-        if not draft:
+        if not draft or self._noise[0] == np.inf:
             self._decide_stepwise()
-            return False
+            return len(draft) > 1 and self._sequence[-1] == draft[0]
         rows = self._checked(self._engine.verify([self._sequence[-1], *draft]), len(draft) + 1)
         self.report.batches += 1
         choices: list[int] = []
@@ -406,29 +425,43 @@ class Speculation:
             i, position = len(choices), start + len(choices)
             sequence = self._sequence + choices
             logits = self._process(sequence, rows[i])
-            tie = self._near_tie(logits, position)
+            tie = self._near_tie(logits, position) or (self._learning and i + 1 == _LEARN_TOKENS)
             if i == len(draft):
                 choices.append(self._sampler.choose(logits, position))
                 break
             choices.append(self._sampler.check(draft[i], kept[i] if kept else None, logits, position))
             if choices[i] != draft[i] or self._ends(self._sequence + choices):
                 break
-        if not tie:
+        if not (tie or self._learning):
             for token in choices:
                 self._commit(token)
             self._engine.crop(len(self._sequence) - 1)
             return False
         # Decide everything up to the tie as a run without speculation would: on KV that single steps made.
-        self.report.redecided += (start + len(choices) - 1 - self._prompt,)
+        if not self._learning:
+            self.report.redecided += (start + len(choices) - 1 - self._prompt,)
         self._engine.crop(self._stepwise)
+        more = len(draft) > len(choices)
         for i, batched in enumerate(choices):
-            self._observe(rows[i], self._decide_stepwise(), i + 1)
+            exact = self._decide_stepwise()
+            self._observe(rows[i], exact, i + 1)
             token = self._sequence[-1]
-            if token != batched:
+            if token != batched and not self._learning:
                 self.report.mismatches += (start + i - self._prompt,)
             if self._ended or i == len(draft) or token != draft[i]:
-                return False
-        return len(draft) > len(choices)
+                more = False
+                break
+        if self._learning:
+            self._learned(i + 1, float(np.abs(np.asarray(exact, np.float64)).max()))
+        return more
+
+    def _learned(self, depth: int, largest: float) -> None:
+        """Take what was observed up to ``depth`` for what can be expected; ``largest``: size of the logits."""
+        depths = np.arange(1, max(self._max_draft, depth) + 2)
+        seen = np.maximum(self._noise[np.minimum(depths, depth) - 1], self._rounding * largest)
+        self._noise = _LEARN_MARGIN * seen * np.maximum(1.0, depths / depth)
+        self.report.noise = float(self._noise[-1])
+        self._learning = False
 
     def _decide_stepwise(self) -> Logits:
         """Commit one token on a cache that single steps made; return the raw logits."""

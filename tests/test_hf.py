@@ -16,6 +16,7 @@ from lynxproto.speculation import Greedy, SeededSampler, Speculation, measure_no
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+from tinymodels import KINDS, tiny  # noqa: E402 - after importorskip
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM  # noqa: E402
 
 from lynxproto.integrations.hf import HFEngine, WordCache, make_identity, make_manifest  # noqa: E402
@@ -58,6 +59,19 @@ def test_same_logits_as_the_stock_cache(model):
     for token in (3, 1, 4):
         np.testing.assert_allclose(ours.step(token), stock.step(token), atol=1e-4)
     np.testing.assert_allclose(ours.verify([1, 5, 9]), stock.verify([1, 5, 9]), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_windows_the_stock_caches_logits_bit_for_bit(kind, dtype):
+    model = tiny(kind, dtype)
+    ours = HFEngine(model, WordCache(model.config, 64, dtype, windows=True))
+    stock = HFEngine(model, DynamicCache(config=model.config))
+    np.testing.assert_array_equal(ours.prefill(PROMPT), stock.prefill(PROMPT))
+    for token in (3, 1, 4):
+        np.testing.assert_array_equal(ours.step(token), stock.step(token))
+    np.testing.assert_array_equal(ours.verify([1, 5, 9]), stock.verify([1, 5, 9]))
+    np.testing.assert_array_equal(ours.step(2), stock.step(2))
 
 
 def test_words_are_views_of_rounded_values(model):

@@ -269,6 +269,45 @@ def test_noise_that_was_underestimated_is_reported():
     assert 0.02 < run.report.noise <= 0.4
 
 
+@pytest.mark.parametrize("growing", [False, True])
+def test_noise_that_nobody_measured_is_learned(growing):
+    wrong = 0
+    for seed in range(60):
+        prompt = [seed % VOCABULARY, seed // VOCABULARY]
+        engine = ToyEngine(prompt, error=0.3, rounding=0.1, growing=growing)
+        plain = reference(ToyEngine(prompt), 0, max_tokens=50)
+        run = Speculation(engine, prompt, 0, max_tokens=50, max_draft=30, noise=None)
+        assert run.noise is None
+        list(run.draft())
+        list(run.verify(engine.install))
+        list(run.decode())
+        wrong += run.tokens != plain
+        assert len(run.noise) >= 31
+        assert list(run.noise) == sorted(run.noise)
+    assert wrong <= 1, wrong  # eight tokens are no proof
+
+
+def test_what_is_learned_is_no_less_than_rounding_allows():
+    engine = ToyEngine([3, 4])  # its batches are exact, as far as one can see
+    run = Speculation(engine, [3, 4], 0, max_tokens=30, max_draft=20, noise=None, rounding=2.0**-8)
+    list(run.draft())
+    list(run.verify(engine.install))
+    assert 2.0**-8 < run.noise[0] < 8 * 2.0**-8
+
+
+def test_infinite_noise_believes_no_batch():
+    engine = ToyEngine([4, 5], error=0.5, rounding=3.0)
+    run = Speculation(engine, [4, 5], 0, max_tokens=30, max_draft=20, noise=float("inf"))
+    drafts = [event.token for event in run.draft()]
+    events = list(run.verify(engine.install))
+    list(run.decode())
+    assert run.tokens == reference(ToyEngine([4, 5]), 0, max_tokens=30)
+    assert (run.report.batches, run.report.steps) == (0, 29)
+    accepted = run.report.accepted
+    assert list(run.tokens[1 : 1 + accepted]) == drafts[:accepted]
+    assert [e for e in events if isinstance(e, Retracted)] == ([Retracted(1 + accepted)] if accepted < 20 else [])
+
+
 def test_a_short_batch_is_stepped_again_so_that_ties_cost_nothing_later():
     prompt, noise = [4], 0.1
     engine = ToyEngine(prompt, error=50.0, rounding=noise)

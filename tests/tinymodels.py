@@ -18,6 +18,7 @@ _COMMON = {
     "initializer_range": 0.3,
 }  # fmt: skip
 _ROPE = {**_COMMON, "intermediate_size": 64, "max_position_embeddings": 512}
+_UNTIED = {"tie_word_embeddings": False}  # else each token follows itself, whatever the cache holds
 _MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 #: Name -> config class, model class, their arguments.
@@ -27,7 +28,8 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MistralConfig", "MistralForCausalLM", {**_ROPE, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
     ),
     "gemma3": (
-        "Gemma3TextConfig", "Gemma3ForCausalLM", {**_ROPE, **_MIXED, "num_key_value_heads": 1, "head_dim": 16},
+        "Gemma3TextConfig", "Gemma3ForCausalLM",
+        {**_ROPE, **_MIXED, "num_key_value_heads": 1, "head_dim": 16, **_UNTIED},
     ),
     "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _ROPE),
     "falcon": ("FalconConfig", "FalconForCausalLM", {**_COMMON, "multi_query": True}),
@@ -44,7 +46,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             **_ROPE, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16,
             "sliding_window": 8, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCABULARY,
-            "hidden_size_per_layer_input": 16,
+            "hidden_size_per_layer_input": 16, **_UNTIED,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         },
     ),

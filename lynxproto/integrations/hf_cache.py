@@ -40,7 +40,16 @@ from lynxproto.session import IncomingTransfer, Sender, connect, listen
 import torch  # isort: skip  # after hf_model, whose error names the extra
 from transformers.cache_utils import DynamicCache  # isort: skip  # the same
 
-__all__ = ["CacheReceiver", "Expected", "IncomingCache", "LynxCache", "arriving", "identity_of", "token_ids"]
+__all__ = [
+    "CacheReceiver",
+    "Expected",
+    "IncomingCache",
+    "LynxCache",
+    "arriving",
+    "identity_of",
+    "stock_of",
+    "token_ids",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -245,7 +254,6 @@ class LynxCache:
         *,
         dtype: str | None = None,
         identity: Identity | None = None,
-        config: Config | None = None,
         on_progress: Callable[[Progress], object] | None = None,
         timeout: float | None = None,
         **options: Any,
@@ -253,15 +261,15 @@ class LynxCache:
         """The exact ``DynamicCache`` of a prompt; its attribute ``first_token`` is what prefill chose next, or None.
 
         ``source``: a receiver, whose next cache must be this prompt's; one cache of its; or the URL of a peer that
-        keeps caches (``lynxproto serve``), which is asked for the cache of ``tokens``. ``on_progress``: called on the
-        I/O thread as chunks arrive.
+        keeps caches (``lynxproto serve``), which is asked for the cache of ``tokens``, with ``options`` of
+        :func:`lynxproto.connect`. ``on_progress``: called on the I/O thread as chunks arrive.
 
         Raises :class:`~lynxproto.errors.IdentityError` for a cache that is not this model's and prompt's,
         :class:`~lynxproto.errors.NotFoundError` if the peer has none, and what
         :meth:`~lynxproto.session.IncomingTransfer.exact` raises. A cache that did not arrive whole is never returned.
         """
         expected = Expected(model, tokens, identity, dtype)
-        async with _limited(timeout), arriving(source, expected, 0, config, options) as incoming:
+        async with _limited(timeout), arriving(source, expected, 0, options) as incoming:
             if on_progress is not None:
                 incoming.transfer.on_progress = on_progress
             return await incoming.aexact()
@@ -304,14 +312,12 @@ class IncomingCache:
         """Wait until all words are there and verified; see :meth:`LynxCache.apull`."""
         await self.transfer.exact()
         self.words.expect(self.manifest.prompt_tokens)
-        dynamic = DynamicCache(config=self.model.config)
-        for index, keys, values, seen, _ in self.words.held_words():
-            put_layer(dynamic.layers[index], (keys, values), seen)
+        dynamic = stock_of(self.words, self.model)
         try:
             first_token = (await self.transfer.result()).first_token
         except NotFoundError:
             first_token = None
-        return _told(_moved(dynamic, self.model), first_token)
+        return _told(dynamic, first_token)
 
 
 def _wake(waiting: asyncio.Future[None]) -> None:
@@ -459,7 +465,6 @@ async def arriving(
     source: str | CacheReceiver | IncomingCache,
     expected: Expected,
     room: int,
-    config: Config | None,
     options: dict[str, Any],
 ) -> AsyncIterator[IncomingCache]:
     """The cache of the expected prompt out of any source; given up at the end if it is not whole by then."""
@@ -468,11 +473,11 @@ async def arriving(
             raise SpecError("a peer is asked for the cache of a prompt: give its tokens")
         plain = Identity(model=expected.identity.model, revision=expected.identity.revision)
         key = FetchKey.of_request(prompt_id(expected.ids), plain)
-        async with connect(source, config, allocate=lambda manifest: expected.land(manifest, room), **options) as peer:
+        async with connect(source, allocate=lambda manifest: expected.land(manifest, room), **options) as peer:
             yield IncomingCache(expected.model, await peer.fetch(key))
         return
-    if config is not None or options:
-        raise SpecError("config and session options go with a URL; a receiver has its own")
+    if options:
+        raise SpecError("session options go with a URL; a receiver has its own")
     incoming = await source.atake() if isinstance(source, CacheReceiver) else source
     try:
         if incoming.model is not expected.model:
@@ -530,6 +535,14 @@ def _dtype_of(model: Any) -> str:
             f"the model computes in {model.dtype}; caches of {', '.join(NAMES.values())} can be transferred"
         )
     return NAMES[model.dtype]
+
+
+def stock_of(words: WordCache, model: Any) -> DynamicCache:
+    """The stock cache that holds what a word cache holds: views where device and dtype are the model's."""
+    dynamic = DynamicCache(config=model.config)
+    for index, keys, values, seen, _ in words.held_words():
+        put_layer(dynamic.layers[index], (keys, values), seen)
+    return _moved(dynamic, model)
 
 
 def _moved(dynamic: DynamicCache, model: Any) -> DynamicCache:
