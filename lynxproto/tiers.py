@@ -28,7 +28,7 @@ from lynxproto.manifest import LayerSpec
 if TYPE_CHECKING:
     from lynxproto.cachefile import Cache
 
-__all__ = ["LEAST_BUDGET", "PARTS", "PLAN_ENTRY", "Rule", "Tiers"]
+__all__ = ["LEAST_BUDGET", "PARTS", "PLAN_ENTRY", "Rule", "Tiers", "calibrated_errors"]
 
 #: ``optimise``: least expected error. ``ranked``: SpectrumKV's greedy, the most important tokens first.
 Rule = Literal["optimise", "ranked"]
@@ -41,8 +41,6 @@ _STEP: Final = 32
 #: Width steps of a value head cost as many bits as it has channels, those of a key channel one.
 _KEY_WIDTHS: Final = (0, 7)
 _VALUE_WIDTHS: Final = (0, 6)
-#: Relative squared errors of an 8-bit code and of bfloat16 words, as in KEY_ERROR.
-_FINE_ERROR: Final = 1 / 254**2 / 12
 #: Tokens that tile costs are measured on: two sizes tell what a tile costs and what each token of it. Their last groups
 #: of 64 are half full, as they are on average.
 _SMALL, _LARGE = 96, 544
@@ -134,8 +132,7 @@ class Tiers:
                 ]
             )
         configs += [{"id": "hq", "anchor_bits": 8, "levels": 2, "fold": True, "scaling": True}, {"id": "raw"}]
-        importances = [[float(np.exp2(c / 16).sum()) for c in side] for side in (calibration.keys, calibration.values)]
-        rows += [[[i * error for i in side] for side in importances] for error in (_FINE_ERROR, 0.0)]
+        rows += [_everywhere(calibration, bits) for bits in (8, 16)]
         return cls._measured(tuple(configs), np.array(rows).transpose(2, 1, 0), cache)
 
     @classmethod
@@ -260,6 +257,17 @@ def _thresholds(calibration: Calibration, dims: Sequence[int], count: int) -> li
 
 def _expected(importances: NDArray[np.int16], widths: NDArray[np.uint8], error: Sequence[float]) -> float:
     return float((np.exp2(importances / 16) * np.asarray(error)[widths]).sum())
+
+
+def _everywhere(calibration: Calibration, bits: int) -> list[list[float]]:
+    """Expected KL with ``bits`` in all channels (16: raw words) of each layer's keys, of its values."""
+    sides = ((calibration.keys, KEY_ERROR), (calibration.values, VALUE_ERROR))
+    return [[float(np.exp2(layer / 16).sum()) * _relative(error, bits) for layer in side] for side, error in sides]
+
+
+def calibrated_errors(calibration: Calibration, bits: Sequence[int]) -> NDArray[np.float64]:
+    """What :meth:`Tiers.uniform` takes as ``errors``, ``[layers, 2, tiers]``, in nats of KL."""
+    return np.array([_everywhere(calibration, b) for b in bits]).transpose(2, 1, 0)
 
 
 def _measure(configs: Sequence[Mapping[str, Any]], cache: Cache) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

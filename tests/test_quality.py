@@ -11,7 +11,7 @@ import pytest
 
 from lynxproto import quality
 from lynxproto.chunk import Part
-from lynxproto.errors import ConfigError
+from lynxproto.errors import BudgetError, ConfigError
 from lynxproto.frames import HEADER_SIZE
 from lynxproto.manifest import Identity, LayerSpec
 from lynxproto.policy import Policy
@@ -97,6 +97,19 @@ def test_all_levels_of_a_policy_are_exact_and_cost_more(model: Any, windows: lis
     scores = quality.evaluate(model, windows[:1], levels)
     assert scores[0].bits < scores[1].bits < scores[2].bits
     assert np.all(np.abs(scores[2].kl) < 1e-7)
+
+
+def test_a_method_that_gives_up_half_way_leaves_the_next_one_alone(model: Any, windows: list[quality.Window]) -> None:
+    def stop(layer: LayerSpec, part: Part, words: Any) -> tuple[Any, float]:
+        if layer.index:
+            raise BudgetError("too little")
+        return words, 0.0
+
+    scorer = quality.Scorer(model, windows[0])
+    before = scorer.score(_zero)
+    with pytest.raises(BudgetError, match="too little"):
+        scorer.score(stop)
+    assert scorer.score(_zero) == before
 
 
 def test_bytes_are_those_of_payloads_and_headers(windows: list[quality.Window]) -> None:

@@ -22,13 +22,14 @@ from lynxproto.importance import decayed
 from lynxproto.manifest import LayerSpec
 from lynxproto.policy import LEAST_TOKENS, Importance, Policy
 from lynxproto.quality import CodecMethod, Method, Window, WindowMethod
-from lynxproto.tiers import Tiers
+from lynxproto.tiers import Tiers, calibrated_errors
 
 __all__ = ["BUDGETS", "FIRST_SHARES", "Dropped", "Entry", "Ranked", "catalogue"]
 
 BUDGETS: Final = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8, 1.0)
 #: Ratios that first/last is tuned over, as in SpectrumKV's paper.
 FIRST_SHARES: Final = (0.1, 0.3, 0.5, 0.7, 0.9)
+_PAPER_BITS: Final = (4, 8, 16)
 #: SpectrumKV: sinks pinned at full precision, and how fast importance falls with age.
 _SINKS: Final = 4
 _DECAY: Final = 0.0
@@ -140,9 +141,10 @@ def catalogue(
     """
     cache = windows[0].cache
     attention = [w.attention.astype(np.float64) for w in windows[:2] if w.attention is not None]
-    three = Tiers.uniform((4, 8, 16), cache)
+    three = Tiers.uniform(_PAPER_BITS, cache)
     ours = Tiers.uniform((2, 3, 4, 6, 8, 16), cache) if calibration is None else Tiers.calibrated(calibration, cache)
     ours = ours.observed(attention)
+    same = three if calibration is None else replace(three, errors=calibrated_errors(calibration, _PAPER_BITS))
     even = replace(ours, floor=1.0)
     share = float(tune({str(s): Dropped(0.4, s) for s in FIRST_SHARES}))
     entries: list[Entry] = []
@@ -167,8 +169,8 @@ def catalogue(
             for importance in others:
                 policy = Policy(tiers=ours, budget=budget, importance=importance)
                 add(f"importance by {importance}", budget, CodecMethod(policy))
-        if budget in (0.3, 0.4):
-            tiers = three.observed(attention)
+        if least < budget < 0.5:
+            tiers = same.observed(attention)
             add("optimiser, paper's tiers", budget, CodecMethod(Policy(tiers=tiers, budget=budget, recent=0)))
     for bits in (8, 4, 3):
         body = Policy(tiers=Tiers.uniform((bits, 16), cache), sinks=0, recent=0).codecs[0]

@@ -150,8 +150,9 @@ class _Run:
         context: int,
         scored: int,
     ) -> None:
-        from lynxproto import _native
+        from lynxproto import _native, allocation, importance, policy, tiers
         from lynxproto import quality as scoring
+        from lynxproto.bench import baselines, methods
         from lynxproto.calibration import Calibration
         from lynxproto.demo.model import CALIBRATION, MODEL, cache_folder
         from lynxproto.integrations.hf import make_identity
@@ -175,7 +176,9 @@ class _Run:
         )  # fmt: skip
         key = xxhash.xxh3_128(identity.hash())
         key.update(self.windows[0].tokens.tobytes() + (self.calibration.hash if self.calibration else b""))
-        key.update(Path(str(_native.__file__)).read_bytes())  # another codec gives other words
+        # Another codec gives other words, another method other tokens: parts of their results are not mixed.
+        for module in (_native, allocation, baselines, importance, methods, policy, tiers):
+            key.update(Path(str(module.__file__)).read_bytes())
         self.store = _Store(resume or cache_folder() / "quality" / key.hexdigest())
         self.settings = {
             "model": opened.name, "revision": opened.revision, "text": text, "context": context, "scored": scored,
