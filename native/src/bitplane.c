@@ -2,7 +2,7 @@
 #include "isa.h"
 #include "view.h"
 
-#define PIECE 512 /* words of the buffer; runs as long as it do without */
+#define PIECE_BYTES 1024 /* of the buffer; runs as long as it do without */
 
 /* What of the planes is done. Pieces are multiples of 8 words, but for the last. */
 typedef struct {
@@ -13,8 +13,9 @@ typedef struct {
 
 /* Eight planes at a time, a line of the cache of each: planes are often so far apart that more of them evict one another. */
 static void pack_piece(progress *p, uint8_t *const *planes, const uint8_t *words, size_t count) {
-    for (size_t first = 0; first < count; first += PIECE) {
-        const size_t some = count - first < PIECE ? count - first : PIECE;
+    const size_t piece = PIECE_BYTES / (size_t)p->word_bytes;
+    for (size_t first = 0; first < count; first += piece) {
+        const size_t some = count - first < piece ? count - first : piece;
         for (int top = 0; top < 8 * p->word_bytes; top += 8) {
             uint8_t *at[32] = {NULL};
             for (int plane = top; plane < top + 8; plane++) {
@@ -32,23 +33,23 @@ int lynx_bitplane_pack(const lynx_view *view, int word_bytes, uint32_t heads, ui
     if (!start_walk(&walk, view, word_bytes, heads, tokens, head_dim, false)) {
         return LYNX_ERR_ARGUMENT;
     }
-    const size_t size = (size_t)word_bytes;
+    const size_t size = (size_t)word_bytes, piece = PIECE_BYTES / size; /* words */
     progress p = {lynx_current(), word_bytes, 0};
-    _Alignas(64) uint8_t buffer[4 * PIECE];
+    _Alignas(64) uint8_t buffer[PIECE_BYTES];
     size_t held = 0;
     for (lynx_run run = next_run(&walk); run.words > 0;) {
-        if (held == 0 && run.words >= PIECE) {
+        if (held == 0 && run.words >= piece) {
             const size_t count = run.words & ~(size_t)7;
             pack_piece(&p, planes, run.at, count);
             run.at += count * size;
             run.words -= count;
         } else {
-            const size_t count = run.words < PIECE - held ? run.words : PIECE - held;
+            const size_t count = run.words < piece - held ? run.words : piece - held;
             copy_run(buffer + held * size, run.at, count * size);
             held += count;
             run.at += count * size;
             run.words -= count;
-            if (held == PIECE) {
+            if (held == piece) {
                 pack_piece(&p, planes, buffer, held);
                 held = 0;
             }
@@ -76,19 +77,19 @@ int lynx_bitplane_unpack(const uint8_t *const *planes, const lynx_view *view, in
     if (!start_walk(&walk, view, word_bytes, heads, tokens, head_dim, true)) {
         return LYNX_ERR_ARGUMENT;
     }
-    const size_t size = (size_t)word_bytes, words = (size_t)heads * tokens * head_dim;
+    const size_t size = (size_t)word_bytes, piece = PIECE_BYTES / size, words = (size_t)heads * tokens * head_dim;
     progress p = {lynx_current(), word_bytes, 0};
-    _Alignas(64) uint8_t buffer[4 * PIECE];
+    _Alignas(64) uint8_t buffer[PIECE_BYTES];
     size_t held = 0, used = 0;
     for (lynx_run run = next_run(&walk); run.words > 0;) {
-        if (used == held && run.words >= PIECE) {
+        if (used == held && run.words >= piece) {
             const size_t count = run.words & ~(size_t)7;
             unpack_piece(&p, planes, run.at, count);
             run.at += count * size;
             run.words -= count;
         } else {
             if (used == held) {
-                held = words - p.done < PIECE ? words - p.done : PIECE;
+                held = words - p.done < piece ? words - p.done : piece;
                 used = 0;
                 unpack_piece(&p, planes, buffer, held);
             }

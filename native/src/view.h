@@ -19,11 +19,13 @@ typedef struct {
     uint32_t head, token;  /* that come next */
     uint32_t straight;     /* tokens from there on that lie token_stride apart */
     uint8_t *at;
+    ptrdiff_t stride;      /* bytes from token to token */
+    bool dense;            /* they lie next to each other */
 } lynx_cursor;
 
 static inline lynx_run step(lynx_cursor *c) {
     const lynx_view *view = c->view;
-    if (c->straight == 0) {
+    if (__builtin_expect(c->straight == 0, 0)) {
         if (c->token == c->tokens) {
             c->token = 0;
             c->head++;
@@ -43,9 +45,9 @@ static inline lynx_run step(lynx_cursor *c) {
         }
         c->at = (uint8_t *)view->words + place * c->word_bytes;
     }
-    const uint32_t tokens = view->token_stride == (ptrdiff_t)c->head_dim ? c->straight : 1;
+    const uint32_t tokens = c->dense ? c->straight : 1;
     const lynx_run run = {c->at, (size_t)tokens * c->head_dim};
-    c->at += (ptrdiff_t)tokens * view->token_stride * c->word_bytes;
+    c->at += tokens * c->stride;
     c->straight -= tokens;
     c->token += tokens;
     return run;
@@ -82,7 +84,9 @@ static inline void scout(lynx_walk *walk) {
 /* Whether there is such a tile; else nothing may be asked of the walk. `write`: its words will be written. */
 static inline bool start_walk(lynx_walk *walk, const lynx_view *view, int word_bytes, uint32_t heads, uint32_t tokens,
                               uint32_t head_dim, bool write) {
-    const lynx_cursor start = {view, word_bytes, heads, tokens, head_dim, 0, 0, 0, NULL};
+    const lynx_cursor start = {.view = view, .word_bytes = word_bytes, .heads = heads, .tokens = tokens, .head_dim = head_dim,
+                               .stride = view->token_stride * word_bytes,
+                               .dense = view->token_stride == (ptrdiff_t)head_dim};
     *walk = (lynx_walk){start, start, 0, write};
     return (word_bytes == 1 || word_bytes == 2 || word_bytes == 4) && heads > 0 && tokens > 0 && head_dim > 0 &&
            (view->pages == NULL || view->page_tokens > 0);
