@@ -42,6 +42,8 @@ if lib.lynx_abi_version() != _ABI_VERSION:
         f"lynxproto's native library has ABI {lib.lynx_abi_version()}, this package needs {_ABI_VERSION}; {_BUILD_HINT}"
     )
 
+_BYTES: Final = ffi.typeof("uint8_t *")
+
 #: Instruction sets by name; not each of them exists on each machine.
 ISAS: Final[dict[str, int]] = {
     "scalar": lib.LYNX_ISA_SCALAR,
@@ -74,7 +76,7 @@ def error_text(code: int) -> str:
     return bytes(ffi.string(lib.lynx_strerror(code))).decode()
 
 
-def address(array: NDArray[Any], ctype: Any = "uint8_t *") -> Any:
+def address(array: NDArray[Any], ctype: Any = _BYTES) -> Any:
     """The address of an array's first element as a C pointer; the caller keeps ``array`` alive."""
     if array.flags.c_contiguous:
         return ffi.cast(ctype, ffi.from_buffer(array))
@@ -95,6 +97,7 @@ class _Memory(threading.local):
         self.scratch_address = ffi.cast("void *", address(self.scratch))
         self.plan = np.empty(1 << 12, np.uint64)
         self.plan_address = ffi.cast("void *", address(self.plan))
+        self.fault = ffi.new("lynx_hq_fault *")
 
 
 _memory = _Memory()
@@ -105,13 +108,13 @@ def scratch() -> Any:
     return _memory.scratch_address
 
 
-def workspace(plan: int) -> tuple[Any, Any]:
-    """The addresses of ``plan`` bytes and of scratch memory, both the thread's own."""
+def workspace(plan: int) -> tuple[Any, Any, Any]:
+    """The addresses of ``plan`` bytes, of scratch memory and of a fault, the thread's own."""
     memory = _memory
     if plan > memory.plan.nbytes:
         memory.plan = np.empty(plan // 8 + 1, np.uint64)
         memory.plan_address = ffi.cast("void *", address(memory.plan))
-    return memory.plan_address, memory.scratch_address
+    return memory.plan_address, memory.scratch_address, memory.fault
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lynxproto.chunk import ChunkSpec, Paged, as_words
+from lynxproto.chunk import DTYPES, ChunkSpec, Paged, as_words
 from lynxproto.codecs._library import address, check, ffi, lib
 from lynxproto.errors import SpecError
 
@@ -23,16 +23,21 @@ class View:
 
     __slots__ = ("_keep", "c")
 
-    def __init__(self, words: NDArray[Any], table: NDArray[np.int64] | None, first: int) -> None:
+    def __init__(self, c: Any, keep: Any) -> None:
+        self.c, self._keep = c, keep
+
+    @classmethod
+    def strided(cls, words: NDArray[Any], table: NDArray[np.int64] | None, first: int) -> View:
+        """Words ``[heads, tokens, dim]``; with a table ``[pages, heads, tokens, dim]``."""
         size, strides = words.itemsize, words.strides
         head, token = strides[-3], strides[-2]
         if head % size or token % size or strides[0] % size or not words.flags.aligned:
             raise SpecError(f"the array's address or strides {strides} are not multiples of the word's {size} bytes")
-        c = self.c = ffi.new(_VIEW, (address(words, _VOID), head // size, token // size))
+        c = ffi.new(_VIEW, (address(words, _VOID), head // size, token // size))
         if table is not None:
             c.pages = address(table, "const int64_t *")
             c.page_stride, c.page_tokens, c.first_token = strides[0] // size, words.shape[2], first
-        self._keep = words, table
+        return cls(c, (words, table))
 
     def gather(self, spec: ChunkSpec, out: Any) -> None:
         """Copy all words to an address."""
@@ -49,9 +54,17 @@ def view_of(spec: ChunkSpec, array: Any, *, writable: bool = False) -> View:
     Raises :class:`~lynxproto.errors.SpecError` as :func:`~lynxproto.chunk.as_words` does, and for addresses and
     strides that are not multiples of a word.
     """
+    if (  # the usual case by few steps, because a call is a part of a tile's time: writable, aligned and contiguous
+        type(array) is np.ndarray
+        and array.flags.carray
+        and array.dtype is DTYPES[spec.dtype]
+        and array.shape == (spec.heads, spec.tokens, spec.head_dim)
+    ):
+        dim = spec.head_dim
+        return View(ffi.new(_VIEW, (ffi.from_buffer(array), spec.tokens * dim, dim)), array)
     if isinstance(array, Paged):
-        return View(array.words(spec, writable=writable), array.table, array.first)
-    return View(as_words(spec, array, writable=writable), None, 0)
+        return View.strided(array.words(spec, writable=writable), array.table, array.first)
+    return View.strided(as_words(spec, array, writable=writable), None, 0)
 
 
 def dense_words(spec: ChunkSpec, pages: Paged) -> NDArray[Any]:

@@ -42,8 +42,9 @@ _PARTS: Final = {"key": lib.LYNX_KEY, "value": lib.LYNX_VALUE}
 _MAX_BYTES: Final = 1 << 31  # of a tile: sizes in payloads have 32 bits
 _SECTIONS: Final = ("parameters", "codes", "ranks", "anchor planes")
 _MAX_TABLE: Final = 1 << 22  # entries of a table of widths
-_BYTES: Final = ffi.typeof("uint8_t *")
-_FAULT: Final = ffi.typeof("lynx_hq_fault *")
+_LEVELS: Final = ffi.typeof("uint8_t *[3]")
+_PIECES: Final = ffi.typeof("lynx_hq_piece[]")
+_SIZES: Final = ffi.typeof("uint64_t[3]")
 _MAX_JOBS: Final = 1024  # shapes that a codec remembers
 
 
@@ -260,18 +261,19 @@ class HQ(Codec):
     @staticmethod
     def _encode(job: _Job, view: View, buffers: Mapping[int, NDArray[np.uint8]], threads: int) -> tuple[int, Any]:
         """Levels into their buffers: LYNX_OK, LYNX_STORED or LYNX_UNDECIDED, and their sizes."""
-        plan, memory = workspace(job.plan)
-        levels = ffi.new("uint8_t *[3]", [address(buffers[i], _BYTES) if i in buffers else ffi.NULL for i in range(3)])
-        count = part_count(job.blocks, threads)
-        pieces, sizes = ffi.new("lynx_hq_piece[]", count), ffi.new("uint64_t[3]")
+        plan, memory, _ = workspace(job.plan)
+        levels = ffi.new(_LEVELS, [address(buffers[i]) if i in buffers else ffi.NULL for i in range(3)])
+        count = 1 if threads == 1 else part_count(job.blocks, threads)
+        pieces, sizes = ffi.new(_PIECES, count), ffi.new(_SIZES)
         check(lib.lynx_hq_prepare(job.config, view.c, plan, memory))
-
-        def work(part: int, first: int, last: int) -> None:
-            check(lib.lynx_hq_encode(plan, view.c, first, last, levels, pieces + part, scratch()))
 
         if count == 1:
             check(lib.lynx_hq_encode(plan, view.c, 0, job.blocks, levels, pieces, memory))
         else:
+
+            def work(part: int, first: int, last: int) -> None:
+                check(lib.lynx_hq_encode(plan, view.c, first, last, levels, pieces + part, scratch()))
+
             parallel(work, job.blocks, count)
         outcome = lib.lynx_hq_assemble(plan, levels, pieces, count, sizes)
         if outcome not in (lib.LYNX_STORED, lib.LYNX_UNDECIDED):
@@ -284,10 +286,10 @@ class HQ(Codec):
         view = None if out is None else view_of(spec, out, writable=True)
         if not 1 <= len(levels) <= self._levels:
             raise SpecError(f"hq: got {len(levels)} levels of a codec with {self._levels}")
-        plan, memory = workspace(job.plan)
+        plan, memory, fault = workspace(job.plan)
         payloads = [np.frombuffer(payload, np.uint8) for payload in levels]  # not ffi.from_buffer: cycles may crash it
-        fault, sizes = ffi.new(_FAULT), [payload.size for payload in payloads]
-        addresses = [address(payload, _BYTES) for payload in payloads]
+        sizes = [payload.size for payload in payloads]
+        addresses = [address(payload) for payload in payloads]
         outcome = lib.lynx_hq_open(job.config, addresses, sizes, len(payloads), plan, fault)
         if outcome == lib.LYNX_STORED:
             if view is not None:
@@ -295,7 +297,7 @@ class HQ(Codec):
         elif outcome != lib.LYNX_OK:
             self._fail(outcome, fault, job, sizes)
         elif view is not None:
-            count = part_count(job.blocks, threads)
+            count = 1 if threads == 1 else part_count(job.blocks, threads)
             if count == 1:
                 outcome = lib.lynx_hq_decode(plan, view.c, 0, job.blocks, memory, fault)
                 if outcome != lib.LYNX_OK:
@@ -361,7 +363,8 @@ class HQ(Codec):
 
     def _job(self, spec: ChunkSpec) -> _Job:
         """The library's view of this config for tiles like this one."""
-        key = (spec.part, spec.dtype, spec.heads, spec.tokens, spec.head_dim, *self._place(spec))
+        place = () if self._table is None else (spec.layer, spec.head_start)  # that widths depend on
+        key = (spec.part, spec.dtype, spec.heads, spec.tokens, spec.head_dim, place)
         job = self._jobs.get(key)
         if job is None:
             self._check_support(spec)
@@ -369,10 +372,6 @@ class HQ(Codec):
                 self._jobs.clear()
             job = self._jobs[key] = self._make_job(spec)
         return job
-
-    def _place(self, spec: ChunkSpec) -> tuple[int | None, ...]:
-        """What of a tile's place in its cache the widths depend on."""
-        return () if self._table is None else (spec.layer, spec.head_start)
 
     def _make_job(self, spec: ChunkSpec) -> _Job:
         config, bounds = ffi.new("lynx_hq_config *"), ffi.new("lynx_hq_bounds *")

@@ -350,6 +350,30 @@ INLINE __m256i expand(const uint8_t *in, const uint8_t *shuffle, const uint8_t *
     return _mm256_shuffle_epi8(_mm256_set_m128i(second, first), load(shuffle));
 }
 
+static void shuffles(lynx_planes *planes) {
+    const uint64_t order = 0x0706050403020100ull, ones = 0x0101010101010101ull;
+    for (int p = 0; p < 8; p++) {
+        const uint64_t masks[2] = {planes->in_anchor[p], planes->used & ~planes->in_anchor[p]};
+        uint8_t *const expand_by[2] = {planes->anchor_expand[p], planes->rest_expand[p]};
+        uint8_t *const compress_by[2] = {planes->anchor_compress[p], planes->rest_compress[p]};
+        uint8_t *const ranks[2] = {planes->anchor_rank[p], planes->rest_rank[p]};
+        for (int i = 0; i < 2; i++) {
+            for (int lane = 0; lane < ROW; lane += 16) {
+                uint64_t count = 0; /* channels of the lane that are selected */
+                store64(compress_by[i] + lane + 8, ~0ull);
+                for (int eight = 0; eight < 2; eight++) {
+                    const uint64_t bytes = byte_mask(masks[i], lane / 8 + eight);
+                    const uint64_t places = _pdep_u64(order + count * ones, bytes), found = _pext_u64(order + 8 * (uint64_t)eight * ones, bytes);
+                    store64(expand_by[i] + lane + 8 * eight, places | (~bytes & 0x80 * ones));
+                    store64(compress_by[i] + lane + count, found | ~_pext_u64(~0ull, bytes));
+                    count += (uint64_t)_mm_popcnt_u64(bytes) / 8;
+                }
+                ranks[i][lane / 16] = (uint8_t)_mm_popcnt_u64(lane == 0 ? 0 : masks[i] << (ROW - lane));
+            }
+        }
+    }
+}
+
 static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
     const int bits = planes->widths[0];
     for (int first = 0; first < tokens; first += 8, codes += 8 * ROW) {
@@ -374,13 +398,15 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
             continue;
         }
         for (int p = 0; p < 8; p++) {
-            for (int half = 0; half < 2; half++) {
+            for (int half = 0; half < 2 && anchor != NULL; half++) {
                 compress(r[half][7 - p], planes->anchor_compress[p] + 32 * half, planes->anchor_rank[p] + 2 * half,
                          anchor);
+            }
+            for (int half = 0; half < 2 && rest != NULL; half++) {
                 compress(r[half][7 - p], planes->rest_compress[p] + 32 * half, planes->rest_rank[p] + 2 * half, rest);
             }
-            anchor += planes->anchor_count[p];
-            rest += planes->channels - planes->anchor_count[p];
+            anchor = anchor == NULL ? NULL : anchor + planes->anchor_count[p];
+            rest = rest == NULL ? NULL : rest + planes->channels - planes->anchor_count[p];
         }
     }
 }
@@ -746,7 +772,7 @@ INLINE void rank_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride,
 }
 
 INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                     lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+                     lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     _Alignas(32) float scales[ROW];
     unpack_order(params->scale, scales);
     const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
@@ -792,14 +818,16 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
             }
             for (int i = 0; i < 2; i++) {
                 const __m256i sign = _mm256_and_si256(in.k[i], _mm256_set1_epi16(INT16_MIN));
-                store(row + 32 * half + 16 * i, _mm256_or_si256(_mm256_add_epi16(in.low[i], ranks[i]), sign));
+                const __m256i word = _mm256_or_si256(_mm256_add_epi16(in.low[i], ranks[i]), sign);
+                const __m256i shift = shifts == NULL ? _mm256_setzero_si256() : load(shifts + 32 * half + 16 * i);
+                store(row + 32 * half + 16 * i, _mm256_add_epi16(word, shift));
             }
         }
         add_zeros(&all_zeros, zeros, t);
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
-    const bool good = unrank_zeros(part, dtype, &all_zeros, rows, stride, params, streams);
+    const bool good = unrank_zeros(part, dtype, &all_zeros, shifts, rows, stride, params, streams);
     return good && _mm256_testz_si256(empty, empty) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
@@ -815,14 +843,14 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     if (dtype == LYNX_FLOAT16) {
-        return unrank_as(part, LYNX_FLOAT16, codes, tokens, channels, params, streams, rows, stride);
+        return unrank_as(part, LYNX_FLOAT16, codes, tokens, channels, params, streams, NULL, rows, stride);
     }
     if (part == LYNX_KEY) {
-        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, channels, params, streams, rows, stride);
+        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, channels, params, streams, NULL, rows, stride);
     }
-    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, channels, params, streams, rows, stride);
+    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, channels, params, streams, shifts, rows, stride);
 }
 
 /* ceil(log2) of the largest cell of an integer of magnitude a: at most 512 / (2a + 1) + 1 words, 214 for a = 1. A zero
@@ -991,10 +1019,14 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 }
 
 const lynx_kernels lynx_avx2 = {
+    .shuffles = shuffles,
     .range = range,
     .survey = survey,
+    .add_spreads = add_spreads,
     .params = params,
+    .are_plain = are_plain,
     .choose = choose,
+    .pack_params = pack_params,
     .quantise = quantise,
     .pack = pack,
     .unpack = unpack,

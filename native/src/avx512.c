@@ -87,7 +87,6 @@ INLINE __m512i uncentred_row(const centres *c, __m512i code, int zero, __m512i b
 #define EXPAND64 _pdep_u64
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
-#include "ranks.h"
 #define ROWS_SURVEY
 #define ROWS_RESCALE
 #define ROWS_FIELDS
@@ -176,8 +175,7 @@ static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, 
 
 #define PREFETCHED 16 /* rows ahead */
 
-static void survey(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *range, uint16_t *size,
-                   uint16_t *signs) {
+static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
     __m512i least[2], largest[2], negative[2];
     for (int i = 0; i < 2; i++) {
         least[i] = _mm512_set1_epi16(INT16_MAX);
@@ -186,36 +184,39 @@ static void survey(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens
     }
     for (int t = 0; t < tokens; t++, rows += stride) {
         for (int i = 0; i < 2; i++) {
-            __builtin_prefetch(rows + 32 * i + PREFETCHED * stride); /* the encoder's first look at the words */
+            __builtin_prefetch(rows + 32 * i + PREFETCHED * stride);
             const __m512i word = load(rows + 32 * i), o = ordered16(word);
             least[i] = _mm512_min_epi16(least[i], o);
             largest[i] = _mm512_max_epi16(largest[i], o);
             negative[i] = _mm512_sub_epi16(negative[i], _mm512_srai_epi16(word, 15));
         }
     }
-    int16_t low[ROW], high[ROW];
     for (int i = 0; i < 2; i++) {
         store(low + 32 * i, least[i]);
         store(high + 32 * i, largest[i]);
-        store(signs + 32 * i, negative[i]);
+        if (signs != NULL) {
+            store(signs + 32 * i, negative[i]);
+        }
     }
-    spread_words(dtype, low, high, range, size);
 }
 
-/* Words outside the range stay; those that leave it come in again at the other end, which unsigned minima find. */
+/* Words outside the range stay; those that leave it come in again at the other end. */
 static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                     ptrdiff_t out_stride) {
-    const __m512i shift[2] = {load(shifts), load(shifts + 32)}, count = _mm512_set1_epi16(RESCALE_COUNT);
-    const __m512i first = _mm512_set1_epi16(RESCALE_FIRST), magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i shift[2] = {load(shifts), load(shifts + 32)}, magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i inner = _mm512_set1_epi16(RESCALE_FIRST + 1024), count = _mm512_set1_epi16(RESCALE_COUNT - 2048);
     for (int t = 0; t < tokens; t++, rows += stride, out += out_stride) {
         for (int i = 0; i < 2; i++) {
-            const __m512i word = load(rows + 32 * i), from = _mm512_sub_epi16(_mm512_and_si512(word, magnitude), first);
-            __m512i to = _mm512_sub_epi16(from, shift[i]);
-            to = _mm512_min_epu16(to, _mm512_add_epi16(to, count));
-            to = _mm512_add_epi16(_mm512_min_epu16(to, _mm512_sub_epi16(to, count)), first);
-            /* 0xd8: where z is set y, else x */
-            const __m512i moved = _mm512_ternarylogic_epi64(word, to, magnitude, 0xd8);
-            store(out + 32 * i, _mm512_mask_mov_epi16(word, _mm512_cmplt_epu16_mask(from, count), moved));
+            const __m512i word = load(rows + 32 * i), from = _mm512_sub_epi16(_mm512_and_si512(word, magnitude), inner);
+            const __mmask32 inside = _mm512_cmplt_epu16_mask(from, count); /* and so for any exponent */
+            store(out + 32 * i, _mm512_mask_sub_epi16(word, inside, word, shift[i]));
+            if (__builtin_expect(_mm512_mask_test_epi16_mask((__mmask32)~inside, word, magnitude) != 0, 0)) {
+                uint16_t words[32];
+                store(words, word);
+                for (int c = 0; c < 32; c++) {
+                    out[32 * i + c] = rescaled(words[c], shifts[32 * i + c]);
+                }
+            }
         }
     }
 }
@@ -228,43 +229,48 @@ static void choose(int dtype, const lynx_planes *planes, const int16_t *low, con
     }
 }
 
-INLINE __m512i rounded(__m512 magnitude, __m512 inverse) {
-    return _mm512_cvttps_epi32(_mm512_fmadd_ps(magnitude, inverse, _mm512_set1_ps(0.5f)));
-}
+#define INTEGERS 0x1.8p23f /* binary32 near it holds integers only: what is added is rounded to one, in the lower bits */
 
+/* To the nearest integer, of products that are no ties: inverses are a little larger than 1 / s. */
 INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
                         const lynx_params *params, uint8_t *codes) {
-    __m512 inverse[2][2];
-    __m512i offset[2];
-    for (int i = 0; i < 2; i++) {
-        even_odd(params->inverse + 32 * i, &inverse[i][0], &inverse[i][1]);
-        offset[i] = load(params->offset + 32 * i);
+    __m512 inverse[4], offset[4];
+    for (int i = 0; i < 2 && part == LYNX_KEY; i++) {
+        float offsets[32];
+        for (int g = 0; g < 32; g++) {
+            offsets[g] = INTEGERS + (float)params->offset[32 * i + g];
+        }
+        even_odd(params->inverse + 32 * i, &inverse[2 * i], &inverse[2 * i + 1]);
+        even_odd(offsets, &offset[2 * i], &offset[2 * i + 1]);
     }
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i within = _mm512_setr_epi32(0x05040100, 0x05040100, 0x05040100, 0x05040100, 0x05040100, 0x05040100, 0x05040100, 0x05040100,
+                                             0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302);
+    const __m512i order = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x08080808)), within);
+    const __m512i lowest = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)); /* byte of 32 bits */
     for (int t = 0; t < tokens; t++) {
         if (part == LYNX_VALUE) {
-            inverse[0][0] = inverse[0][1] = inverse[1][0] = inverse[1][1] = _mm512_set1_ps(params->inverse[t]);
-            offset[0] = offset[1] = _mm512_set1_epi16(params->offset[t]);
+            inverse[0] = inverse[1] = inverse[2] = inverse[3] = _mm512_set1_ps(params->inverse[t]);
+            offset[0] = offset[1] = offset[2] = offset[3] = _mm512_set1_ps(INTEGERS + (float)params->offset[t]);
         }
-        __m512i code[2];
+        __m512i code[4];
         for (int i = 0; i < 2; i++) {
             const __m512i words = load(rows + t * stride + 32 * i);
-            __m512i even, odd;
+            __m512 even, odd;
             if (dtype == LYNX_BFLOAT16) {
-                const __m512i magnitude = _mm512_set1_epi32(0x7fff0000);
-                even = _mm512_and_si512(_mm512_slli_epi32(words, 16), magnitude);
-                odd = _mm512_and_si512(words, magnitude);
+                even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+                odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
             } else {
-                const __m512i magnitude = _mm512_set1_epi32(0x7fff), low = _mm512_and_si512(words, magnitude);
-                const __m512i high = _mm512_and_si512(_mm512_srli_epi32(words, 16), magnitude);
-                even = _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(low)));
-                odd = _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(high)));
+                even = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+                odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
             }
-            even = rounded(_mm512_castsi512_ps(even), inverse[i][0]);
-            odd = rounded(_mm512_castsi512_ps(odd), inverse[i][1]);
-            const __m512i k = _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(odd, 16));
-            code[i] = _mm512_mask_sub_epi16(_mm512_add_epi16(offset[i], k), _mm512_movepi16_mask(words), offset[i], k);
+            code[2 * i] = _mm512_castps_si512(_mm512_fmadd_ps(even, inverse[2 * i], offset[2 * i]));
+            code[2 * i + 1] = _mm512_castps_si512(_mm512_fmadd_ps(odd, inverse[2 * i + 1], offset[2 * i + 1]));
         }
-        store(codes + t * ROW, lower_bytes(code[0], code[1]));
+        __m512i bytes = _mm512_mask_shuffle_epi8(code[0], 0x2222222222222222ull, code[1], lowest);
+        bytes = _mm512_mask_shuffle_epi8(bytes, 0x4444444444444444ull, code[2], lowest);
+        bytes = _mm512_mask_shuffle_epi8(bytes, 0x8888888888888888ull, code[3], lowest);
+        store(codes + t * ROW, _mm512_permutexvar_epi8(order, bytes));
     }
 }
 
@@ -282,8 +288,7 @@ static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride
 
 static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
     const int bits = planes->widths[0];
-    __mmask64 masks[8], used;
-    anchor_masks(planes, masks, &used);
+    const uint64_t *const masks = planes->in_anchor, used = planes->used;
     for (int first = 0; first < tokens; first += 8, codes += 8 * ROW) {
         __m512i r[8];
         for (int t = 0; t < 8; t++) {
@@ -303,10 +308,15 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
             continue;
         }
         for (int p = 0; p < 8; p++) {
-            store(anchor, _mm512_maskz_compress_epi8(masks[p], r[7 - p]));
-            store(rest, _mm512_maskz_compress_epi8(used & ~masks[p], r[7 - p]));
-            anchor += planes->anchor_count[p];
-            rest += planes->channels - planes->anchor_count[p];
+            const int count = planes->anchor_count[p];
+            if (anchor != NULL && count != 0) {
+                store(anchor, _mm512_maskz_compress_epi8(masks[p], r[7 - p]));
+                anchor += count;
+            }
+            if (rest != NULL && count != planes->channels) {
+                store(rest, _mm512_maskz_compress_epi8(used & ~masks[p], r[7 - p]));
+                rest += planes->channels - count;
+            }
         }
     }
 }
@@ -339,8 +349,7 @@ static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8
         }
         return;
     }
-    __mmask64 masks[8], used;
-    anchor_masks(planes, masks, &used);
+    const uint64_t *const masks = planes->in_anchor, used = planes->used;
     for (int octet = 0; octet < octets; octet++, codes += 8 * ROW) {
         __m512i r[8];
         for (int p = 0; p < 8; p++) {
@@ -449,8 +458,7 @@ INLINE void read_octet(section_reader *reader, __m512i valid, __m512i *planes) {
 static int unpack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *anchor, uint32_t anchor_entry,
                           const uint8_t *rest, uint32_t rest_entry, int tokens, uint8_t *codes) {
     section_reader readers[2];
-    __mmask64 masks[8], used;
-    anchor_masks(planes, masks, &used);
+    const uint64_t *const masks = planes->in_anchor, used = planes->used;
     for (int p = 0; p < 8; p++) {
         readers[0].rows[p] = masks[p];
         readers[1].rows[p] = used & ~masks[p];
@@ -516,8 +524,8 @@ INLINE uint8_t *fold_octet(const lynx_fold *fold, const __mmask64 *rows, const _
 
 static void pack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens,
                         uint8_t *anchor, uint8_t *rest, uint32_t entries[2]) {
-    __mmask64 masks[8], used, rows[2][8];
-    anchor_masks(planes, masks, &used);
+    const uint64_t *const masks = planes->in_anchor, used = planes->used;
+    __mmask64 rows[2][8];
     for (int p = 0; p < 8; p++) {
         rows[0][p] = masks[p];
         rows[1][p] = used & ~masks[p];
@@ -659,191 +667,24 @@ static void stream(uint16_t *to, const uint16_t *rows, size_t words) {
     memcpy(to + at, rows + at, 2 * (words - at));
 }
 
-/* --- level 2 of bfloat16; float16 takes the AVX2 kernels ------------------------------------------------------- */
-
-/* Integers and cells of a row of 64 channels. */
-typedef struct {
-    __m512i low[2];  /* least magnitude words */
-    __m512i sign[2]; /* sign bits of the integers */
-    __m512i count;   /* words in the cell; 1 in zero cells */
-    __mmask64 zeros;
-} row_cells;
-
-INLINE row_cells cells_of(const uint8_t *codes, const lanes *l) {
-    const __m512i up = _mm512_set1_epi32(0xffff);
-    __m512i count[2];
-    row_cells cells = {.zeros = 0};
-    for (int i = 0; i < 2; i++) {
-        __m512i low[2], high[2], middle[2];
-        for (int j = 0; j < 2; j++) {
-            const int at = 2 * i + j;
-            const __m512 x = integer_times_scale(codes + 16 * at, l->scale[at], l->offset[at]);
-            const __m512 half = l->half[at], size = _mm512_abs_ps(x);
-            middle[j] = _mm512_castps_si512(x);
-            low[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(size, half)), up);
-            high[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_add_ps(size, half)), up);
-        }
-        const __m512i word = upper_words(middle[0], middle[1]); /* of an integer other than 0 it is not 0 either */
-        const __mmask32 zeros = _mm512_testn_epi16_mask(word, _mm512_set1_epi16(0x7fff));
-        cells.low[i] = upper_words(low[0], low[1]);
-        cells.sign[i] = word;
-        count[i] = _mm512_mask_mov_epi16(_mm512_sub_epi16(upper_words(high[0], high[1]), cells.low[i]), zeros,
-                                         _mm512_set1_epi16(1));
-        cells.zeros |= (__mmask64)zeros << 32 * i;
-    }
-    cells.count = lower_bytes(count[0], count[1]);
-    return cells;
-}
-
-/* 2^v - 1 and v of each byte n, v = floor(log2 n), from n / 2. */
-static const uint8_t LOG2_MASKS[128] = {
-#define M4(x) x, x, x, x
-#define M16(x) M4(x), M4(x), M4(x), M4(x)
-    0, 1, 3, 3, M4(7), M4(15), M4(15), M16(31), M16(63), M16(63), M16(127), M16(127), M16(127), M16(127)};
-static const uint8_t LOG2_WIDTHS[128] = {0,      1,      2,      2,      M4(3),  M4(4),  M4(4),
-                                         M16(5), M16(6), M16(6), M16(7), M16(7), M16(7), M16(7)};
-
-INLINE void add_zeros(zero_list *list, __mmask64 zeros, int token) {
-    const __m512i channels = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int i = 0; i < 2; i++) {
-        const __mmask32 some = (__mmask32)(zeros >> 32 * i);
-        const __m512i at = _mm512_add_epi16(channels, _mm512_set1_epi16((int16_t)(ROW * token + 32 * i)));
-        store(list->at + list->count, _mm512_maskz_compress_epi16(some, at));
-        list->count += (uint32_t)_mm_popcnt_u32(some);
-    }
-}
-
-INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, int channels,
-                    const lynx_params *params, lynx_streams *streams) {
-    const __m512i masks_low = load(LOG2_MASKS), masks_high = load(LOG2_MASKS + 64);
-    const __m512i one = _mm512_set1_epi8(1);
-    const __mmask64 keep = channels == ROW ? ~0ull : (1ull << channels) - 1;
-    const lanes of_all = of_channels(params);
-    bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
-    zero_list zeros;
-    zeros.count = 0;
-    for (int t = 0; t < tokens; t++) {
-        const lanes l = part == LYNX_KEY ? of_all : of_token(params, t);
-        const row_cells cells = cells_of(codes + t * ROW, &l);
-        __m512i rank16[2];
-        for (int i = 0; i < 2; i++) {
-            const __m512i magnitude = _mm512_and_si512(load(rows + t * stride + 32 * i), _mm512_set1_epi16(0x7fff));
-            rank16[i] = _mm512_sub_epi16(magnitude, cells.low[i]);
-        }
-        const __m512i rank8 = lower_bytes(rank16[0], rank16[1]), n = _mm512_mask_mov_epi8(one, keep, cells.count);
-        const __m512i mask = _mm512_permutex2var_epi8(masks_low, _mm512_srli_epi16(n, 1), masks_high);
-        const __m512i field = _mm512_and_si512(rank8, mask);
-        const __m512i extra = _mm512_sub_epi8(_mm512_sub_epi8(n, mask), one);
-        const uint64_t flagged = _mm512_cmplt_epu8_mask(field, extra); /* ranks of which B holds a bit */
-        const uint64_t above = _mm512_cmpneq_epu8_mask(field, rank8);
-        _Alignas(64) uint64_t values[8], bits[8];
-        store(values, field);
-        store(bits, mask);
-        for (int i = 0; i < 8; i += 2) { /* two lanes at once where they fit, which is nearly always */
-            const uint64_t first = _pext_u64(values[i], bits[i]), second = _pext_u64(values[i + 1], bits[i + 1]);
-            const uint32_t count = (uint32_t)_mm_popcnt_u64(bits[i]), more = (uint32_t)_mm_popcnt_u64(bits[i + 1]);
-            if (__builtin_expect(count + more <= 56, 1)) {
-                put(&a, first | second << count, count + more);
-            } else {
-                put(&a, first, count);
-                put(&a, second, more);
-            }
-        }
-        if (__builtin_expect(_mm_popcnt_u64(flagged) <= 56, 1)) {
-            put(&b, _pext_u64(above, flagged), (uint32_t)_mm_popcnt_u64(flagged));
-        } else {
-            const uint32_t first = (uint32_t)flagged, second = (uint32_t)(flagged >> 32);
-            put(&b, _pext_u32((uint32_t)above, first), (uint32_t)_mm_popcnt_u32(first));
-            put(&b, _pext_u32((uint32_t)(above >> 32), second), (uint32_t)_mm_popcnt_u32(second));
-        }
-        add_zeros(&zeros, cells.zeros & keep, t);
-    }
-    streams->a_bits = position(&a, streams->a);
-    streams->b_bits = position(&b, streams->b);
-    rank_zeros(part, LYNX_BFLOAT16, &zeros, rows, stride, params, streams);
-}
-
-INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                     lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
-    const __m512i masks_low = load(LOG2_MASKS), masks_high = load(LOG2_MASKS + 64);
-    const __m512i widths_low = load(LOG2_WIDTHS), widths_high = load(LOG2_WIDTHS + 64);
-    const __m512i one = _mm512_set1_epi8(1), nothing = _mm512_setzero_si512();
-    const __m512i seven = _mm512_set1_epi64(7);
-    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 8, 8, 8));
-    const __m512i steps = _mm512_set1_epi64(0x0706050403020100ll);
-    const __mmask64 keep = channels == ROW ? ~0ull : (1ull << channels) - 1;
-    const lanes of_all = of_channels(params);
-    zero_list zeros;
-    zeros.count = 0;
-    uint32_t a_bits = 0, b_bits = 0;
-    __mmask64 empty = 0;
-    for (int t = 0; t < tokens; t++) {
-        const lanes l = part == LYNX_KEY ? of_all : of_token(params, t);
-        const row_cells cells = cells_of(codes + t * ROW, &l);
-        const __m512i n = _mm512_mask_mov_epi8(one, keep, cells.count);
-        const __m512i index = _mm512_srli_epi16(n, 1); /* of which a permutation takes 7 bits a byte */
-        const __m512i mask = _mm512_permutex2var_epi8(masks_low, index, masks_high);
-        const __m512i width = _mm512_permutex2var_epi8(widths_low, index, widths_high);
-        empty |= _mm512_testn_epi8_mask(n, n);
-        /* Where each field begins: sums of widths within 64-bit lanes, then over lanes. A row has at most 448 bits, so
-         * that one window of 64 bytes holds them. */
-        const __m512i sums = _mm512_mullo_epi64(width, _mm512_set1_epi64(0x0101010101010101ll));
-        const __m512i totals = _mm512_srli_epi64(sums, 56);
-        __m512i through = _mm512_add_epi64(totals, _mm512_alignr_epi64(totals, nothing, 7));
-        through = _mm512_add_epi64(through, _mm512_alignr_epi64(through, nothing, 6));
-        through = _mm512_add_epi64(through, _mm512_alignr_epi64(through, nothing, 4));
-        const __m512i start = _mm512_add_epi64(_mm512_sub_epi64(through, totals), _mm512_set1_epi64(a_bits & 7));
-        const __m512i byte = _mm512_add_epi8(_mm512_shuffle_epi8(_mm512_srli_epi64(start, 3), spread), steps);
-        const __m512i bit = _mm512_add_epi8(_mm512_shuffle_epi8(_mm512_and_si512(start, seven), spread),
-                                            _mm512_slli_epi64(sums, 8));
-        const __m512i window = _mm512_permutexvar_epi8(byte, load(streams->a + (a_bits >> 3)));
-        const __m512i field = _mm512_and_si512(_mm512_multishift_epi64_epi8(bit, window), mask);
-        a_bits += (uint32_t)_mm_extract_epi16(_mm512_extracti32x4_epi32(through, 3), 4);
-        const __m512i extra = _mm512_sub_epi8(_mm512_sub_epi8(n, mask), one);
-        const uint64_t flagged = _mm512_cmplt_epu8_mask(field, extra);
-        const uint8_t *in = streams->more + (b_bits >> 3);
-        const uint64_t stream = load64(in) >> (b_bits & 7) | (uint64_t)in[8] << 1 << (63 - (b_bits & 7));
-        b_bits += (uint32_t)_mm_popcnt_u64(flagged);
-        const __m512i ranks = _mm512_mask_add_epi8(field, _pdep_u64(stream, flagged), field, _mm512_add_epi8(mask, one));
-        for (int i = 0; i < 2; i++) {
-            const __m256i rank8 = i == 0 ? _mm512_castsi512_si256(ranks) : _mm512_extracti64x4_epi64(ranks, 1);
-            const __m512i word = _mm512_add_epi16(cells.low[i], _mm512_cvtepu8_epi16(rank8));
-            /* 0xea is (x & y) | z. */
-            store(rows + t * stride + 32 * i,
-                  _mm512_ternarylogic_epi64(cells.sign[i], _mm512_set1_epi16(INT16_MIN), word, 0xea));
-        }
-        add_zeros(&zeros, cells.zeros & keep, t);
-    }
-    streams->a_bits = a_bits;
-    streams->b_bits = b_bits;
-    const bool good = unrank_zeros(part, LYNX_BFLOAT16, &zeros, rows, stride, params, streams);
-    return good && empty == 0 ? LYNX_OK : LYNX_ERR_RANK;
-}
-
-static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
-                 int channels, const lynx_params *params, lynx_streams *streams) {
-    if (dtype == LYNX_FLOAT16) {
-        lynx_avx2.rank(part, dtype, rows, stride, codes, tokens, channels, params, streams);
-    } else if (part == LYNX_KEY) {
-        rank_as(LYNX_KEY, rows, stride, codes, tokens, channels, params, streams);
-    } else {
-        rank_as(LYNX_VALUE, rows, stride, codes, tokens, channels, params, streams);
-    }
-}
-
-static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
-    if (dtype == LYNX_FLOAT16) {
-        return lynx_avx2.unrank(part, dtype, codes, tokens, channels, params, streams, rows, stride);
-    }
-    if (part == LYNX_KEY) {
-        return unrank_as(LYNX_KEY, codes, tokens, channels, params, streams, rows, stride);
-    }
-    return unrank_as(LYNX_VALUE, codes, tokens, channels, params, streams, rows, stride);
-}
-
+/* As in avx2.c, by one table: the largest integers count a bit too many. */
 static uint64_t rank_bound(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
-    return lynx_avx2.rank_bound(part, codes, tokens, channels, params);
+    const __m512i bits = _mm512_set_epi8(3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 8, 28);
+    const __m512i none = _mm512_setzero_si512(), most = _mm512_set1_epi16(255), largest = _mm512_set1_epi8(63);
+    const __m512i low = _mm512_max_epi16(_mm512_min_epi16(load(params->offset), most), none);
+    const __m512i high = _mm512_max_epi16(_mm512_min_epi16(load(params->offset + 32), most), none);
+    const __mmask64 used = channels == ROW ? ~0ull : (1ull << channels) - 1;
+    __m512i offset = lower_bytes(low, high), sum = none;
+    uint8_t offsets[ROW];
+    store(offsets, offset);
+    for (int t = 0; t < tokens; t++) {
+        const __m512i code = load(codes + t * ROW);
+        offset = part == LYNX_KEY ? offset : _mm512_set1_epi8((char)offsets[t]);
+        const __m512i a = _mm512_or_si512(_mm512_subs_epu8(code, offset), _mm512_subs_epu8(offset, code));
+        const __m512i bound = _mm512_maskz_permutexvar_epi8(used, _mm512_min_epu8(a, largest), bits);
+        sum = _mm512_add_epi64(sum, _mm512_sad_epu8(bound, none));
+    }
+    return (uint64_t)_mm512_reduce_add_epi64(sum);
 }
 
 static void pack_row(int word_bytes, const void *words, size_t count, uint8_t *const *planes) {
@@ -857,8 +698,11 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_avx512 = {
     .range = range,
     .survey = survey,
+    .add_spreads = add_spreads,
     .params = params,
+    .are_plain = are_plain,
     .choose = choose,
+    .pack_params = pack_params,
     .quantise = quantise,
     .pack = pack,
     .unpack = unpack,
@@ -869,8 +713,8 @@ const lynx_kernels lynx_avx512 = {
     .stream = stream,
     .unpack_folded = unpack_folded,
     .pack_folded = pack_folded,
-    .rank = rank,
-    .unrank = unrank,
+    .rank = lynx_avx512_rank,
+    .unrank = lynx_avx512_unrank,
     .rank_bound = rank_bound,
     .pack_row = pack_row,
     .unpack_row = unpack_row,

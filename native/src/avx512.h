@@ -4,11 +4,11 @@
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                          \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,f16c,lzcnt"))), \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bitalg,avx2,bmi,bmi2,popcnt,f16c,lzcnt"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,f16c,lzcnt,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bitalg,avx2,bmi,bmi2,popcnt,f16c,lzcnt,prefer-vector-width=512")
 #endif
 
 #include <immintrin.h>
@@ -17,6 +17,9 @@
 #include "words.h"
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* What was stored in an array is read from memory: compilers would take it out of the register, on the ports that vectors need. */
+#define IN_MEMORY(array) __asm__ volatile("" : "+m"(array))
 
 /* Of bytes of two registers, those of even positions. */
 #define FIRST_BYTES _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88, 86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0)
@@ -58,15 +61,6 @@ INLINE void transpose(__m512i *r, bool upper) {
     }
 }
 
-/* The channels whose plane p is in the anchor section. */
-INLINE void anchor_masks(const lynx_planes *planes, __mmask64 *masks, __mmask64 *used) {
-    const __m512i widths = load(planes->widths);
-    *used = planes->channels == ROW ? ~0ull : (1ull << planes->channels) - 1;
-    for (int p = 0; p < 8; p++) {
-        masks[p] = _mm512_mask_cmpgt_epu8_mask(*used, widths, _mm512_set1_epi8((char)p));
-    }
-}
-
 /* Of 32-bit lanes of a, then b: the upper or lower halves. */
 INLINE __m512i upper_words(__m512i a, __m512i b) {
     const __m512i odd = _mm512_add_epi16(_mm512_slli_epi16(_mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 1), _mm512_set1_epi16(1));
@@ -88,6 +82,44 @@ INLINE void even_odd(const float *in, __m512 *even, __m512 *odd) {
 /* Words that are not zero, with `shift` added. */
 INLINE __m512i shifted(__m512i words, __m512i shift) {
     return _mm512_mask_add_epi16(words, _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff)), words, shift);
+}
+
+/* --- numbers from codes ----------------------------------------------------------------------------------------
+ * A code C becomes a number by a byte permutation alone: in bits 8..15 of 0x47000000 it is LIFT + C. One fused multiply-add takes
+ * (LIFT + offset) * scale away: 16 bits times 8, which binary32 holds exactly, as it does the result. */
+
+#define LIFT 32768 /* added to codes */
+
+/* Scales of 64 groups, and what takes their offsets and LIFT away. */
+INLINE void lift(const lynx_params *params, float *less) {
+    for (int g = 0; g < ROW; g += 16) {
+        const __m512i offset = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(params->offset + g)));
+        const __m512 integer = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(-LIFT), offset));
+        _mm512_storeu_ps(less + g, _mm512_mul_ps(integer, _mm512_loadu_ps(params->scale + g)));
+    }
+}
+
+/* LIFT + C of 16 channels, of whose codes `place` has the positions in byte 1 of each lane. */
+INLINE __m512 lifted(__m512i codes, __m512i place) {
+    return _mm512_castsi512_ps(_mm512_mask_permutexvar_epi8(_mm512_set1_epi32(0x47000000), 0x2222222222222222ull, place, codes));
+}
+
+/* Of such codes the bits of integers times scales, plus `up`. */
+INLINE __m512i numbers(__m512 codes, __m512 scale, __m512 less, int up) {
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_fmadd_ps(codes, scale, less)), _mm512_set1_epi32(up));
+}
+
+/* Words of which `even` and `odd` hold those in even and odd places, in the upper halves of lanes. */
+INLINE __m512i joined(__m512i even, __m512i odd) {
+    const __m512i upper = _mm512_set1_epi32(0x03020302);
+    const __m512i lane = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    return _mm512_mask_shuffle_epi8(odd, 0x3333333333333333ull, even, _mm512_add_epi8(upper, lane));
+}
+
+/* For each lane, in byte 1, the place of channel first + 2 lane. */
+INLINE __m512i places(int first) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_slli_epi32(_mm512_add_epi32(_mm512_add_epi32(lane, lane), _mm512_set1_epi32(first)), 8);
 }
 
 #if defined(__clang__)

@@ -15,34 +15,44 @@ typedef struct {
     int left;         /* rows of this one, when not streamed */
     uint16_t *at;     /* of the next row, or of the line where it begins */
     ptrdiff_t stride; /* words */
-    bool streamed;    /* past the caches, in whole lines */
+    lynx_tail *tail;  /* not null: past the caches, in whole lines */
     int before;       /* words of the line that come before, when streamed */
     __mmask32 own;    /* words of the next line that are ours */
     __m512i last;     /* words that are still to be written, at its end */
     __m512i turn;     /* which of those and the next 32 make a line */
 } row_writer;
 
-INLINE row_writer write_rows(const lynx_stretch *stretches, ptrdiff_t stride, bool streamed) {
+INLINE row_writer write_rows(const lynx_stretch *stretches, ptrdiff_t stride, lynx_tail *tail) {
     uint16_t *rows = stretches->row;
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int before = (int)((uintptr_t)rows / 2 & 31);
-    /* Rows at odd words, which no tensor has, and rows apart that are not at lines go through the caches. */
-    streamed &= before == 0 ? stride % 32 == 0 : stride == ROW && before % 2 == 0 && (uintptr_t)rows % 2 == 0;
-    return (row_writer){.rows = stretches + 1,
-                        .left = stretches->count,
-                        .at = streamed ? rows - before : rows,
-                        .stride = stride,
-                        .streamed = streamed,
-                        .before = before,
-                        .own = ~0u << before,
-                        .last = _mm512_setzero_si512(),
-                        .turn = _mm512_add_epi32(lane, _mm512_set1_epi32(16 - before / 2))};
+    /* Rows at odd words or bytes, and rows apart that are not at lines, go through the caches. */
+    const bool whole = before == 0 ? stride % 32 == 0 : stride == ROW && before % 2 == 0;
+    const bool streamed = tail != NULL && (uintptr_t)rows % 2 == 0 && whole;
+    row_writer out = {.rows = stretches + 1,
+                      .left = stretches->count,
+                      .at = rows,
+                      .stride = stride,
+                      .tail = streamed ? tail : NULL,
+                      .before = before,
+                      .own = ~0u << before,
+                      .last = _mm512_setzero_si512(),
+                      .turn = _mm512_add_epi32(lane, _mm512_set1_epi32(16 - before / 2))};
+    if (streamed && before != 0) {
+        out.at -= before;
+        if (tail->count == before && tail->end == rows) {
+            out.own = ~0u;
+            out.last = load(tail->words);
+            tail->count = 0;
+        }
+    }
+    return out;
 }
 
 #define AHEAD 8 /* rows that are fetched: long strides and pages are not foreseen by hardware */
 
 INLINE void write_row(row_writer *out, __m512i first, __m512i second) {
-    if (!out->streamed) {
+    if (out->tail == NULL) {
         const uint16_t *ahead = out->left > AHEAD      ? out->at + AHEAD * out->stride
                                 : out->rows->count > 0 ? out->rows->row + (AHEAD - out->left) * out->stride
                                                        : out->at;
@@ -75,9 +85,12 @@ INLINE void write_row(row_writer *out, __m512i first, __m512i second) {
 }
 
 INLINE void end_rows(const row_writer *out) {
-    if (out->streamed && out->before != 0) {
-        const __m512i line = _mm512_permutexvar_epi32(out->turn, out->last);
-        _mm512_mask_storeu_epi16(out->at, (1u << out->before) - 1, line);
+    lynx_tail *tail = out->tail;
+    if (tail != NULL && out->before != 0) {
+        lynx_end_tail(tail);
+        tail->end = out->at + out->before;
+        tail->count = out->before;
+        store(tail->words, out->last);
     }
 }
 
@@ -86,20 +99,17 @@ INLINE void end_rows(const row_writer *out) {
 /* Planes of 64 channels, octet by octet. */
 typedef struct {
     const uint8_t *anchor, *rest; /* of the next octet; `rest` may be null */
-    __mmask64 masks[8];           /* channels with a plane in the anchor section */
-    uint8_t counts[8];            /* how many */
+    const uint64_t *masks;        /* channels with a plane in the anchor section */
+    const uint8_t *counts;        /* how many */
     bool upper;                   /* no planes but the first four */
 } plane_reader;
 
 INLINE plane_reader read_planes(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest) {
-    plane_reader reader = {.anchor = anchor, .rest = rest};
-    __mmask64 used;
-    anchor_masks(planes, reader.masks, &used);
-    for (int p = 0; p < 8; p++) {
-        reader.counts[p] = (uint8_t)_mm_popcnt_u64(reader.masks[p]);
-    }
-    reader.upper = rest == NULL && reader.masks[4] == 0;
-    return reader;
+    return (plane_reader){.anchor = anchor,
+                          .rest = rest,
+                          .masks = planes->in_anchor,
+                          .counts = planes->anchor_count,
+                          .upper = rest == NULL && planes->in_anchor[4] == 0};
 }
 
 INLINE void codes_of_octet(plane_reader *in, __m512i r[8]) {
@@ -122,37 +132,6 @@ INLINE void codes_of_octet(plane_reader *in, __m512i r[8]) {
 }
 
 /* --- words ---------------------------------------------------------------------------------------------------- */
-
-#define LIFT 32768 /* added to codes */
-
-/* Scales of 64 groups, and what takes their offsets and LIFT away. */
-INLINE void lift(const lynx_params *params, float *less) {
-    for (int g = 0; g < ROW; g += 16) {
-        const __m512i offset = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(params->offset + g)));
-        const __m512 integer = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(-LIFT), offset));
-        _mm512_storeu_ps(less + g, _mm512_mul_ps(integer, _mm512_loadu_ps(params->scale + g)));
-    }
-}
-
-/* Floats of 16 channels, of whose codes `place` has the positions in byte 1 of each lane. */
-INLINE __m512i numbers(__m512i codes, __m512i place, __m512 scale, __m512 less) {
-    const __m512i lifted = _mm512_mask_permutexvar_epi8(_mm512_set1_epi32(0x47000000), 0x2222222222222222ull, place, codes);
-    const __m512 number = _mm512_fmadd_ps(_mm512_castsi512_ps(lifted), scale, less);
-    return _mm512_add_epi32(_mm512_castps_si512(number), _mm512_set1_epi32(0x8000));
-}
-
-/* Words of which `even` and `odd` hold those in even and odd places, in the upper halves of lanes. */
-INLINE __m512i joined(__m512i even, __m512i odd) {
-    const __m512i upper = _mm512_set1_epi32(0x03020302);
-    const __m512i lane = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-    return _mm512_mask_shuffle_epi8(odd, 0x3333333333333333ull, even, _mm512_add_epi8(upper, lane));
-}
-
-/* For each lane, in byte 1, the place of channel first + 2 lane. */
-INLINE __m512i places(int first) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_slli_epi32(_mm512_add_epi32(_mm512_add_epi32(lane, lane), _mm512_set1_epi32(first)), 8);
-}
 
 /* Whether codes are outside their range. */
 INLINE __mmask64 outside(__m512i codes, __m512i low, __m512i high) {
@@ -199,7 +178,7 @@ INLINE bool words_as(int part, const lynx_planes *planes, const lynx_params *par
             }
             __m512i x[4];
             for (int i = 0; i < 4; i++) {
-                x[i] = numbers(r[t], places(32 * (i / 2) + i % 2), scale[i], less[i]);
+                x[i] = numbers(lifted(r[t], places(32 * (i / 2) + i % 2)), scale[i], less[i], 0x8000);
             }
             const __m512i a = joined(x[0], x[1]), b = joined(x[2], x[3]);
             if (part == LYNX_KEY) {
@@ -250,9 +229,7 @@ INLINE void words_by_table(int bits, const lynx_params *params, const uint8_t *a
             const int at = first + held * i;
             const __m512 scale = _mm512_permutexvar_ps(token, _mm512_castps128_ps512(_mm_loadu_ps(params->scale + at)));
             const __m512 minus = _mm512_permutexvar_ps(token, _mm512_castps128_ps512(_mm_loadu_ps(less_of + at)));
-            const __m512i half = _mm512_set1_epi32(0x8000);
-            const __m512i a = _mm512_add_epi32(_mm512_castps_si512(_mm512_fmadd_ps(even, scale, minus)), half);
-            const __m512i b = _mm512_add_epi32(_mm512_castps_si512(_mm512_fmadd_ps(odd, scale, minus)), half);
+            const __m512i a = numbers(even, scale, minus, 0x8000), b = numbers(odd, scale, minus, 0x8000);
             const __m512i words = joined(a, b);
             tables[i] = _mm512_mask_add_epi16(words, _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff)), words, most);
         }
@@ -268,9 +245,9 @@ INLINE void words_by_table(int bits, const lynx_params *params, const uint8_t *a
 }
 
 bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
-                       const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed,
-                       const lynx_stretch *rows, ptrdiff_t stride) {
-    row_writer out = write_rows(rows, stride, streamed);
+                       const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts,
+                       const lynx_stretch *rows, ptrdiff_t stride, lynx_tail *tail) {
+    row_writer out = write_rows(rows, stride, tail);
     bool good = true;
     if (part == LYNX_VALUE && codes == NULL && !full && planes->widths[0] == 3) {
         words_by_table(3, params, anchor, tokens, shifts, &out);

@@ -142,15 +142,6 @@ void lynx_measure(const lynx_tile *tile, uint64_t first, uint64_t last, lynx_siz
     }
 }
 
-/* Channels of the block that have a plane in a section. */
-static uint64_t channels_of(const lynx_planes *planes, int section, int plane) {
-    uint64_t mask = 0;
-    for (int c = 0; c < planes->channels; c++) {
-        mask |= (uint64_t)((plane < planes->widths[c]) == (section == ANCHOR_SECTION)) << c;
-    }
-    return mask;
-}
-
 static void set_folds(int part, bool fold, lynx_planes *planes) {
     for (int section = 0; section < 2; section++) {
         lynx_fold *f = &planes->fold[section];
@@ -164,7 +155,7 @@ static void set_folds(int part, bool fold, lynx_planes *planes) {
         }
         int rows = 0, folded = 0;
         for (int p = 0; p < 3; p++) {
-            f->rows[p] = channels_of(planes, section, p);
+            f->rows[p] = section == ANCHOR_SECTION ? planes->in_anchor[p] : planes->used & ~planes->in_anchor[p];
             f->folded_rows[p] = f->rows[p];
             rows += __builtin_popcountll(f->rows[p]);
         }
@@ -179,7 +170,7 @@ static void set_folds(int part, bool fold, lynx_planes *planes) {
     }
 }
 
-const lynx_setup *lynx_set_up(const lynx_tile *tile, const lynx_block *block, lynx_scratch *s) {
+const lynx_setup *lynx_set_up(const lynx_kernels *kernels, const lynx_tile *tile, const lynx_block *block, lynx_scratch *s) {
     lynx_setup *setup = &s->setups[block->channel / ROW % SETUPS];
     if (setup->head == block->head && setup->first == block->channel) {
         return setup;
@@ -196,6 +187,16 @@ const lynx_setup *lynx_set_up(const lynx_tile *tile, const lynx_block *block, ly
     planes->uniform = block->channels == ROW;
     for (int c = 1; c < ROW; c++) {
         planes->uniform &= planes->widths[c] == planes->widths[0];
+    }
+    planes->used = block->channels == ROW ? ~0ull : (1ull << block->channels) - 1;
+    memset(planes->in_anchor, 0, sizeof planes->in_anchor);
+    for (int c = 0; c < block->channels; c++) {
+        for (int p = 0; p < planes->widths[c]; p++) {
+            planes->in_anchor[p] |= 1ull << c;
+        }
+    }
+    for (int p = 0; p < 8; p++) {
+        planes->anchor_count[p] = (uint8_t)__builtin_popcountll(planes->in_anchor[p]);
     }
     set_folds(tile->part, tile->fold != 0, planes);
     setup->shifted = false;
@@ -217,29 +218,8 @@ const lynx_setup *lynx_set_up(const lynx_tile *tile, const lynx_block *block, ly
         planes->low[g] = width->offset;
         planes->high[g] = (uint8_t)(width->offset + width->range + 1);
     }
-    memset(planes->anchor_expand, 0x80, sizeof planes->anchor_expand);
-    memset(planes->anchor_compress, 0x80, sizeof planes->anchor_compress);
-    memset(planes->rest_expand, 0x80, sizeof planes->rest_expand);
-    memset(planes->rest_compress, 0x80, sizeof planes->rest_compress);
-    for (int p = 0; p < 8 && !planes->uniform; p++) {
-        uint8_t anchor = 0, rest = 0;
-        for (int lane = 0; lane < ROW; lane += 16) {
-            planes->anchor_rank[p][lane / 16] = anchor;
-            planes->rest_rank[p][lane / 16] = rest;
-            uint8_t in_anchor = 0, in_rest = 0;
-            for (uint8_t c = 0; c < 16 && lane + c < block->channels; c++) {
-                if (p < planes->widths[lane + c]) {
-                    planes->anchor_expand[p][lane + c] = in_anchor;
-                    planes->anchor_compress[p][lane + in_anchor++] = c;
-                } else {
-                    planes->rest_expand[p][lane + c] = in_rest;
-                    planes->rest_compress[p][lane + in_rest++] = c;
-                }
-            }
-            anchor = (uint8_t)(anchor + in_anchor);
-            rest = (uint8_t)(rest + in_rest);
-        }
-        planes->anchor_count[p] = anchor;
+    if (kernels->shuffles != NULL && !planes->uniform) {
+        kernels->shuffles(planes);
     }
     return setup;
 }

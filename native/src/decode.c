@@ -284,6 +284,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
     const bool streams = kernels->stream != NULL && levels->rank_table == NULL && values >= STREAMED && view->pages == NULL;
     const uint8_t *anchor = levels->anchor, *rest = levels->rest;
     uint64_t params = 0, ranks = 0;
+    lynx_tail tail = {.count = 0};
     *fault = (lynx_hq_fault){0};
     lynx_block block;
     for (lynx_first_block(tile, &block); block.index < last; lynx_next_block(tile, &block)) {
@@ -311,7 +312,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
         }
         if (block.index >= first) {
             prefetch_next(tile, view, &block, 0, true);
-            const lynx_setup *setup = lynx_set_up(tile, &block, s);
+            const lynx_setup *setup = lynx_set_up(kernels, tile, &block, s);
             const lynx_planes *planes = &setup->planes;
             if (!read_params(kernels, tile, &block, header, levels->params + params, (uint64_t)params_size,
                              levels->params_size - params, planes, rest != NULL,
@@ -328,8 +329,8 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
             } else {
                 /* Anchors and 8-bit values go past the caches where they are many, and exponents with them where no word can
                  * leave the range that they move. */
-                const bool tame = entry == NULL && is_tame(tile, setup, &s->params);
-                const bool direct = tame && block.channels == ROW && kernels->place != NULL;
+                const bool tame = is_tame(tile, setup, &s->params);
+                const bool direct = tame && entry == NULL && block.channels == ROW && kernels->place != NULL;
                 const bool streamed = !direct && streams && block.channels == ROW && view->token_stride == ROW;
                 const bool moved = setup->shifted && !tame;
                 const bool apart = streamed || moved;
@@ -355,8 +356,8 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                         make_readable(&sections, s);
                     }
                     good = kernels->place(tile->part, planes, &s->params, sections.anchor, sections.rest,
-                                          folded ? s->codes : NULL, rest != NULL, block.tokens, shifts, streams,
-                                          stretches, view->token_stride);
+                                          folded ? s->codes : NULL, rest != NULL, block.tokens, shifts, stretches,
+                                          view->token_stride, streams ? &tail : NULL);
                 } else if (rest != NULL) {
                     good = kernels->check(tile->part, s->codes, block.tokens, planes);
                 }
@@ -371,7 +372,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                     read_ranks(entry, levels->rank + ranks, &s->streams);
                     const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
                     if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,
-                                       &s->streams, to, stride) != LYNX_OK ||
+                                       &s->streams, shifts, to, stride) != LYNX_OK ||
                         !ranks_fit(&s->streams, entry)) {
                         return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
                     }
@@ -403,6 +404,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
             rest += rest_size;
         }
     }
+    lynx_end_tail(&tail);
     if (streams) {
         STREAM_FENCE();
     }

@@ -34,7 +34,7 @@ static const lynx_kernels *kernels_of(int isa) {
         return kernels_of(LYNX_ISA_AVX2) != NULL && __builtin_cpu_supports("avx512f") &&
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-                       __builtin_cpu_supports("avx512vbmi2")
+                       __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bitalg")
                    ? &lynx_avx512
                    : NULL;
 #elif defined(__aarch64__)

@@ -29,16 +29,13 @@ static bool choose_params(const lynx_kernels *kernels, const lynx_tile *tile, co
                           const lynx_planes *planes, const uint16_t *rows, ptrdiff_t stride, lynx_scratch *s) {
     lynx_params *params = &s->params;
     const int16_t limit = LYNX_DTYPES[tile->dtype].special;
-    bool odd = false, special = false;
+    bool special = false;
     for (int g = block->groups; g < ROW; g++) {
         s->low[g] = s->low[0]; /* unused groups repeat a used one */
         s->high[g] = s->high[0];
     }
-    for (int g = 0; g < ROW; g++) {
-        odd |= (s->low[g] == s->high[g]) | (s->high[g] >= limit) | (s->low[g] < -limit);
-    }
     params->constant = 0;
-    if (!odd) {
+    if (kernels->are_plain(tile->dtype, s->low, s->high)) {
         kernels->choose(tile->dtype, planes, s->low, s->high, params);
         return false;
     }
@@ -55,8 +52,10 @@ static bool choose_params(const lynx_kernels *kernels, const lynx_tile *tile, co
             finite_range(tile->part, tile->dtype, rows, stride, block, g, &low[g], &high[g]);
         }
     }
-    memset(low + block->groups, 0, sizeof low[0] * (size_t)(ROW - block->groups));
-    memset(high + block->groups, 0, sizeof high[0] * (size_t)(ROW - block->groups));
+    for (int g = block->groups; g < ROW; g++) {
+        low[g] = low[0];
+        high[g] = high[0];
+    }
     kernels->choose(tile->dtype, planes, low, high, params);
     for (int g = 0; g < block->groups; g++) {
         if (params->constant >> g & 1) {
@@ -67,39 +66,34 @@ static bool choose_params(const lynx_kernels *kernels, const lynx_tile *tile, co
     return special;
 }
 
-static int bit_length(uint32_t x) {
-    return x == 0 ? 0 : floor_log2(x) + 1;
-}
-
 /* Write the parameters, unless `header` is null. Returns their bytes. */
-static uint64_t write_params(const lynx_params *params, int groups, uint8_t *header, uint8_t *out) {
-    int s_low = UINT16_MAX, s_high = 0, z_low = INT16_MAX, z_high = INT16_MIN;
-    for (int g = 0; g < groups; g++) {
-        const int s = params->s[g], z = params->z[g];
-        s_low = s < s_low ? s : s_low;
-        s_high = s > s_high ? s : s_high;
-        z_low = z < z_low ? z : z_low;
-        z_high = z > z_high ? z : z_high;
-    }
-    const int s_bits = bit_length((uint32_t)(s_high - s_low) / SCALE_UNIT), z_bits = bit_length((uint32_t)(z_high - z_low));
+static uint64_t write_params(const lynx_kernels *kernels, const lynx_params *params, int groups, uint8_t *header, uint8_t *out) {
+    lynx_packed packed;
+    kernels->pack_params(params, &packed);
     const bool raw = params->constant != 0;
-    const uint32_t bits = raw ? 32 : (uint32_t)(s_bits + z_bits);
-    const uint64_t size = ((uint64_t)groups * bits + 7) / 8;
+    const uint32_t bits = (uint32_t)(packed.s_bits + packed.z_bits);
+    const uint64_t size = raw ? 4 * (uint64_t)groups : ((uint64_t)groups * bits + 7) / 8;
     if (header == NULL) {
         return size;
     }
-    store16(header, raw ? 0 : (uint32_t)s_low);
-    store16(header + 2, raw ? 0 : (uint32_t)z_low);
-    header[4] = (uint8_t)(raw ? RAW_PARAMS : s_bits);
-    header[5] = (uint8_t)(raw ? RAW_PARAMS : z_bits);
-    uint8_t packed[4 * ROW + 8]; /* the writer stores 8 bytes at a time */
-    bit_writer writer = {packed, 0, 0};
-    for (int g = 0; g < groups; g++) {
-        const uint32_t plain = (uint32_t)(params->s[g] - s_low) / SCALE_UNIT | (uint32_t)(params->z[g] - z_low) << s_bits;
-        const uint32_t z = params->constant >> g & 1 ? params->word[g] : (uint16_t)params->z[g];
-        put(&writer, raw ? params->s[g] | z << 16 : plain, bits);
+    store16(header, raw ? 0 : (uint32_t)packed.s_low);
+    store16(header + 2, raw ? 0 : (uint32_t)packed.z_low);
+    header[4] = (uint8_t)(raw ? RAW_PARAMS : packed.s_bits);
+    header[5] = (uint8_t)(raw ? RAW_PARAMS : packed.z_bits);
+    if (raw) {
+        for (int g = 0; g < groups; g++) {
+            store16(out + 4 * g, params->s[g]);
+            store16(out + 4 * g + 2, params->constant >> g & 1 ? params->word[g] : (uint16_t)params->z[g]);
+        }
+        return size;
     }
-    memcpy(out, packed, size);
+    uint8_t stream[4 * ROW + 8]; /* the writer stores 8 bytes at a time */
+    bit_writer writer = {stream, 0, 0};
+    for (int g = 0; g < groups; g += 2) {
+        const uint32_t width = g + 1 < groups ? 2 * bits : bits;
+        put(&writer, packed.pairs[g / 2] & ((1ull << width) - 1), width);
+    }
+    memcpy(out, stream, size);
     return size;
 }
 
@@ -137,7 +131,7 @@ static void pack_planes(const lynx_kernels *kernels, const lynx_block *block, co
     if (planes->uniform) {
         kernels->pack(planes, codes, block->tokens, *anchor, *rest);
     } else {
-        kernels->pack(planes, codes, block->tokens, s->anchor, s->rest);
+        kernels->pack(planes, codes, block->tokens, *anchor == NULL ? NULL : s->anchor, *rest == NULL ? NULL : s->rest);
     }
     if (*anchor != NULL) {
         if (!planes->uniform) {
@@ -259,13 +253,14 @@ static const uint16_t *block_rows(const lynx_kernels *kernels, const lynx_view *
 }
 
 void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges, uint16_t *sizes, int8_t *biases,
-                  void *scratch) {
+                  int16_t *extremes, void *scratch) {
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = lynx_scratch_of(scratch);
+    const uint64_t columns = (tile->head_dim + ROW - 1) / ROW, groups = ((uint64_t)tile->tokens + ROW - 1) / ROW;
     for (uint32_t head = 0; head < tile->heads; head++) {
         for (uint32_t channel = 0; channel < tile->head_dim; channel += ROW) {
-            uint64_t range[ROW] = {0}, size[ROW] = {0};
-            uint32_t count[ROW] = {0}, negative[ROW] = {0};
+            lynx_spread sums = {0};
+            uint32_t negative[ROW] = {0};
             lynx_block block = {.head = head, .channel = channel};
             block.channels = tile->head_dim - channel < ROW ? (int)(tile->head_dim - channel) : ROW;
             for (; block.token < tile->tokens; block.token += ROW) {
@@ -275,33 +270,45 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges
                     prefetch_next(tile, view, &block, quarter, false);
                 }
                 const uint16_t *rows = block_rows(kernels, view, &block, NULL, &stride, s);
-                uint16_t ranges_of[ROW], sizes_of[ROW], signs[ROW];
-                kernels->survey(tile->dtype, rows, stride, block.tokens, ranges_of, sizes_of, signs);
-                for (int c = 0; c < ROW; c++) {
+                const uint64_t index = (head * groups + block.token / ROW) * columns + channel / ROW;
+                int16_t *low = extremes == NULL ? s->low : extremes + 2 * ROW * index;
+                int16_t *high = extremes == NULL ? s->high : low + ROW;
+                uint16_t signs[ROW];
+                kernels->survey(rows, stride, block.tokens, low, high, biases == NULL ? NULL : signs);
+                kernels->add_spreads(tile->dtype, low, high, &sums);
+                for (int c = 0; c < ROW && biases != NULL; c++) {
                     negative[c] += signs[c];
-                    range[c] += ranges_of[c];
-                    size[c] += sizes_of[c];
-                    count[c] += sizes_of[c] != 0;
                 }
             }
             for (int c = 0; c < block.channels; c++) {
                 const uint64_t at = (uint64_t)head * tile->head_dim + channel + (uint64_t)c;
-                ranges[at] = (uint16_t)(count[c] == 0 ? LEAST_SPREAD : range[c] / count[c]);
-                sizes[at] = (uint16_t)(count[c] == 0 ? LEAST_SPREAD : size[c] / count[c]);
-                biases[at] = bias_of(tile->tokens, negative[c]);
+                const uint32_t count = sums.count[c];
+                ranges[at] = (uint16_t)(count == 0 ? LEAST_SPREAD : sums.range[c] / count);
+                sizes[at] = (uint16_t)(count == 0 ? LEAST_SPREAD : sums.size[c] / count);
+                if (biases != NULL) {
+                    biases[at] = bias_of(tile->tokens, negative[c]);
+                }
             }
         }
     }
 }
 
-void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, lynx_encoded *out,
-                 void *scratch) {
+/* Bytes that will be written, so that the lines are there by then. */
+static void prefetch(const uint8_t *p, uint64_t size) {
+    for (uint64_t i = 0; p != NULL && i < size; i += 64) {
+        __builtin_prefetch(p + i, 1);
+    }
+}
+
+void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, const int16_t *extremes,
+                 lynx_encoded *out, void *scratch) {
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = lynx_scratch_of(scratch);
     forget_setups(s);
     uint8_t *fold_table = tile->fold ? out->fold_table : NULL, *rest_table = tile->fold ? out->rest_table : NULL;
     uint8_t *anchor = out->anchor, *rest = out->rest, *headers = out->param_headers, *params = out->params;
     uint8_t *table = out->rank_table, *ranks = out->rank;
+    uint64_t last_ranks = 0; /* bytes of the block before */
     lynx_hq_piece *made = &out->made;
     *made = (lynx_hq_piece){.first = first, .last = last};
     lynx_block block;
@@ -309,13 +316,21 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         if (block.index < first) {
             continue;
         }
-        const lynx_setup *setup = lynx_set_up(tile, &block, s);
+        const lynx_setup *setup = lynx_set_up(kernels, tile, &block, s);
         const lynx_planes *planes = &setup->planes;
         const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
+        prefetch(anchor, (uint64_t)block.octets * planes->anchor_octet);
+        prefetch(rest, (uint64_t)block.octets * planes->rest_octet);
+        prefetch(ranks, last_ranks);
         ptrdiff_t stride;
         prefetch_next(tile, view, &block, 0, false);
         const uint16_t *rows = block_rows(kernels, view, &block, setup, &stride, s);
-        kernels->range(tile->part, rows, stride, block.tokens, s->low, s->high);
+        if (extremes != NULL) {
+            memcpy(s->low, extremes + 2 * ROW * block.index, sizeof s->low);
+            memcpy(s->high, extremes + 2 * ROW * block.index + ROW, sizeof s->high);
+        } else {
+            kernels->range(tile->part, rows, stride, block.tokens, s->low, s->high);
+        }
         prefetch_next(tile, view, &block, 1, false);
         const bool special = choose_params(kernels, tile, &block, planes, rows, stride, s);
         const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
@@ -331,7 +346,7 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
             pack_planes(kernels, &block, planes, s->codes, s, &anchor, &rest);
         }
         prefetch_next(tile, view, &block, 3, false);
-        const uint64_t params_size = write_params(&s->params, block.groups, headers, params);
+        const uint64_t params_size = write_params(kernels, &s->params, block.groups, headers, params);
         made->params += params_size;
         if (headers != NULL) {
             params += params_size;
@@ -359,7 +374,8 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
             take_rows(view, &block, ranks, 2 * (size_t)block.channels);
             ranks += 2 * block.tokens * block.channels;
         } else {
-            ranks += write_ranks(&s->streams, table, ranks);
+            last_ranks = write_ranks(&s->streams, table, ranks);
+            ranks += last_ranks;
         }
         table += RANK_HEADER;
     }

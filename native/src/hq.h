@@ -61,12 +61,14 @@ bool lynx_folds_rest(const lynx_tile *tile);
 void lynx_measure(const lynx_tile *tile, uint64_t first, uint64_t last, lynx_sizes *sizes);
 
 /* What an encoder has to know of the channels, [heads][head_dim]: their ranges and sizes as bfloat16 words (means over
- * blocks of the range and of the largest magnitude), and how far they lie from zero; spec/codec-hq.md, "Spreads" and
- * "Folding". */
+ * blocks of the range and of the largest magnitude), and, unless `biases` is null, how far they lie from zero;
+ * spec/codec-hq.md, "Spreads" and "Folding". With `extremes` not null, for each block the least and largest ordered words of 64
+ * channels, which encode key tiles faster. */
 void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges, uint16_t *sizes, int8_t *biases,
-                  void *scratch);
-void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, lynx_encoded *out,
-                 void *scratch);
+                  int16_t *extremes, void *scratch);
+/* `extremes`: of key tiles without exponents, or null. */
+void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, const int16_t *extremes,
+                 lynx_encoded *out, void *scratch);
 /* Check that headers and tables add up to the sections' sizes: the totals only, no values. */
 int lynx_check(const lynx_tile *tile, const lynx_levels *levels, lynx_hq_fault *fault);
 /* Decode blocks [first, last). lynx_check must have passed for the same levels. */
@@ -133,7 +135,7 @@ static inline void forget_setups(lynx_scratch *s) {
 }
 
 /* The block's column set up for the kernels, which may be so from an earlier block. */
-const lynx_setup *lynx_set_up(const lynx_tile *tile, const lynx_block *block, lynx_scratch *s);
+const lynx_setup *lynx_set_up(const lynx_kernels *kernels, const lynx_tile *tile, const lynx_block *block, lynx_scratch *s);
 
 /* --- views ---------------------------------------------------------------------------------------------------- */
 

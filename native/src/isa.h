@@ -39,19 +39,22 @@ typedef struct {
     uint8_t widths[ROW];      /* 255 beyond `channels` */
     uint16_t anchor_octet;    /* bytes of an octet in the anchor section: the sum of the widths */
     uint16_t rest_octet;      /* 8 * channels - anchor_octet */
-    uint8_t anchor_count[8];  /* channels of plane p in the anchor section */
-    uint8_t anchor_rank[8][4]; /* how many channels of plane p come before channel 16 q */
-    uint8_t rest_rank[8][4];
-    /* Byte shuffles of lanes of 16 channels; 0x80 = none. Expanding: the place of a channel's byte among those of
-     * its lane. Compressing: the channel whose byte comes at a place. */
-    uint8_t anchor_expand[8][ROW], anchor_compress[8][ROW];
-    uint8_t rest_expand[8][ROW], rest_compress[8][ROW];
+    uint64_t used;            /* a bit for each channel that there is, */
+    uint64_t in_anchor[8];    /* and for those with plane p in the anchor section */
+    uint8_t anchor_count[8];  /* how many those are */
     /* What the widths mean for each of the block's groups; spec/codec-hq.md, "Widths". */
     float steps[ROW];            /* R */
     int16_t full[ROW], base[ROW]; /* o, and the anchor's lowest integer */
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
     lynx_fold fold[2];           /* of the anchor section, of the rest section */
     int16_t bias[ROW];           /* how far a value channel's centre lies from the token's, in codes */
+    /* What follows is there if an instruction set has `shuffles`, and the planes are not uniform. */
+    uint8_t anchor_rank[8][4]; /* how many channels of plane p come before channel 16 q */
+    uint8_t rest_rank[8][4];
+    /* Byte shuffles of lanes of 16 channels; 0x80 = none. Expanding: the place of a channel's byte among those of
+     * its lane. Compressing: the channel whose byte comes at a place. */
+    uint8_t anchor_expand[8][ROW], anchor_compress[8][ROW];
+    uint8_t rest_expand[8][ROW], rest_compress[8][ROW];
 } lynx_planes;
 
 /* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
@@ -65,6 +68,25 @@ typedef struct {
     uint64_t constant;   /* bit per group */
     uint16_t s_least, s_most; /* of used groups (decoder only) */
 } lynx_params;
+
+/* Words that wait for the rest of their line. */
+typedef struct {
+    uint16_t *end; /* where they end */
+    int count;     /* less than a line has; 0: there are none */
+    uint16_t words[32];
+} lynx_tail;
+
+/* Parameters of a block as fields, two and two, the first in the lower bits. */
+typedef struct {
+    int s_bits, z_bits, s_low, z_low;
+    uint64_t pairs[ROW / 2];
+} lynx_packed;
+
+/* Sums over blocks of the ranges and sizes of channels, as bfloat16 words, and how many blocks those are. */
+typedef struct {
+    uint64_t range[ROW], size[ROW];
+    uint32_t count[ROW];
+} lynx_spread;
 
 /* Parameters of a block as received: s is s_low + 4 times a field, z is z_low + the next. */
 typedef struct {
@@ -97,16 +119,23 @@ typedef struct {
 } lynx_stretch;
 
 typedef struct {
+    /* Make the shuffles of planes that are not uniform; null: not used. */
+    void (*shuffles)(lynx_planes *planes);
     /* Extremes of each group in the ordered-integer domain, w ^ ((w >> 15) & 0x7fff), where -0 differs from +0. */
     void (*range)(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
-    /* Spreads of channels: range and size as bfloat16 words, 0 for those with special words; and how many have a sign. */
-    void (*survey)(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *range, uint16_t *size,
-                   uint16_t *signs);
+    /* The same of channels, by the encoder's first look at the words; and how many have a sign, if `signs` is not null. */
+    void (*survey)(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs);
+    /* Spreads of channels are added to sums; not those with special words. */
+    void (*add_spreads)(int dtype, const int16_t *low, const int16_t *high, lynx_spread *sums);
     /* Parameters from a block's fields, for codes that are `full` or anchors with zeros below. False if some are out of
      * range. */
     bool (*params)(const lynx_fields *in, const lynx_planes *planes, bool full, lynx_params *params);
+    /* Whether 64 groups with these extremes are neither constant nor hold special words. */
+    bool (*are_plain)(int dtype, const int16_t *low, const int16_t *high);
     /* Scale and zero point of 64 groups from their extremes; none may be constant or hold special words. */
     void (*choose)(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params);
+    /* Fields of parameters, unless the block has constant groups. Unused groups repeat a used one. */
+    void (*pack_params)(const lynx_params *params, lynx_packed *packed);
     /* Codes. Only the portable kernel takes special words and constant groups. */
     void (*quantise)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
                      const lynx_params *params, uint8_t *codes);
@@ -123,19 +152,22 @@ typedef struct {
     void (*dequantise)(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
                        const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
     /* Words straight from planes, or from codes if those are not null, to rows of 64 channels in stretches of one stride, behind
-     * which an empty one lies; one of them past the caches if asked for (STREAM_FENCE); null where there is none. bfloat16 with scales of at most MOST_PLACED and without constant groups;
-     * words with `shifts` may not leave the range that exponents move. With `full` codes are checked: false for one that is
-     * not valid. Reads as `unpack` does. */
+     * which an empty one lies; null where there is none. With `tail` not null past the caches (STREAM_FENCE), in whole lines:
+     * there is one stretch then, and the words of the last line are left in the tail. bfloat16 with scales of at most MOST_PLACED
+     * and without constant groups; words with `shifts` may not leave the range that exponents move. With `full` codes are
+     * checked: false for one that is not valid. Reads as `unpack` does. */
     bool (*place)(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor, const uint8_t *rest,
-                  const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed,
-                  const lynx_stretch *rows, ptrdiff_t stride);
+                  const uint8_t *codes, bool full, int tokens, const int16_t *shifts, const lynx_stretch *rows, ptrdiff_t stride,
+                  lynx_tail *tail);
     /* A copy past the caches; null where there is none. The caller has to order it (STREAM_FENCE). */
     void (*stream)(uint16_t *to, const uint16_t *rows, size_t words);
-    /* Level 2. `unrank` returns LYNX_OK or LYNX_ERR_RANK; it leaves in the streams' counters what it has used. */
+    /* Level 2. `unrank` returns LYNX_OK or LYNX_ERR_RANK; it leaves in the streams' counters what it has used. It multiplies
+     * words by the powers of two of `shifts`, if that is not null: words but those of integer 0 may not leave the range that
+     * exponents move. */
     void (*rank)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                  int channels, const lynx_params *params, lynx_streams *streams);
     int (*unrank)(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride);
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
     /* Folding, a step at a time; null where it is done at once, below. Codes with their top bits replaced by their place around
      * a centre, in folded channels, and back in place in those of the anchor or of both sections. `zeros`: z + o of each token;
      * null: centres by the token before. Rows of `centred` up to the next multiple of 8 are zeros. */
@@ -166,6 +198,14 @@ typedef struct {
     void (*unpack_row)(int word_bytes, const uint8_t *const *planes, size_t count, void *words);
 } lynx_kernels;
 
+/* Words of a tail to their place. They are the last ones in it. */
+static inline void lynx_end_tail(lynx_tail *tail) {
+    if (tail->count != 0) {
+        memcpy(tail->end - tail->count, tail->words + 32 - tail->count, 2 * (size_t)tail->count);
+        tail->count = 0;
+    }
+}
+
 #define MOST_PLACED 0x7480 /* 2^106, as a word */
 
 #if defined(__x86_64__)
@@ -173,10 +213,6 @@ typedef struct {
 #else
 #define STREAM_FENCE()
 #endif
-
-/* Words that rescaling moves round: magnitude words from 2^-111 up to those that are special. */
-#define RESCALE_FIRST 0x0800
-#define RESCALE_COUNT (0x7e80 - RESCALE_FIRST)
 
 #define MAX_ZERO_POINT 1024
 #define SCALE_UNIT 4 /* scales have 6 significant bits: a multiple of 4 as bfloat16 words */
@@ -193,8 +229,12 @@ extern const lynx_kernels lynx_scalar;
 #if defined(__x86_64__)
 extern const lynx_kernels lynx_avx2, lynx_avx512;
 bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
-                       const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts, bool streamed,
-                       const lynx_stretch *rows, ptrdiff_t stride);
+                       const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts,
+                       const lynx_stretch *rows, ptrdiff_t stride, lynx_tail *tail);
+void lynx_avx512_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                      int channels, const lynx_params *params, lynx_streams *streams);
+int lynx_avx512_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                       lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
 #elif defined(__aarch64__)
 extern const lynx_kernels lynx_neon;
 #endif

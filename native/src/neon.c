@@ -141,10 +141,14 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
             for (int lane = 0; lane < 4; lane++) { /* later stores cover what earlier ones overrun */
                 const uint8x16_t v = r[lane][7 - p];
                 if (!planes->uniform) {
-                    vst1q_u8(anchor + planes->anchor_rank[p][lane],
-                             vqtbl1q_u8(v, vld1q_u8(planes->anchor_compress[p] + 16 * lane)));
-                    vst1q_u8(rest + planes->rest_rank[p][lane],
-                             vqtbl1q_u8(v, vld1q_u8(planes->rest_compress[p] + 16 * lane)));
+                    if (anchor != NULL) {
+                        vst1q_u8(anchor + planes->anchor_rank[p][lane],
+                                 vqtbl1q_u8(v, vld1q_u8(planes->anchor_compress[p] + 16 * lane)));
+                    }
+                    if (rest != NULL) {
+                        vst1q_u8(rest + planes->rest_rank[p][lane],
+                                 vqtbl1q_u8(v, vld1q_u8(planes->rest_compress[p] + 16 * lane)));
+                    }
                 } else if (p < bits && anchor != NULL) {
                     vst1q_u8(anchor + ROW * p + 16 * lane, v);
                 } else if (p >= bits && rest != NULL) {
@@ -152,8 +156,8 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
                 }
             }
             if (!planes->uniform) {
-                anchor += planes->anchor_count[p];
-                rest += planes->channels - planes->anchor_count[p];
+                anchor = anchor == NULL ? NULL : anchor + planes->anchor_count[p];
+                rest = rest == NULL ? NULL : rest + planes->channels - planes->anchor_count[p];
             }
         }
         if (planes->uniform) {
@@ -317,9 +321,9 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     if (dtype == LYNX_FLOAT16) {
-        return lynx_scalar.unrank(part, dtype, codes, tokens, channels, params, streams, rows, stride);
+        return lynx_scalar.unrank(part, dtype, codes, tokens, channels, params, streams, shifts, rows, stride);
     }
     uint32_t a_bits = 0, b_bits = 0;
     zero_list zeros;
@@ -341,12 +345,12 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
             const uint32_t above = (streams->more[b_bits >> 3] >> (b_bits & 7) & more) << width;
             a_bits += (uint32_t)width;
             b_bits += more;
-            rows[t * stride + c] = (uint16_t)((low[c] + field + above) | sign[c]);
+            rows[t * stride + c] = (uint16_t)(((low[c] + field + above) | sign[c]) + (uint32_t)(shifts == NULL ? 0 : shifts[c]));
         }
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
-    return unrank_zeros(part, dtype, &zeros, rows, stride, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
+    return unrank_zeros(part, dtype, &zeros, shifts, rows, stride, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 /* As in avx2.c. */
@@ -381,11 +385,41 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
     lynx_scalar.unpack_row(word_bytes, planes, count, words);
 }
 
+static void shuffles(lynx_planes *planes) {
+    memset(planes->anchor_expand, 0x80, sizeof planes->anchor_expand);
+    memset(planes->anchor_compress, 0x80, sizeof planes->anchor_compress);
+    memset(planes->rest_expand, 0x80, sizeof planes->rest_expand);
+    memset(planes->rest_compress, 0x80, sizeof planes->rest_compress);
+    for (int p = 0; p < 8; p++) {
+        uint8_t anchor = 0, rest = 0;
+        for (int lane = 0; lane < ROW; lane += 16) {
+            planes->anchor_rank[p][lane / 16] = anchor;
+            planes->rest_rank[p][lane / 16] = rest;
+            uint8_t in_anchor = 0, in_rest = 0;
+            for (uint8_t c = 0; c < 16 && lane + c < planes->channels; c++) {
+                if (p < planes->widths[lane + c]) {
+                    planes->anchor_expand[p][lane + c] = in_anchor;
+                    planes->anchor_compress[p][lane + in_anchor++] = c;
+                } else {
+                    planes->rest_expand[p][lane + c] = in_rest;
+                    planes->rest_compress[p][lane + in_rest++] = c;
+                }
+            }
+            anchor = (uint8_t)(anchor + in_anchor);
+            rest = (uint8_t)(rest + in_rest);
+        }
+    }
+}
+
 const lynx_kernels lynx_neon = {
+    .shuffles = shuffles,
     .range = range,
     .survey = survey,
+    .add_spreads = add_spreads,
     .params = params,
+    .are_plain = are_plain,
     .choose = choose,
+    .pack_params = pack_params,
     .quantise = quantise,
     .pack = pack,
     .unpack = unpack,

@@ -10,13 +10,15 @@ enum { CODED = 0, STORED = 1 };
 /* What a channel gains with its bit 0, 1, ..., in units of 1/64 octave of KL: "Widths by range". */
 static const int16_t GAINS[MAX_RANGE_WIDTH] = {-315, -392, -475, -614, -756, -891, -1022};
 
-/* Followed by the tile's tables: widths, exponents, biases; then, for the encoder, ranges and sizes of channels. */
+/* Followed by the tile's tables: widths, exponents, biases; then, for the encoder, ranges and sizes of channels, and the
+ * extremes of channels in each block where widths go by range. */
 typedef struct {
     lynx_tile tile;
     int levels;
     bool by_range, scaled, biased; /* tables that the tile carries */
     uint64_t channels, side, fold_table, rest_table; /* heads * head_dim; bytes of the tables in payloads */
     lynx_sizes sizes;
+    int16_t *extremes;     /* null: not known */
     lynx_levels in;        /* of opened payloads */
     uint64_t starts[4];    /* of the sections of faults, */
     int32_t level_of[4];   /* and their levels */
@@ -100,7 +102,8 @@ int lynx_hq_measure(const lynx_hq_config *config, lynx_hq_bounds *bounds) {
                                                            ((config->head_dim + ROW - 1) / ROW);
     const uint64_t table = config->fold ? FOLD_HEADER * blocks : 0;
     const uint64_t last = RANK_HEADER * blocks + 2 * channels * config->tokens;
-    *bounds = (lynx_hq_bounds){.blocks = blocks, .plan = sizeof(lynx_plan) + 3 * channels + 4 * channels + 8};
+    const uint64_t extremes = config->widths == NULL ? 4 * ROW * blocks : 0;
+    *bounds = (lynx_hq_bounds){.blocks = blocks, .plan = sizeof(lynx_plan) + 3 * channels + 4 * channels + extremes + 8};
     bounds->level[0] = HEADER + 3 * ((channels + 1) / 2) + table + octets * anchor + PARAM_HEADER * blocks + 4 * groups;
     bounds->level[1] = config->levels > 1 ? HEADER + table + octets * rest + (config->levels == 2 ? last : 0) : 0;
     bounds->level[2] = config->levels > 2 ? HEADER + last : 0;
@@ -183,10 +186,11 @@ int lynx_hq_prepare(const lynx_hq_config *config, const lynx_view *view, void *m
     if (plan->by_range || plan->scaled || plan->biased) {
         uint16_t *ranges = (uint16_t *)(((uintptr_t)table_of(plan, 3) + 1) & ~(uintptr_t)1);
         uint16_t *sizes = ranges + plan->channels;
-        int8_t *biases = (int8_t *)table_of(plan, 2);
+        int8_t *biases = plan->biased ? (int8_t *)table_of(plan, 2) : NULL;
         lynx_tile tile = plan->tile;
         tile.exponents = NULL;
-        lynx_spreads(&tile, view, ranges, sizes, biases, scratch);
+        plan->extremes = plan->by_range ? (int16_t *)sizes + plan->channels : NULL;
+        lynx_spreads(&tile, view, ranges, sizes, biases, plan->extremes, scratch);
         if (plan->by_range) {
             weigh(ranges, sizes, config->heads, config->head_dim);
             choose_widths(ranges, plan->channels, config->range_bits, table_of(plan, 0));
@@ -245,7 +249,7 @@ int lynx_hq_encode(const void *memory, const lynx_view *view, uint64_t first, ui
         out.rank_table = rank + at.rank_table + RANK_HEADER * first;
         out.rank = rank + at.rank + before.max_rank;
     }
-    lynx_encode(&plan->tile, view, first, last, &out, scratch);
+    lynx_encode(&plan->tile, view, first, last, plan->extremes, &out, scratch);
     *piece = out.made;
     return LYNX_OK;
 }

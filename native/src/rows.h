@@ -6,8 +6,8 @@
 #include "params.h"
 #include "words.h"
 
-/* Of channels' extremes, the bfloat16 words not below their range and their largest magnitude; 0 for special words. */
-static void spread_words(int dtype, const int16_t *low, const int16_t *high, uint16_t *range, uint16_t *size) {
+/* Of channels' extremes, the bfloat16 words not below their range and their largest magnitude. */
+static void add_spreads(int dtype, const int16_t *low, const int16_t *high, lynx_spread *sums) {
     const int16_t limit = LYNX_DTYPES[dtype].special;
     float least[ROW], largest[ROW];
     if (dtype == LYNX_BFLOAT16) {
@@ -23,34 +23,34 @@ static void spread_words(int dtype, const int16_t *low, const int16_t *high, uin
     }
     for (int c = 0; c < ROW; c++) {
         const float far = -least[c] > largest[c] ? -least[c] : largest[c];
-        const int tame = (high[c] < limit) & (low[c] >= -limit);
+        const uint32_t tame = (high[c] < limit) & (low[c] >= -limit) ? ~0u : 0;
         const uint32_t r = (float_bits(largest[c] - least[c]) + 0xffffu) >> 16, f = (float_bits(far) + 0xffffu) >> 16;
         /* 0x8000: nothing but -0 */
-        range[c] = (uint16_t)(tame ? r < LEAST_SPREAD || r >= 0x8000 ? LEAST_SPREAD : r : 0);
-        size[c] = (uint16_t)(tame ? f < LEAST_SPREAD || f >= 0x8000 ? LEAST_SPREAD : f : 0);
+        sums->range[c] += (r < LEAST_SPREAD || r >= 0x8000 ? LEAST_SPREAD : r) & tame;
+        sums->size[c] += (f < LEAST_SPREAD || f >= 0x8000 ? LEAST_SPREAD : f) & tame;
+        sums->count[c] += tame & 1;
     }
 }
 
 #ifndef ROWS_SURVEY /* an instruction set may bring its own */
-static void survey(int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *range, uint16_t *size,
-                   uint16_t *signs) {
-    int16_t least[ROW], largest[ROW];
+static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
     uint16_t negative[ROW];
     for (int c = 0; c < ROW; c++) {
-        least[c] = INT16_MAX;
-        largest[c] = INT16_MIN;
+        low[c] = INT16_MAX;
+        high[c] = INT16_MIN;
         negative[c] = 0;
     }
     for (int t = 0; t < tokens; t++, rows += stride) {
         for (int c = 0; c < ROW; c++) {
             const int16_t o = ordered(rows[c]);
-            least[c] = o < least[c] ? o : least[c];
-            largest[c] = o > largest[c] ? o : largest[c];
+            low[c] = o < low[c] ? o : low[c];
+            high[c] = o > high[c] ? o : high[c];
             negative[c] = (uint16_t)(negative[c] + (rows[c] >> 15));
         }
     }
-    spread_words(dtype, least, largest, range, size);
-    memcpy(signs, negative, sizeof negative);
+    if (signs != NULL) {
+        memcpy(signs, negative, sizeof negative);
+    }
 }
 #endif
 
@@ -88,18 +88,45 @@ static bool params(const lynx_fields *in, const lynx_planes *planes, bool full, 
     return least >= in->least && most <= in->largest && far <= MAX_ZERO_POINT;
 }
 
+static bool are_plain(int dtype, const int16_t *low, const int16_t *high) {
+    const int16_t limit = LYNX_DTYPES[dtype].special;
+    int16_t odd = 0;
+    for (int g = 0; g < ROW; g++) {
+        odd |= (low[g] == high[g]) | (high[g] >= limit) | (low[g] < -limit) ? -1 : 0;
+    }
+    return odd == 0;
+}
+
+static void pack_params(const lynx_params *params, lynx_packed *packed) {
+    int s_low = UINT16_MAX, s_high = 0, z_low = INT16_MAX, z_high = INT16_MIN;
+    for (int g = 0; g < ROW; g++) {
+        const int s = params->s[g], z = params->z[g];
+        s_low = s < s_low ? s : s_low;
+        s_high = s > s_high ? s : s_high;
+        z_low = z < z_low ? z : z_low;
+        z_high = z > z_high ? z : z_high;
+    }
+    const uint32_t s_most = (uint32_t)(s_high - s_low) / SCALE_UNIT, z_most = (uint32_t)(z_high - z_low);
+    packed->s_bits = s_most == 0 ? 0 : floor_log2(s_most) + 1;
+    packed->z_bits = z_most == 0 ? 0 : floor_log2(z_most) + 1;
+    packed->s_low = s_low;
+    packed->z_low = z_low;
+    const int s_bits = packed->s_bits, bits = s_bits + packed->z_bits;
+    uint32_t field[ROW];
+    for (int g = 0; g < ROW; g++) {
+        field[g] = (uint32_t)(params->s[g] - s_low) / SCALE_UNIT | (uint32_t)(params->z[g] - z_low) << s_bits;
+    }
+    for (int g = 0; g < ROW / 2; g++) {
+        packed->pairs[g] = field[2 * g] | (uint64_t)field[2 * g + 1] << bits;
+    }
+}
+
 #ifndef ROWS_RESCALE
 static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                     ptrdiff_t out_stride) {
     for (int t = 0; t < tokens; t++, rows += stride, out += out_stride) {
         for (int c = 0; c < ROW; c++) {
-            const uint16_t word = rows[c], magnitude = word & 0x7fff;
-            const uint16_t from = (uint16_t)(magnitude - RESCALE_FIRST); /* large for words below the first */
-            int16_t to = (int16_t)((int16_t)from - shifts[c]);
-            to = (int16_t)(to < 0 ? to + RESCALE_COUNT : to);
-            to = (int16_t)(to >= RESCALE_COUNT ? to - RESCALE_COUNT : to);
-            const uint16_t moved = (uint16_t)((word & 0x8000) | (to + RESCALE_FIRST));
-            out[c] = from < RESCALE_COUNT ? moved : word;
+            out[c] = rescaled(rows[c], shifts[c]);
         }
     }
 }

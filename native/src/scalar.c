@@ -181,7 +181,7 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, uint16_t *rows, ptrdiff_t stride) {
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
     streams->a_bits = streams->b_bits = 0;
     zero_list zeros;
     zeros.count = 0;
@@ -208,11 +208,11 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
                 if (r < in.count - (1u << width)) {
                     r |= get_bits(streams->more, streams->b_bits++, 1) << width;
                 }
-                *out = (uint16_t)((in.low + r) | (k < 0 ? 0x8000u : 0u));
+                *out = (uint16_t)(((in.low + r) | (k < 0 ? 0x8000u : 0u)) + (uint32_t)(shifts == NULL ? 0 : shifts[c]));
             }
         }
     }
-    return unrank_zeros(part, dtype, &zeros, rows, stride, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
+    return unrank_zeros(part, dtype, &zeros, shifts, rows, stride, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 static inline uint32_t load_word(int word_bytes, const uint8_t *words, size_t i) {
@@ -270,8 +270,11 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_scalar = {
     .range = range,
     .survey = survey,
+    .add_spreads = add_spreads,
     .params = params,
+    .are_plain = are_plain,
     .choose = choose,
+    .pack_params = pack_params,
     .quantise = quantise,
     .pack = pack,
     .unpack = unpack,

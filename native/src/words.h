@@ -85,6 +85,20 @@ static inline uint32_t ceil_word(int dtype, float x) {
     return word < 0x7c00 ? word : 0x7c00;
 }
 
+/* Words that rescaling moves round: magnitude words from 2^-111 up to those that are special. */
+#define RESCALE_FIRST 0x0800
+#define RESCALE_COUNT (0x7e80 - RESCALE_FIRST)
+
+/* A bfloat16 word divided by 2^e; `shift` is e in units of the word's last place. */
+static inline uint16_t rescaled(uint16_t word, int16_t shift) {
+    const uint16_t from = (uint16_t)((word & 0x7fff) - RESCALE_FIRST); /* large for words below the first */
+    int16_t to = (int16_t)((int16_t)from - shift);
+    to = (int16_t)(to < 0 ? to + RESCALE_COUNT : to);
+    to = (int16_t)(to >= RESCALE_COUNT ? to - RESCALE_COUNT : to);
+    const uint16_t moved = (uint16_t)((word & 0x8000) | (to + RESCALE_FIRST));
+    return from < RESCALE_COUNT ? moved : word;
+}
+
 static inline int floor_log2(uint32_t n) {
     return 31 - __builtin_clz(n);
 }

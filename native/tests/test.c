@@ -113,9 +113,9 @@ static encoded encode(const lynx_tile *tile, const uint16_t *words, uint64_t cut
                                .rest = e->section[REST],
                                .rank_table = e->section[RANK_TABLE],
                                .rank = e->section[RANKS]};
-        lynx_encode(tile, &view, cuts[part], cuts[part + 1], &out, scratch);
+        lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, &out, scratch);
         lynx_encoded bound = {.wants_rank_bound = 1};
-        lynx_encode(tile, &view, cuts[part], cuts[part + 1], &bound, scratch);
+        lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, &bound, scratch);
         const lynx_hq_piece *made = &out.made;
         CHECK(bound.made.rank_bound >= made->rank_bound && bound.made.params == made->params);
         CHECK(made->rank_bound == made->rank + RANK_HEADER * own.blocks);
