@@ -46,8 +46,9 @@ __all__ = [
 
 _SHORT_BATCH = 4
 #: To learn how batched and stepwise logits differ, so many tokens are decided both ways; what was seen is then doubled,
-#: and grows with depth beyond that.
+#: and grows with depth beyond that. What fewer tokens taught is good for one request only.
 _LEARN_TOKENS = 8
+_LEARN_LEAST = 4
 _LEARN_MARGIN = 2.0
 
 #: Scores of the next token, shape ``[vocabulary]``, any float type.
@@ -289,6 +290,7 @@ class Speculation:
         if max_draft < 0 or (max_tokens is not None and max_tokens < 1):
             raise ConfigError(f"max_draft {max_draft} or max_tokens {max_tokens} is out of range")
         self._learning = noise is None
+        self._known = noise is not None
         self._rounding = rounding
         given = np.zeros(_LEARN_TOKENS) if noise is None else np.atleast_1d(np.asarray(noise, np.float64))
         by_depth = np.maximum.accumulate(given)
@@ -333,9 +335,9 @@ class Speculation:
     def noise(self) -> tuple[float, ...] | None:
         """How far batched logits may be from stepwise ones, by depth: as given or learned, and what was seen since.
 
-        None if it was to be learned, and there were no drafts to learn from.
+        None if it was to be learned, and there were too few drafts to learn from.
         """
-        return None if self._learning else tuple(map(float, self._noise))
+        return tuple(map(float, self._noise)) if self._known else None
 
     @property
     def finished(self) -> bool:
@@ -459,9 +461,9 @@ class Speculation:
         """Take what was observed up to ``depth`` for what can be expected; ``largest``: size of the logits."""
         depths = np.arange(1, max(self._max_draft, depth) + 2)
         seen = np.maximum(self._noise[np.minimum(depths, depth) - 1], self._rounding * largest)
-        self._noise = _LEARN_MARGIN * seen * np.maximum(1.0, depths / depth)
+        self._noise = _LEARN_MARGIN * seen * np.sqrt(np.maximum(1.0, depths / depth))
         self.report.noise = float(self._noise[-1])
-        self._learning = False
+        self._learning, self._known = False, depth >= _LEARN_LEAST
 
     def _decide_stepwise(self) -> Logits:
         """Commit one token on a cache that single steps made; return the raw logits."""

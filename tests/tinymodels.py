@@ -61,7 +61,7 @@ def tiny(kind: str, dtype: str = "float32", seed: int = 0) -> Any:
         if not hasattr(transformers, name):
             pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(seed)
-    fewer = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
+    fewer = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
     made = getattr(transformers, model)(getattr(transformers, config)(**arguments, **fewer))
     return made.to(getattr(torch, dtype)).eval()
 
