@@ -164,7 +164,8 @@ class Paged:
     ``pages`` are all pages of the cache, of keys or of values: an array or CPU tensor ``[pages, page_tokens, heads,
     head_dim]`` (``layout="NHD"``) or ``[pages, heads, page_tokens, head_dim]`` (``"HND"``) with any strides but in
     ``head_dim``. ``table`` numbers the pages that hold the tokens, in their order; ``first`` tokens of the first of
-    them come before. A tile that is decoded must not have a page twice in its table.
+    them come before. A tile that is decoded must not have a page twice in its table. K and V beside each other,
+    ``[pages, heads, page_tokens, 2 * head_dim]``, are ``pages[..., :head_dim]`` and ``pages[..., head_dim:]``.
 
     Raises :class:`~lynxproto.errors.SpecError` for a layout, a table or a shape that cannot be.
     """

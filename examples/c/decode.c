@@ -18,6 +18,7 @@
 
 #define MAX_LEVELS 8
 #define MAX_STRIPES 256
+#define MAX_CACHE (16ull << 30) /* bytes: a capture may say anything */
 
 static void die(const char *format, ...) {
     va_list arguments;
@@ -248,6 +249,7 @@ static void walk(const uint8_t *data, uint64_t size, uint16_t wanted, cache *c, 
     static const uint8_t none[16];
     lynx_limits limits;
     lynx_default_limits(&limits);
+    limits.transfer_bytes = MAX_CACHE;
     while (size > 0) {
         lynx_frame f;
         const int code = lynx_frame_read(data, (size_t)size, &limits, &f);
