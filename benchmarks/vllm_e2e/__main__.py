@@ -29,13 +29,15 @@ from stub import differences
 
 HERE = Path(__file__).parent
 TOKENS = 24
+#: Of the prompt that crosses the link: 28 blocks.
+LINK_TOKENS = 28 * 128
 #: Prompts that are sent by an instance of other weights.
 REFUSED = 3
 LYNX = {"kv_connector": "LynxConnector", "kv_connector_module_path": "lynxproto.integrations.vllm"}
 CACHING = "--no-enable-prefix-caching"
 
 
-def ask(url: str, prompt: str, **more: Any) -> dict[str, Any]:
+def ask(url: str, prompt: str | list[int], **more: Any) -> dict[str, Any]:
     """A greedy completion: text, seconds to its first token, seconds in all, and those in prefill."""
     body = {"model": "model", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True} | more
     request = urllib.request.Request(
@@ -52,6 +54,14 @@ def ask(url: str, prompt: str, **more: Any) -> dict[str, Any]:
                 text += event["choices"][0]["text"]
                 first = first or time.monotonic() - began
     return {"text": text, "first_s": first, "prefill_s": prefill, "total_s": time.monotonic() - began}
+
+
+def tokenize(url: str, text: str) -> list[int]:
+    body = json.dumps({"model": "model", "prompt": text}).encode()
+    request = urllib.request.Request(f"{url}/tokenize", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        tokens: list[int] = json.load(answer)["tokens"]
+    return tokens
 
 
 def change(before: dict[str, float], after: dict[str, float], name: str) -> float:
@@ -113,8 +123,7 @@ def run_pair(
     kind: str, model: str, prompts: list[str], work: Path, modes: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """All prompts through both instances, once for each mode: kv_transfer_params that are added on the decode side."""
-    folder = work / kind
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=work))
     instances = pair(kind, folder, remote=False)
     results = []
     with running(model, list(instances), work), proxy(*instances, "tcp://127.0.0.1:14601", 8400, work) as url:
@@ -153,19 +162,20 @@ def run_single(model: str, prompts: list[str], work: Path) -> list[str]:
         return [ask(instance.url, prompt)["text"] for prompt in prompts]
 
 
-def run_link(kind: str, model: str, prompt: str, args: Any, work: Path) -> dict[str, Any]:
+def run_link(kind: str, model: str, text: str, args: Any, work: Path) -> dict[str, Any]:
     """One prompt again and again: the prefill instance has it cached, so that the transfer is nearly all there is."""
-    folder = work / f"{kind}-link"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=work))
     # Decode must fetch each time: only prefill keeps a prefix cache.
     instances = pair(kind, folder, remote=True, options=())
     instances[1].options = (CACHING,)
     with running(model, list(instances), work), proxy(*instances, f"tcp://{FAR}:14601", 8400, work) as url:
-        ask(url, prompt, max_tokens=2)
+        # One token more than whole blocks: that is what the prefill instance computes when the rest is cached.
+        tokens = tokenize(instances[0].url, text)[: LINK_TOKENS + 1]
+        ask(url, tokens, max_tokens=2)
         outputs, seconds, wire, cache = [], [], 0.0, 0.0
         for _ in range(args.runs):
             before = [instance.metrics() for instance in instances]
-            outputs.append(ask(url, prompt, max_tokens=2))
+            outputs.append(ask(url, tokens, max_tokens=2))
             time.sleep(0.5)  # the sender's figures come with a later step
             ask(instances[0].url, "Good morning.", max_tokens=1)
             after = [instance.metrics() for instance in instances]

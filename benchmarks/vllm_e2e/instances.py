@@ -101,7 +101,7 @@ def running(model: str, instances: list[Instance], logs: Path) -> Iterator[None]
                 process.wait()
 
 
-def await_health(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 400) -> None:
+def await_health(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 1800) -> None:
     end = time.monotonic() + seconds
     while True:
         if process.poll() is not None:

@@ -49,6 +49,10 @@ async def forward(request: web.Request) -> web.StreamResponse:
         return response
 
 
+async def health(_: web.Request) -> web.Response:
+    return web.Response()
+
+
 async def sessions(app: web.Application) -> Any:
     app["session"] = ClientSession(timeout=ClientTimeout(total=None))
     yield
@@ -71,6 +75,7 @@ def main() -> None:
     app = web.Application(client_max_size=64 << 20)
     app.update(prefill=args.prefill, decode=args.decode, kv=args.kv)
     app.cleanup_ctx.append(sessions)
+    app.router.add_get("/health", health)
     for path in PATHS:
         app.router.add_post(path, forward)
     web.run_app(app, host=args.host, port=args.port, print=lambda line: print(json.dumps({"proxy": line}), flush=True))
