@@ -135,6 +135,35 @@ def test_any_order(script: list[Any]) -> None:
     assert inbox._room == 1 << 20, "memory of pieces is not given back"
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(*spans), min_size=1, max_size=5), st.sampled_from([0, 3]), st.randoms())
+def test_a_claim_is_done_when_exact_layers_cover_it(rectangles: list[Any], start: int, random: Any) -> None:
+    world = World()
+    pieces = [world.inbox.offer(manifest("a", *rectangle), 0.0) for rectangle in rectangles]
+    steps: list[Any] = [(piece, layer) for piece in pieces for layer in piece.manifest.layers]
+    random.shuffle(steps)
+    steps.insert(random.randint(0, len(steps)), None)
+    missing = {(i, h, t) for i in range(LAYERS) for h in range(HEADS) for t in range(start, TOKENS)}
+    claimed = False
+    for step in steps:
+        if world.over:
+            break
+        if step is None:
+            world.inbox.claim(Load("request", "a", (0,), start, TOKENS), 1.0)
+            claimed = True
+        else:
+            piece, layer = step
+            arrive(piece)
+            world.inbox.layer_exact(piece, layer, 1, 1.0)
+            heads = range(layer.head_start, layer.head_start + layer.kv_heads)
+            tokens = range(layer.token_start, layer.token_stop)
+            missing -= {(layer.index, h, t) for h in heads for t in tokens}
+        world.collect()
+        assert world.over == ({"request": None} if claimed and not missing else {})
+    if world.over:
+        assert (world.blocks["request"][:, :, start:] == 7).all()
+
+
 def test_room_is_given_back_and_refused() -> None:
     size = manifest("a", (0, 4), (0, 8)).nbytes
     world = World(buffer_bytes=size)

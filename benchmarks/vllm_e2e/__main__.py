@@ -230,6 +230,7 @@ def main() -> int:
     )
     parser.add_argument("--runs", type=int, default=7, help="transfers over the link (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write all results here")
+    parser.add_argument("--add", action="store_true", help="to what an earlier run left in --json")
     parser.add_argument("--logs", type=Path, help="keep the instances' logs in this folder")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the instances end with this
@@ -269,7 +270,9 @@ def save(args: Any, results: dict[str, Any]) -> None:
 
 def compare(args: Any, prompts: list[str], work: Path, chosen: list[str], results: dict[str, Any]) -> int:
     """Run everything, and say whether it is as it must be."""
-    rows: list[dict[str, Any]] = []
+    before = json.loads(args.json.read_text()) if args.add and args.json and args.json.exists() else {}
+    rows: list[dict[str, Any]] = [row for row in before.get("pairs", ()) if row["connector"] not in chosen]
+    single = before.get("single")
     for kind in chosen:
         if kind != "single":
             modes = [{}, {"whole_blocks": True}] if kind == "lynx" else [{}]
@@ -280,7 +283,9 @@ def compare(args: Any, prompts: list[str], work: Path, chosen: list[str], result
     rows = [row for row in rows if row["connector"] != "refused"]
     texts = {row["connector"] + (" whole blocks" if row["mode"] else ""): row["texts"] for row in rows}
     if "single" in chosen:
-        texts["single instance"] = run_single(args.model, prompts, work)
+        single = run_single(args.model, prompts, work)
+    if single:
+        results["single"] = texts["single instance"] = single
     results["equal"] = {
         f"{one} / {other}": sum(a == b for a, b in zip(texts[one], texts[other], strict=True))
         for one in texts
@@ -302,7 +307,7 @@ def compare(args: Any, prompts: list[str], work: Path, chosen: list[str], result
                 wrong.append(f"decode computed {row['computed_on_decode']:.0f} prompt tokens itself")
             if not 0 < row["wire_bytes"] <= 0.75 * row["cache_bytes"] and row["connector"] == "lynx":
                 wrong.append("more than 0.75 of the cache's bytes were sent")
-    if {"lynx", "example"} <= set(chosen) and results["equal"]["example / lynx whole blocks"] < len(prompts):
+    if {"lynx", "example"} <= set(texts) and results["equal"]["example / lynx whole blocks"] < len(prompts):
         wrong.append("some outputs differ from the ExampleConnector's")
     print("\n".join(f"error: {line}" for line in wrong) or "all as it must be")
     return bool(wrong)
