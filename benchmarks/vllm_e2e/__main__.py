@@ -68,7 +68,9 @@ def change(before: dict[str, float], after: dict[str, float], name: str) -> floa
     return after.get(name, 0.0) - before.get(name, 0.0)
 
 
-def pair(kind: str, folder: Path, *, remote: bool, options: tuple[str, ...] = (CACHING,)) -> tuple[Instance, Instance]:
+def pair(
+    kind: str, folder: Path, more: dict[str, Any], *, remote: bool, options: tuple[str, ...] = (CACHING,)
+) -> tuple[Instance, Instance]:
     """A prefill and a decode instance joined by a connector."""
     host = FAR if remote else "127.0.0.1"
     env: tuple[dict[str, str], dict[str, str]] = ({}, {})
@@ -89,7 +91,7 @@ def pair(kind: str, folder: Path, *, remote: bool, options: tuple[str, ...] = (C
         )
     else:
         # Patient: on a busy machine a process may get no time for many seconds.
-        extra = {"insecure": remote, "revision": "e2e", "peer_timeout": 120, "idle": 300, "timeout": 600}
+        extra = {"insecure": remote, "revision": "e2e", "peer_timeout": 120, "idle": 300, "timeout": 600} | more
         decode = extra | {"listen": f"tcp://{host}:14601"}
         if kind == "lynx-raw":
             extra["policy"] = "raw"
@@ -119,14 +121,12 @@ def sent_bytes(kind: str, folder: Path, before: Any, after: Any) -> tuple[float,
     )
 
 
-def run_pair(
-    kind: str, model: str, prompts: list[str], work: Path, modes: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def run_pair(kind: str, args: Any, prompts: list[str], work: Path, modes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All prompts through both instances, once for each mode: kv_transfer_params that are added on the decode side."""
     folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=work))
-    instances = pair(kind, folder, remote=False)
+    instances = pair(kind, folder, args.extra, remote=False)
     results = []
-    with running(model, list(instances), work), proxy(*instances, "tcp://127.0.0.1:14601", 8400, work) as url:
+    with running(args.model, list(instances), work), proxy(*instances, "tcp://127.0.0.1:14601", 8400, work) as url:
         for instance in instances:
             ask(instance.url, "Good morning.")  # what is compiled or allocated at first use
         for mode in modes:
@@ -162,13 +162,13 @@ def run_single(model: str, prompts: list[str], work: Path) -> list[str]:
         return [ask(instance.url, prompt)["text"] for prompt in prompts]
 
 
-def run_link(kind: str, model: str, text: str, args: Any, work: Path) -> dict[str, Any]:
+def run_link(kind: str, text: str, args: Any, work: Path) -> dict[str, Any]:
     """One prompt again and again: the prefill instance has it cached, so that the transfer is nearly all there is."""
     folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=work))
     # Decode must fetch each time: only prefill keeps a prefix cache.
-    instances = pair(kind, folder, remote=True, options=())
+    instances = pair(kind, folder, args.extra, remote=True, options=())
     instances[1].options = (CACHING,)
-    with running(model, list(instances), work), proxy(*instances, f"tcp://{FAR}:14601", 8400, work) as url:
+    with running(args.model, list(instances), work), proxy(*instances, f"tcp://{FAR}:14601", 8400, work) as url:
         # One token more than whole blocks: that is what the prefill instance computes when the rest is cached.
         tokens = tokenize(instances[0].url, text)[: LINK_TOKENS + 1]
         ask(url, tokens, max_tokens=2)
@@ -229,6 +229,9 @@ def main() -> int:
         "--link", type=float, default=0, metavar="MBIT", help="time transfers over a link of this speed"
     )
     parser.add_argument("--runs", type=int, default=7, help="transfers over the link (default: %(default)s)")
+    parser.add_argument(
+        "--extra", type=json.loads, default={}, help="JSON: more kv_connector_extra_config for lynxproto's connector"
+    )
     parser.add_argument("--json", type=Path, help="write all results here")
     parser.add_argument("--add", action="store_true", help="to what an earlier run left in --json")
     parser.add_argument("--logs", type=Path, help="keep the instances' logs in this folder")
@@ -253,7 +256,7 @@ def main() -> int:
     if args.link:
         long, kinds = "\n\n".join(prompts)[:17_000], [kind for kind in chosen if kind not in ("single", "example")]
         with shaped_link(int(args.link * 1e6)):
-            results["link"] = [run_link(kind, args.model, long, args, work) for kind in kinds]
+            results["link"] = [run_link(kind, long, args, work) for kind in kinds]
         for row in results["link"]:
             print_link(row)
         code = 0
@@ -276,7 +279,7 @@ def compare(args: Any, prompts: list[str], work: Path, chosen: list[str], result
     for kind in chosen:
         if kind != "single":
             modes = [{}, {"whole_blocks": True}] if kind == "lynx" else [{}]
-            rows += run_pair(kind, args.model, prompts[: REFUSED if kind == "refused" else None], work, modes)
+            rows += run_pair(kind, args, prompts[: REFUSED if kind == "refused" else None], work, modes)
             results["pairs"] = rows
             save(args, results)
     refused = [row for row in rows if row["connector"] == "refused"]
