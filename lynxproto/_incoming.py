@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -188,7 +188,7 @@ class Incoming:
         _check_apart(self._words)
         self._tiles: dict[Tile, _Tile] = {}
         self._plans: dict[int, Plan] = {}
-        self._behind: dict[int, Counter[int]] = {}  # layer -> level -> tiles that have not reached it
+        self._behind: dict[int, list[int]] = {}  # layer -> level -> tiles that have not reached it
         self._awaited: Counter[tuple[int, int | None]] = Counter()
         self._told = -1  # levels up to this one are known to be ready
         self._result: Result | None = None
@@ -232,14 +232,16 @@ class Incoming:
         if layer is not None:
             self.manifest.layer(layer)
 
-        def done() -> bool:
-            tiles = [tile for tile in self._tiles.values() if layer is None or tile.tile.layer == layer]
-            if self.final is not None and any(tile.last > self.final for tile in tiles):
+        def tiles() -> Iterator[_Tile]:
+            return (tile for tile in self._tiles.values() if layer is None or tile.tile.layer == layer)
+
+        def done() -> bool:  # asked often, and there may be many tiles
+            if self.final is not None and any(tile.last > self.final for tile in tiles()):
                 raise self._final_error()
             if layer is not None and layer in self._plans and self._verified(layer):
                 return True
             if self.complete:
-                if any(tile.last < tile.exact for tile in tiles):
+                if any(tile.last < tile.exact for tile in tiles()):
                     raise LocalError(f"transfer {self.id:032x} is not exact: this side did not want all levels")
                 return True
             self._check()
@@ -343,7 +345,7 @@ class Incoming:
         if plan != self._plans.get(layer.index):  # else the session is another, and its tiles are as they were
             self._tiles = {tile: state for tile, state in self._tiles.items() if tile.layer != layer.index}
             self._plans[layer.index] = plan
-            self._behind[layer.index] = Counter()
+            self._behind[layer.index] = [0] * MAX_LEVELS
         for tile, levels, held in zip(event.tiles, event.levels, event.held, strict=True):
             if levels:
                 self._plan_tile(layer, tile, levels, held)
@@ -354,7 +356,7 @@ class Incoming:
         if state is None:
             state = self._tiles[tile] = self._new_tile(layer, tile, levels)
             self.stats.plan(levels)
-            self._behind[layer.index].update(range(MAX_LEVELS))
+            self._fall_behind(state, MAX_LEVELS)
         if state.held > held:  # there was no room to tell the sender
             self._restart(state, 0)
         elif state.held == held:
@@ -393,13 +395,12 @@ class Incoming:
         else:
             tile.pending.append(event)
         self._advance(tile)
-        now = time.monotonic()
+        now, level = time.monotonic(), event.level
         counters = self._peer.connection.transfer_counters(self.id)
-        for level in self.stats.update(counters.received_frames, counters.received_bytes, now):
-            stats = self.stats.levels[level]
-            if self.on_progress is not None:
-                progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
-                self._peer.call_user(self.on_progress, progress)
+        stats = self.stats.update(level, counters.received_frames[level], counters.received_bytes[level], now)
+        if stats is not None and self.on_progress is not None:
+            progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
+            self._peer.call_user(self.on_progress, progress)
 
     def land(self, tile: Tile) -> memoryview | None:
         """Where the words of ``tile`` belong, if they are contiguous there."""
@@ -583,7 +584,6 @@ class Incoming:
         tile.decoded = event.level
         self._show(tile, event.level)
         self._peer.connection.applied(self.id, tile.tile, event.level, time.monotonic())
-        self.changed.notify()
 
     def _check_digest(self, tile: _Tile, digest: bytes) -> bool:
         """Whether the words are what END says."""
@@ -608,16 +608,24 @@ class Incoming:
         tile.pending = []
         tile.verified = False
         if tile.shown >= 0:
-            reached = range(MAX_LEVELS) if tile.shown == tile.last else range(tile.shown + 1)
-            self._behind[tile.layer.index].update(reached)
+            self._fall_behind(tile, MAX_LEVELS if tile.shown == tile.last else tile.shown + 1)
             tile.shown = -1
+
+    def _fall_behind(self, tile: _Tile, levels: int) -> None:
+        """The destination does not hold the lowest ``levels`` levels of the tile."""
+        behind = self._behind[tile.layer.index]
+        for level in range(levels):
+            behind[level] += 1
 
     def _show(self, tile: _Tile, level: int) -> None:
         """The destination holds ``level`` now."""
-        stop = MAX_LEVELS if level == tile.last else level + 1
-        self._behind[tile.layer.index].subtract(range(tile.shown + 1, stop))
+        behind = self._behind[tile.layer.index]
+        for reached in range(tile.shown + 1, MAX_LEVELS if level == tile.last else level + 1):
+            behind[reached] -= 1
         tile.shown = level
-        while self._told + 1 < self._levels and not self._behind[tile.layer.index][self._told + 1]:
+        if 0 in behind:  # perhaps somebody waits for that
+            self.changed.notify()
+        while self._told + 1 < self._levels and not behind[self._told + 1]:
             if not self.is_ready(self._told + 1, None):
                 break
             self._told += 1

@@ -87,7 +87,10 @@ def _digest(manifest: Manifest, layer: LayerSpec, tile: Tile, words: NDArray[Any
 class Outgoing:
     """One outgoing transfer."""
 
-    def __init__(self, peer: Peer, transfer: int, manifest: Manifest, policy: Policy) -> None:
+    def __init__(
+        self, peer: Peer, transfer: int, manifest: Manifest, policy: Policy, *, adaptive: bool = False
+    ) -> None:
+        """``adaptive``: layers may be cut as the link is now. A transfer that goes on later is cut the same again."""
         self.id = transfer
         self.manifest = manifest
         self.principal = peer.principal
@@ -103,6 +106,7 @@ class Outgoing:
         self._encoding = 0  # chunks at the codec threads
         self._peer = peer
         self._policy = policy
+        self._adaptive = adaptive
         self._codecs = [get_codec(config) for config in manifest.codecs]
         self._words: dict[tuple[int, Part], NDArray[Any]] = {}
         self._written: set[int] = set()
@@ -125,7 +129,7 @@ class Outgoing:
         dtype, policy = self.manifest.dtype, self._policy
         tiles = None
         if policy.tiers is None:
-            tiles = policy.tiles(dtype, layer)
+            tiles = (self._peer.frames_of(policy) if self._adaptive else policy).tiles(dtype, layer)
             self._peer.connection.plan(self.id, layer.index, tiles, time.monotonic())
         self._written.add(layer.index)
         self._written_at = time.monotonic()
@@ -258,8 +262,10 @@ class Outgoing:
         """Bring the statistics up to date."""
         counters = self._peer.connection.transfer_counters(self.id)
         if counters.sent_frames != self._counted:
-            self._counted = list(counters.sent_frames)
-            self.stats.update(counters.sent_frames, counters.sent_bytes, time.monotonic())
+            self._counted, now = list(counters.sent_frames), time.monotonic()
+            for level, frames in enumerate(self._counted):
+                if frames:
+                    self.stats.update(level, frames, counters.sent_bytes[level], now)
 
     def on_accepted(self) -> None:
         """The peer accepted."""

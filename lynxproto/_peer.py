@@ -661,6 +661,12 @@ class Peer:
 
     # --- transfers
 
+    def frames_of(self, policy: Policy) -> Policy:
+        """``policy`` with frames that suit the link as it has been lately, and leave several in the peer's window."""
+        rate = max((stripe.pace.rate or 0.0 for stripe in self._stripes.values()), default=0.0)
+        limits = self.connection.peer_limits
+        return policy if limits is None else policy.for_link(rate, limits.transfer_window // 4)
+
     def open(
         self,
         manifest: Manifest,
@@ -684,7 +690,7 @@ class Peer:
         transfer = self.connection.open(manifest, time.monotonic(), deadline=deadline, fetch=fetch, resume=secret)
         for other in self.outgoing.values():
             other.alone = False
-        outgoing = self.outgoing[transfer] = Outgoing(self, transfer, manifest, chosen)
+        outgoing = self.outgoing[transfer] = Outgoing(self, transfer, manifest, chosen, adaptive=resume is None)
         outgoing.alone = len(self.outgoing) == 1
         if choice is not None:
             outgoing.stats.policy, outgoing.stats.reason = choice.name, choice.reason

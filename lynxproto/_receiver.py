@@ -87,7 +87,7 @@ class _Tile:
 class _Layer:
     """``open`` counts the tiles that are not done."""
 
-    __slots__ = ("by_key", "digests", "index", "open", "packed", "plan", "tiles")
+    __slots__ = ("_stale", "by_key", "digests", "index", "open", "packed", "plan", "tiles")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -96,18 +96,22 @@ class _Layer:
         self.by_key: dict[TileKey, _Tile] = {}
         self.digests: tuple[bytes, ...] | None = None
         self.open = 0
-        self.packed = bytearray()  # the status of its tiles
+        self.packed = bytearray()  # the status of its tiles, but for
+        self._stale: set[_Tile] = set()
 
     @property
     def status(self) -> LayerStatus:
-        return LayerStatus(self.index, self.plan is not None, self.digests is not None, bytes(self.packed))
-
-    def note(self, has: _Tile) -> None:
-        """The tile changed: bring its part of the status up to date."""
-        if has.place >= 0:
+        for has in self._stale:
             at = frames.TILE_STATUS_SIZE * has.place
             status = TileStatus(has.received, has.applied, has.attempt, has.verified)
             self.packed[at : at + frames.TILE_STATUS_SIZE] = status.pack()
+        self._stale.clear()
+        return LayerStatus(self.index, self.plan is not None, self.digests is not None, bytes(self.packed))
+
+    def note(self, has: _Tile) -> None:
+        """The tile changed, and so has its part of the status."""
+        if has.place >= 0:
+            self._stale.add(has)
 
 
 class Incoming:
@@ -388,6 +392,10 @@ class Receiver:
             text = f"{what}: a chunk may have {most} bytes, the smallest window is {largest}"
             self.fail(t, ProtocolError(text, ErrorCode.LIMIT))
             return
+        for windows in (t.windows, self.windows):
+            for has in layer.tiles:
+                for window, size in zip(windows, has.max_sizes, strict=False):
+                    window.largest = max(window.largest, size)
         layer.open = len(layer.tiles)
         layer.packed = bytearray(frames.TILE_STATUS_SIZE * len(layer.tiles))
         for has in layer.tiles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lynxproto.config import MAX_LEVELS
@@ -61,20 +60,17 @@ class TransferStats:
         """The transfer goes on in another session, whose counters begin at 0."""
         self._before = {level: (stats.chunks, stats.bytes) for level, stats in self.levels.items()}
 
-    def update(self, frames: Sequence[int], nbytes: Sequence[int], now: float) -> list[int]:
-        """The connection's counters by level have become these; returns the levels that moved."""
-        moved = []
-        for level, (new_chunks, new_bytes) in enumerate(zip(frames, nbytes, strict=True)):
-            if new_chunks:
-                before = self._before.get(level, (0, 0))
-                chunks, total = before[0] + new_chunks, before[1] + new_bytes
-                stats = self.levels.setdefault(level, LevelStats())
-                if chunks != stats.chunks:
-                    stats.chunks, stats.bytes = chunks, total
-                    stats.first = now if stats.first is None else stats.first
-                    stats.last = now
-                    moved.append(level)
-        return moved
+    def update(self, level: int, frames: int, nbytes: int, now: float) -> LevelStats | None:
+        """The connection's counters of ``level`` have become these; returns its statistics if they moved."""
+        before = self._before.get(level, (0, 0))
+        chunks = before[0] + frames
+        stats = self.levels.setdefault(level, LevelStats())
+        if chunks == stats.chunks:
+            return None
+        stats.chunks, stats.bytes = chunks, before[1] + nbytes
+        stats.first = now if stats.first is None else stats.first
+        stats.last = now
+        return stats
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,7 @@ class Config:
     """Longest such wait."""
     resends: int = 3
     """How often a chunk that arrived corrupt is asked for again."""
-    ack_delay: float = 2e-3
+    ack_delay: float = 5e-3
     """Receiver: what was applied is confirmed so late at most, unless credit runs short: one ACK for many chunks."""
     tombstones: int = 4096
     """Closed transfers that are remembered, to answer late frames."""

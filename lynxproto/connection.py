@@ -26,7 +26,7 @@ from lynxproto._receiver import Receiver
 from lynxproto._sender import Chunk, Sender
 from lynxproto._stripe import HANDSHAKE_TYPES, FrameReader, Stripe, Target
 from lynxproto.chunk import Tile
-from lynxproto.config import Config, Secret
+from lynxproto.config import Config, Limits, Secret
 from lynxproto.counters import Counters
 from lynxproto.digest import Sums, crc32c
 from lynxproto.errors import (
@@ -223,6 +223,11 @@ class Connection:
     def counters(self) -> Counters:
         """What went over the wire so far, of the whole session. Live: read it, do not change it."""
         return self._ctx.counters
+
+    @property
+    def peer_limits(self) -> Limits | None:
+        """What the peer accepts; None until the handshake of the first stripe told it."""
+        return None if self._ctx.peer is None else self._ctx.peer.limits
 
     def credit(self) -> list[int]:
         """Bytes that may still be sent, by class, as far as the session's windows go."""

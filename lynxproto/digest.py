@@ -5,6 +5,7 @@ CRC32C is Castagnoli's polynomial (RFC 3720, appendix B.4), not the CRC-32 of zl
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any, Final, cast
 
@@ -59,6 +60,8 @@ class Sums:
         Each piece is added while the core's cache has it. Raises :class:`OSError` as ``recv_into`` would.
         """
         count = cast(int, lib.lynx_sums_receive(self._state, socket, self._memory, self.there))
+        if count == -errno.EAGAIN:
+            raise BlockingIOError
         if count < 0:
             raise OSError(-count, os.strerror(-count))
         self.there += count

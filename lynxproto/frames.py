@@ -466,6 +466,8 @@ class Open(Body):
 
 
 TILE_STATUS_SIZE: Final = 3
+#: So many tiles are sooner compared one by one.
+_FEW: Final = 64
 #: Bytes of the secret in OPEN by which a sender may resume the transfer in another session.
 RESUME_KEY_SIZE: Final = 32
 
@@ -506,9 +508,17 @@ class LayerStatus(NamedTuple):
 
     def changed(self, before: bytes) -> list[int]:
         """Places of the tiles that differ from an earlier status of as many tiles, or from nothing."""
-        if len(before) != len(self.packed):
-            return list(range(len(self.packed) // TILE_STATUS_SIZE))
-        new, old = np.frombuffer(self.packed, np.uint8), np.frombuffer(before, np.uint8)
+        packed, tiles = self.packed, len(self.packed) // TILE_STATUS_SIZE
+        if len(before) != len(packed):
+            return list(range(tiles))
+        if tiles <= _FEW:
+            at = range(0, len(packed), TILE_STATUS_SIZE)
+            return [
+                i // TILE_STATUS_SIZE
+                for i in at
+                if packed[i : i + TILE_STATUS_SIZE] != before[i : i + TILE_STATUS_SIZE]
+            ]
+        new, old = np.frombuffer(packed, np.uint8), np.frombuffer(before, np.uint8)
         return sorted({int(at) // TILE_STATUS_SIZE for at in np.flatnonzero(new != old)})
 
     def as_list(self) -> list[Any]:

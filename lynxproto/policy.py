@@ -40,6 +40,10 @@ PolicyName = Literal["lynx", "exact", "raw", "bf16", "int8", "int4"]
 Importance = Literal["attention", "even", "key-norms", "position"]
 _Positions = range | NDArray[np.int64]
 
+#: Frames of words that go as they are take so long on the link at most, and have so many bytes.
+_FRAME_S = 3e-3
+_FRAME_BYTES = 8 << 20
+
 _RAW: Mapping[str, Any] = {"id": "raw"}
 _BODY: Mapping[str, Any] = {"id": "hq", "preset": "balanced"}
 _FINE: Mapping[str, Any] = {"id": "hq", "anchor_bits": 8, "levels": 2}
@@ -62,7 +66,8 @@ class Policy:
 
     ``body``, ``fine`` and ``exact`` are codec configs: of most tokens, of the ``recent`` last tokens, and of the
     first ``sinks`` tokens of the sequence. ``tile_bytes`` bounds the uncompressed size of a tile, so that a frame
-    is large enough to be cheap and small enough not to hold back a more urgent one.
+    is large enough to be cheap and small enough not to hold back a more urgent one. With ``grow`` that is its bound
+    on slow links, and tiles grow with the link's speed (:meth:`for_link`).
 
     With ``tiers`` tokens other than sinks and recent ones get the precisions that ``rule`` chooses by ``importance``,
     so that level 0 takes ``budget`` of the uncompressed cache, all bytes counted. Importance by attention is given to
@@ -79,6 +84,7 @@ class Policy:
     sinks: int = 4
     recent: int = 32
     tile_bytes: int = 1 << 20
+    grow: bool = False
     tiers: Tiers | None = None
     budget: float = 0.25
     rule: Rule = "optimise"
@@ -116,7 +122,7 @@ class Policy:
         if name == "exact":
             return cls(body=dict(_FINE), sinks=0, recent=0)
         if name in ("raw", "bf16"):
-            return cls(body=dict(_RAW), sinks=0, recent=0, tile_bytes=2 << 20)  # nothing waits behind these frames
+            return cls(body=dict(_RAW), sinks=0, recent=0, tile_bytes=2 << 20, grow=True)
         if name in ("int8", "int4"):
             body = {"id": "hq", "anchor_bits": int(name[3:]), "levels": 1}
             return cls(body=body, sinks=0, recent=0)
@@ -242,6 +248,16 @@ class Policy:
         such tiles need no copy on either side. ``importance``: see :meth:`score`; needed with tiers.
         """
         return self.plan(dtype, layer, importance).tiles
+
+    def for_link(self, bytes_per_second: float, most: int) -> Policy:
+        """With ``grow``, larger tiles for a faster link: what it carries in 3 ms, up to 8 MiB and ``most`` bytes.
+
+        It is for words that go as they are, which take little but a look at each frame.
+        """
+        nbytes = min(bytes_per_second * _FRAME_S, _FRAME_BYTES, most)
+        if not self.grow or nbytes < 2 * self.tile_bytes:
+            return self
+        return replace(self, tile_bytes=1 << (int(nbytes).bit_length() - 1))
 
     def plan(self, dtype: str, layer: LayerSpec, importance: NDArray[np.float64] | None = None) -> LayerPlan:
         """:meth:`tiles`, and what their level 0 is expected to take (0 without tiers: nothing is promised)."""

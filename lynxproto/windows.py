@@ -36,13 +36,15 @@ class SendWindow:
 class ReceiveWindow:
     """The receiver's view: of ``charged`` bytes, ``released`` have been given back; ``size`` may be out at a time."""
 
-    __slots__ = ("advertised", "charged", "released", "size")
+    __slots__ = ("advertised", "charged", "largest", "released", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.charged = 0
         self.released = 0
         self.advertised = size
+        self.largest = 0
+        """Bytes of the largest chunk that is known to come."""
 
     def charge(self, nbytes: int, what: str) -> None:
         """Account for a chunk that arrives. Raises ProtocolError (FLOW_CONTROL) beyond the advertised limit."""
@@ -81,9 +83,9 @@ class ReceiveWindow:
 
     @property
     def due(self) -> bool:
-        """Whether the peer should be told: a quarter of the window is free, or all of it (never wait for more)."""
+        """Whether the peer should be told: a quarter of the window has become free, or it may lack room for a chunk."""
         gain = self.limit - self.advertised
-        return gain > 0 and (gain >= self.size // 4 or self.charged == self.released)
+        return gain > 0 and (gain >= self.size // 4 or self.advertised - self.charged < self.largest)
 
     def advertise(self) -> int:
         """The limit to put into a CREDIT frame; from now on the peer may use it."""

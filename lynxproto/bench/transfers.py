@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -48,6 +49,9 @@ _DIM: Final = 128
 _LAYERS: Final = 16
 _TIMEOUT_S: Final = 120
 _PIECE: Final = 1 << 20
+#: Of ``raw+checksums``: what a core's cache holds while it is summed, then sent; and the bytes of the sums behind it.
+_FRAME: Final = 1 << 20
+_TOLD: Final = 20
 #: Windows of a benchmark session: a fast link is not to wait for credit.
 WINDOWS: Final = {"session_window": 64 << 20, "transfer_window": 32 << 20}
 
@@ -210,6 +214,50 @@ def _raw_send(nbytes: int, congestion: str) -> None:
             say(time.perf_counter() - started)
 
 
+def _summed_receive(nbytes: int) -> None:
+    from lynxproto.digest import Sums
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        words = np.full(nbytes // 2, 0xFFFF, np.uint16)
+        view = words.view(np.uint8).data
+        say(server.getsockname()[1])
+        connection, _ = server.accept()
+        while hear() == "again":
+            for at in range(0, nbytes, _FRAME):
+                frame = view[at : at + _FRAME]
+                sums, told = Sums(frame), bytearray(_TOLD)
+                while sums.there < frame.nbytes:
+                    select.select((connection,), (), ())
+                    if sums.receive(connection.fileno()) == 0:
+                        raise BenchmarkError("the sender hung up")
+                connection.recv_into(told, _TOLD, socket.MSG_WAITALL)
+                if bytes(told) != sums.crc.to_bytes(4, "little") + sums.digest():
+                    raise BenchmarkError("the checksums differ")
+            connection.sendall(b".")
+        say(bool((words != 0xFFFF).mean() > 0.99))
+
+
+def _summed_send(nbytes: int) -> None:
+    from lynxproto.digest import checksums
+
+    words = np.frombuffer(np.random.default_rng(1).bytes(nbytes), np.uint8).copy()
+    view = words.data
+    with socket.socket() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        sock.connect(("127.0.0.1", hear()))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while hear() == "again":
+            started = time.perf_counter()
+            for at in range(0, nbytes, _FRAME):
+                frame = view[at : at + _FRAME]
+                crc, digest = checksums(frame)
+                sock.sendall(frame)
+                sock.sendall(crc.to_bytes(4, "little") + digest)
+            sock.recv(1)
+            say(time.perf_counter() - started)
+
+
 # --- this project
 
 
@@ -358,6 +406,9 @@ _LYNX = "policy bf16, CRC32C of frames, xxh3-128 of tiles"
 CONTESTANTS: Final = (
     Contestant("raw", "raw", True, "", f"{_RAW}, the system's congestion control"),
     Contestant("raw-reno", "raw", True, "", f"{_RAW}, reno, as tcp:// on loopback"),
+    Contestant(
+        "raw+checksums", "summed", True, "", "raw-reno, with the checksums of lynxproto in the same native calls"
+    ),
     Contestant("tcp", "lynx", False, "lynxproto", _LYNX),
     Contestant("tcps", "lynx", False, "lynxproto", f"{_LYNX}, TLS 1.3"),
     Contestant("unix", "lynx", False, "lynxproto", _LYNX),
@@ -422,6 +473,8 @@ class Running:
 _ROLES: Final[dict[str, Callable[..., None]]] = {
     "raw-receive": _raw_receive,
     "raw-send": _raw_send,
+    "summed-receive": _summed_receive,
+    "summed-send": _summed_send,
     "lynx-receive": _lynx_receive,
     "lynx-send": _lynx_send,
     "mooncake-receive": _mooncake_receive,
