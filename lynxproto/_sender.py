@@ -568,11 +568,18 @@ class Sender:
         """Whether chunks wait for a stripe, or for credit."""
         return bool(self._encoded)
 
-    def next_frame(self) -> Chunk | None:
+    @property
+    def anchors_wait(self) -> bool:
+        """The same, of anchors."""
+        return self._encoded.anchors
+
+    def next_frame(self, *, anchors_only: bool = False) -> Chunk | None:
         """The encoded chunk to write next."""
         if not self._encoded:
             return None
-        chunk = self._encoded.pick(self._send_share, self._portion(), self._credit, _size, self._urgent)
+        chunk = self._encoded.pick(
+            self._send_share, self._portion(), self._credit, _size, self._urgent, anchors_only=anchors_only
+        )
         if chunk is not None:
             if chunk.payload is None:
                 self._borrow(chunk)

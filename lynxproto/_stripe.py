@@ -217,6 +217,8 @@ class Stripe:
         self.out: deque[memoryview] = deque()  # rest of the frame being written
         self.writing: Chunk | None = None
         self.writing_bytes = 0
+        self.may_pause = False  # its chunk is a residual that was begun while no anchor waited
+        self.paused_at: float | None = None  # when anchors first overtook it
         self.lender: int | None = None  # the transfer whose payload `out` reads
         self.lent: set[int] = set()  # transfers of the payloads that were given out last
         self.arrival: Arrival | None = None

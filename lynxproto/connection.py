@@ -317,11 +317,16 @@ class Connection:
 
         At each frame boundary the most urgent frame is taken. What is returned counts as written: if the write
         fails, call :meth:`stripe_lost`. Ask again when the stream can take more, and after other calls.
+
+        With several stripes the first one carries no residuals: anchors need not wait there for the end of a residual's
+        frame. While it carries an anchor, residuals' frames on the others pause where they are.
         """
         self._ctx.now = now
         found = self._stripe(stripe)
         chunks: list[memoryview] = []
         found.lent.clear()
+        if self._paused(found):
+            return chunks
         if found.lender is not None:
             found.lent.add(found.lender)
         while limit > 0 and (found.out or self._next_frame(found)):
@@ -339,9 +344,14 @@ class Connection:
         """Whether :meth:`data_to_send` may have something. Cheap."""
         self._ctx.now = now
         found = self._stripe(stripe)
-        if found.out or found.control or found.pongs or found.probed:
+        if found.out:
+            return not self._paused(found)
+        if found.control or found.pongs or found.probed:
             return True
-        return found.ready and (bool(self._ctx.control) or self._receiver.due or self._sender.waits)
+        if not found.ready:
+            return False
+        waits = self._sender.anchors_wait if found is self._express() else self._sender.waits
+        return waits or bool(self._ctx.control) or self._receiver.due
 
     def unsent(self, stripe: int = 0) -> int:
         """Bytes of frames that have begun, or come before all others, and were not given out yet."""
@@ -376,6 +386,8 @@ class Connection:
             if stripe.ready:
                 times.append(stripe.heard_at + config.peer_timeout)
                 times.append(max(stripe.heard_at, stripe.pinged_at) + config.ping_interval)
+                if stripe.may_pause and stripe.paused_at is not None and self._ctx.now < stripe.paused_at + _PAUSE_S:
+                    times.append(stripe.paused_at + _PAUSE_S)
             elif not stripe.closed:
                 times.append(stripe.opened_at + self._handshake_timeout)
         if self._alone_since is not None:
@@ -1003,6 +1015,27 @@ class Connection:
             stripe.note_probe(self._pings, self._sender.sequence)
         stripe.control.append(self._ctx.encode(frames.Ping(id=self._pings, probe=probe)))
 
+    def _express(self) -> Stripe | None:
+        """The stripe that is kept free of residuals: the first of several."""
+        first = None
+        for stripe in self._stripes.values():
+            if stripe.ready:
+                if first is not None:
+                    return first
+                first = stripe
+        return None
+
+    def _paused(self, stripe: Stripe) -> bool:
+        """Whether the rest of the residual's frame on ``stripe`` lets an anchor on another go first."""
+        if not stripe.may_pause or not stripe.ready:
+            return False
+        express = self._express()
+        if express is None or express.writing is None or express.writing.level > 0:
+            return False
+        if stripe.paused_at is None:
+            stripe.paused_at = self._ctx.now
+        return self._ctx.now < stripe.paused_at + _PAUSE_S
+
     def _next_frame(self, stripe: Stripe) -> bool:
         """Start the most urgent frame on ``stripe``; False if there is none."""
         if not stripe.control and stripe.ready:
@@ -1017,9 +1050,11 @@ class Connection:
         if self._ctx.control:
             self._start_control(stripe, *self._ctx.control.popleft())
         else:
-            chunk = self._sender.next_frame()
+            chunk = self._sender.next_frame(anchors_only=stripe is self._express())
             if chunk is None:
                 return False
+            stripe.may_pause = chunk.level > 0 and not self._sender.anchors_wait  # else it is due though anchors wait
+            stripe.paused_at = None
             if self._ctx.config.grease and self._ctx.grease.random() < _GREASE_RATE:
                 self._start_control(stripe, frames.grease_frame(self._ctx.grease), 0)
             parts = self._sender.frame(chunk)
@@ -1047,6 +1082,7 @@ class Connection:
 
     def _frame_written(self, stripe: Stripe) -> None:
         chunk, stripe.writing, stripe.lender = stripe.writing, None, None
+        stripe.may_pause = False
         self._news = self._news or News.CHUNKS
         if chunk is not None:
             self._sender.written(chunk, stripe.index, stripe.writing_bytes, self._ctx.now)
@@ -1183,6 +1219,8 @@ class Connection:
 
 
 _GREASE_RATE: Final = 1 / 64
+#: A frame pauses so long at most: even if the stripe that it gives way to stalls.
+_PAUSE_S: Final = 0.1
 #: What ERROR without a transfer says of its stripe, and not of the session.
 _OF_STRIPE: Final = frozenset({ErrorCode.FRAME_CORRUPT, ErrorCode.VERSION})
 #: What a new attempt would not change.

@@ -196,6 +196,11 @@ class ChunkQueue(Generic[C]):
                 return True
         return False
 
+    @property
+    def anchors(self) -> bool:
+        """Whether there may be one of class 0."""
+        return bool(self._classes[0].chunks)
+
     def push(self, chunk: C) -> None:
         """Add a chunk that has just entered this queue's state."""
         self._classes[chunk.level].push(chunk)
@@ -236,6 +241,8 @@ class ChunkQueue(Generic[C]):
         fits: Callable[[C], Fit],
         size: Callable[[C], int],
         urgent: Collection[Flow] = (),
+        *,
+        anchors_only: bool = False,
     ) -> C | None:
         """The chunk that goes next, accounted for in ``share`` and in the fairness of its class.
 
@@ -243,11 +250,14 @@ class ChunkQueue(Generic[C]):
         """
         anchors = self._classes[0]
         anchor = anchors.first(fits, behind_anchors=False) if anchors.chunks else None
+        contended = False
         for class_ in self._residuals:
             if class_.chunks:
+                contended = True
                 break
-        else:  # what is most often so
-            share.owed = 0.0
+        if anchors_only or not contended:
+            if anchor is not None or not anchors_only:
+                share.account(0, size(anchor) if anchor else 0, portion, contended=contended)
             if anchor is not None:
                 anchors.serve(anchor.flow.order, size(anchor))
             return anchor

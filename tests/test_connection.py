@@ -453,6 +453,93 @@ def test_stripes_share_a_session_and_a_load():
     assert used == {0, 1, 2}
 
 
+def half_sent(pipe: Any) -> bool:
+    """Whether the client is in the middle of a payload of DATA."""
+    begun = pipe.partial[0]
+    return len(begun) > HEADER_SIZE and Header.unpack(begun[:HEADER_SIZE]).type == FrameType.DATA
+
+
+def half_a_residual_and_half_an_anchor() -> tuple[World, list[int]]:
+    """Two stripes: the first in the middle of an anchor of one transfer, the second of a residual of another."""
+    world = World()
+    world.settle()
+    world.new_pipe()
+    world.settle()
+    express, other = world.pipes
+    client = world.client.connection
+
+    def run_express() -> list[Header]:
+        seen = []
+        for _ in range(30):
+            for shell in world.shells:
+                shell.handle_events(world.now)
+                shell.encode(world.now)
+            for side in (0, 1):
+                express.collect_frame(side)
+                queue, express.frames[side] = express.frames[side], []
+                seen += data_headers(queue)
+                for frame in queue:
+                    express.deliver(side, frame)
+        return seen
+
+    transfers = [world.client.send(cache(), world.now)]
+    assert {header.level for header in run_express()} == {0}, "a residual on the stripe that is kept free of them"
+    assert client.wants_to_send(world.now, other.ends[0])
+    other.collect(0, HEADER_SIZE + 10)
+    assert Header.unpack(other.partial[0][:HEADER_SIZE]).level > 0
+    transfers.append(world.client.send(cache(seed=1), world.now))
+    while not half_sent(express):
+        for shell in world.shells:
+            shell.handle_events(world.now)
+            shell.encode(world.now)
+        express.collect_frame(1)
+        express.collect(0, 1)
+        for side in (0, 1):
+            queue, express.frames[side] = express.frames[side], []
+            for frame in queue:
+                express.deliver(side, frame)
+    return world, transfers
+
+
+def test_anchors_do_not_wait_for_a_residual_that_is_half_sent() -> None:
+    world, transfers = half_a_residual_and_half_an_anchor()
+    express, other = world.pipes
+    client = world.client.connection
+    assert not client.wants_to_send(world.now, other.ends[0])
+    assert client.data_to_send(world.now, other.ends[0]) == []
+    while express.partial[0]:
+        express.collect(0, 1)  # the rest of the anchor
+    assert client.wants_to_send(world.now, other.ends[0])
+    world.settle()
+    check_equal(world, transfers[0], cache())
+    check_equal(world, transfers[1], cache(seed=1))
+
+
+def test_a_residual_does_not_wait_for_ever_for_a_stripe_that_stalls() -> None:
+    world, transfers = half_a_residual_and_half_an_anchor()
+    other = world.pipes[1]
+    client = world.client.connection
+    assert not client.wants_to_send(world.now, other.ends[0])
+    timer = client.next_timer()
+    assert timer is not None
+    assert timer <= world.now + 0.2
+    world.now = timer
+    client.handle_timer(world.now)
+    assert client.wants_to_send(world.now, other.ends[0])
+    world.settle()
+    check_equal(world, transfers[0], cache())
+    check_equal(world, transfers[1], cache(seed=1))
+
+
+def test_a_close_is_said_where_a_residual_paused() -> None:
+    world, _ = half_a_residual_and_half_an_anchor()
+    other = world.pipes[1]
+    world.client.connection.close(world.now)
+    data = b"".join(world.client.connection.data_to_send(world.now, other.ends[0], 1 << 20))
+    frames = split_frames(other.partial[0] + data)
+    assert [Header.unpack(frame[:HEADER_SIZE]).type for frame in frames][-1] == FrameType.GOAWAY
+
+
 def test_stripes_may_be_opened_all_at_once():
     world = World(pipes=3)
     words = cache()

@@ -34,6 +34,8 @@ _LOAD_BYTES: Final = 256 << 20
 _RAW_BYTES: Final = 64 << 20
 #: A body of three levels, cheap to encode: what waits is the link, not the codec.
 _BODY: Final = {"id": "bitplane", "planes": [3, 5, 8]}
+#: One for anchors and control frames, one for residuals.
+_STRIPES: Final = 2
 _SECRET: Final = b"only for this benchmark"
 
 
@@ -348,7 +350,7 @@ async def _send(bits: float | None, samples: int) -> None:
     from lynxproto.transports import TokenBucket
 
     link = None if bits is None else TokenBucket(bits, _BURST)
-    async with connect(hear(), _config(), link=link, insecure=True) as session:
+    async with connect(hear(), _config(), link=link, insecure=True, stripes=_STRIPES) as session:
         sender = _Sender(session, samples)
         while (order := await asyncio.to_thread(hear)) is not None:
             if order["do"] == "load":
