@@ -516,19 +516,19 @@ INLINE __m256i shifted(__m256i words, __m256i shift) {
     return _mm256_add_epi16(words, _mm256_andnot_si256(zero, shift));
 }
 
-INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int first_token, int last,
-                          const lynx_params *params, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                          const int16_t *shifts, uint16_t *const *rows) {
     _Alignas(32) float scales[ROW];
     if (part == LYNX_KEY) {
         unpack_order(params->scale, scales);
     }
-    for (int t = first_token; t < last; t++, rows += stride) {
+    for (int t = 0; t < tokens; t++) {
         const __m256 of_token = _mm256_set1_ps(params->scale[t]);
         const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
         if (part == LYNX_VALUE && dtype == LYNX_BFLOAT16 && at_most_4_bits(codes + t * ROW)) {
-            dequantise_by_table(codes + t * ROW, params->offset[t], of_token, rows);
+            dequantise_by_table(codes + t * ROW, params->offset[t], of_token, rows[t]);
             for (int c = 0; c < ROW && shifts != NULL; c += 16) {
-                store(rows + c, shifted(load(rows + c), load(shifts + c)));
+                store(rows[t] + c, shifted(load(rows[t] + c), load(shifts + c)));
             }
             continue;
         }
@@ -551,22 +551,22 @@ INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int first_t
                 const __m128i w2 = _mm256_cvtps_ph(_mm256_max_ps(_mm256_min_ps(x2, top), bottom), 0);
                 words = in_order(_mm256_set_m128i(w2, w1));
             }
-            store(rows + 16 * i,
+            store(rows[t] + 16 * i,
                   part == LYNX_KEY || shifts == NULL ? words : shifted(words, load(shifts + 16 * i)));
         }
     }
 }
 
-static void dequantise(int part, int dtype, const uint8_t *codes, int first_token, int last, const lynx_params *params,
-                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       const int16_t *shifts, uint16_t *const *rows) {
     if (dtype == LYNX_BFLOAT16) {
         if (part == LYNX_KEY) {
-            dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, first_token, last, params, NULL, rows, stride);
+            dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, params, NULL, rows);
         } else {
-            dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, first_token, last, params, shifts, rows, stride);
+            dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, params, shifts, rows);
         }
     } else {
-        dequantise_as(part, LYNX_FLOAT16, codes, first_token, last, params, NULL, rows, stride);
+        dequantise_as(part, LYNX_FLOAT16, codes, tokens, params, NULL, rows);
     }
 }
 
@@ -772,7 +772,7 @@ INLINE void rank_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride,
 }
 
 INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                     lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+                     lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     _Alignas(32) float scales[ROW];
     unpack_order(params->scale, scales);
     const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
@@ -781,7 +781,7 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
     uint32_t a_bits = 0, b_bits = 0;
     __m256i empty = _mm256_setzero_si256();
     for (int t = 0; t < tokens; t++) {
-        uint16_t *row = rows + t * stride;
+        uint16_t *row = rows[t];
         uint64_t zeros = 0;
         for (int half = 0; half < 2; half++) {
             const half_row in = half_row_of(part, dtype, codes, t, half, scales, params);
@@ -827,7 +827,7 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
-    const bool good = unrank_zeros(part, dtype, &all_zeros, shifts, rows, stride, params, streams);
+    const bool good = unrank_zeros(part, dtype, &all_zeros, shifts, rows, params, streams);
     return good && _mm256_testz_si256(empty, empty) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
@@ -843,14 +843,14 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     if (dtype == LYNX_FLOAT16) {
-        return unrank_as(part, LYNX_FLOAT16, codes, tokens, channels, params, streams, NULL, rows, stride);
+        return unrank_as(part, LYNX_FLOAT16, codes, tokens, channels, params, streams, NULL, rows);
     }
     if (part == LYNX_KEY) {
-        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, channels, params, streams, NULL, rows, stride);
+        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, channels, params, streams, NULL, rows);
     }
-    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, channels, params, streams, shifts, rows, stride);
+    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, channels, params, streams, shifts, rows);
 }
 
 /* ceil(log2) of the largest cell of an integer of magnitude a: at most 512 / (2a + 1) + 1 words, 214 for a = 1. A zero

@@ -618,13 +618,12 @@ INLINE __m512i words_of(int dtype, __m512 a, __m512 b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
-                          const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                          const int16_t *shifts, uint16_t *const *rows) {
     const lanes channels = of_channels(params);
     const __m512i none = _mm512_setzero_si512();
     const __m512i shift[2] = {shifts == NULL ? none : load(shifts), shifts == NULL ? none : load(shifts + 32)};
-    codes += first * ROW;
-    for (int t = first; t < last; t++, codes += ROW, rows += stride) {
+    for (int t = 0; t < tokens; t++, codes += ROW) {
         if (part == LYNX_VALUE && _mm512_test_epi8_mask(load(codes), _mm512_set1_epi8(7)) == 0) {
             /* At most 5 bits: a table of all words of the token. */
             const __m512 step = _mm512_setr_ps(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
@@ -633,7 +632,7 @@ INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int first, 
             const __m512i table = words_of(dtype, _mm512_mul_ps(k, scale), _mm512_mul_ps(upper, scale));
             for (int i = 0; i < 2; i++) {
                 const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + 32 * i)));
-                store(rows + 32 * i, shifted(_mm512_permutexvar_epi16(_mm512_srli_epi16(code, 3), table), shift[i]));
+                store(rows[t] + 32 * i, shifted(_mm512_permutexvar_epi16(_mm512_srli_epi16(code, 3), table), shift[i]));
             }
             continue;
         }
@@ -641,19 +640,19 @@ INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int first, 
         for (int i = 0; i < 4; i += 2) {
             const __m512i words = words_of(dtype, integer_times_scale(codes + 16 * i, l.scale[i], l.offset[i]),
                                            integer_times_scale(codes + 16 * i + 16, l.scale[i + 1], l.offset[i + 1]));
-            store(rows + 16 * i, part == LYNX_KEY ? words : shifted(words, shift[i / 2]));
+            store(rows[t] + 16 * i, part == LYNX_KEY ? words : shifted(words, shift[i / 2]));
         }
     }
 }
 
-static void dequantise(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
-                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       const int16_t *shifts, uint16_t *const *rows) {
     if (dtype == LYNX_FLOAT16) {
-        dequantise_as(part, LYNX_FLOAT16, codes, first, last, params, NULL, rows, stride);
+        dequantise_as(part, LYNX_FLOAT16, codes, tokens, params, NULL, rows);
     } else if (part == LYNX_KEY) {
-        dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, first, last, params, NULL, rows, stride);
+        dequantise_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, params, NULL, rows);
     } else {
-        dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, first, last, params, shifts, rows, stride);
+        dequantise_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, params, shifts, rows);
     }
 }
 

@@ -18,6 +18,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+#define AHEAD 8 /* rows that are fetched: hardware does not foresee long strides and pages */
+
 /* What was stored in an array is read from memory: compilers would take it out of the register, on the ports that vectors need. */
 #define IN_MEMORY(array) __asm__ volatile("" : "+m"(array))
 

@@ -149,7 +149,7 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
 }
 
 INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                     lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+                     lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     const __m512i one = _mm512_set1_epi8(1), nothing = _mm512_setzero_si512();
     const __m512i seven = _mm512_set1_epi64(7);
     const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 8, 8, 8, 8, 8, 8, 8, 8));
@@ -163,6 +163,10 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
     uint32_t a_bits = 0, b_bits = 0;
     __mmask64 empty = 0;
     for (int t = 0; t < tokens; t++) {
+        if (t + AHEAD < tokens) {
+            __builtin_prefetch(rows[t + AHEAD], 1);
+            __builtin_prefetch(rows[t + AHEAD] + 32, 1);
+        }
         const row_cells cells = cells_of(part, load(codes + t * ROW), t, params, &l, none);
         const __m512i n = cells.count, mask = width_mask(n), width = mask_width(mask);
         empty |= _mm512_testn_epi8_mask(n, n);
@@ -189,13 +193,13 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
         for (int i = 0; i < 2; i++) {
             const __m256i rank8 = i == 0 ? _mm512_castsi512_si256(ranks) : _mm512_extracti64x4_epi64(ranks, 1);
             const __m512i least = part == LYNX_KEY ? cells.low[i] : _mm512_add_epi16(cells.low[i], shift[i]);
-            store(rows + t * stride + 32 * i, _mm512_add_epi16(least, _mm512_cvtepu8_epi16(rank8)));
+            store(rows[t] + 32 * i, _mm512_add_epi16(least, _mm512_cvtepu8_epi16(rank8)));
         }
         add_zeros(&zeros, cells.zeros, t);
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
-    const bool good = unrank_zeros(part, LYNX_BFLOAT16, &zeros, shifts, rows, stride, params, streams);
+    const bool good = unrank_zeros(part, LYNX_BFLOAT16, &zeros, shifts, rows, params, streams);
     return good && empty == 0 ? LYNX_OK : LYNX_ERR_RANK;
 }
 
@@ -222,14 +226,14 @@ void lynx_avx512_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t strid
 }
 
 int lynx_avx512_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                       lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+                       lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     if (dtype == LYNX_FLOAT16 || !is_tame(params)) {
-        return lynx_avx2.unrank(part, dtype, codes, tokens, channels, params, streams, shifts, rows, stride);
+        return lynx_avx2.unrank(part, dtype, codes, tokens, channels, params, streams, shifts, rows);
     }
     if (part == LYNX_KEY) {
-        return unrank_as(LYNX_KEY, codes, tokens, channels, params, streams, NULL, rows, stride);
+        return unrank_as(LYNX_KEY, codes, tokens, channels, params, streams, NULL, rows);
     }
-    return unrank_as(LYNX_VALUE, codes, tokens, channels, params, streams, shifts, rows, stride);
+    return unrank_as(LYNX_VALUE, codes, tokens, channels, params, streams, shifts, rows);
 }
 
 AVX512_END

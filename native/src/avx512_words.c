@@ -49,8 +49,6 @@ INLINE row_writer write_rows(const lynx_stretch *stretches, ptrdiff_t stride, ly
     return out;
 }
 
-#define AHEAD 8 /* rows that are fetched: long strides and pages are not foreseen by hardware */
-
 INLINE void write_row(row_writer *out, __m512i first, __m512i second) {
     if (out->tail == NULL) {
         const uint16_t *ahead = out->left > AHEAD      ? out->at + AHEAD * out->stride

@@ -166,13 +166,12 @@ static bool ranks_fit(const lynx_streams *streams, const uint8_t *entry) {
     return (streams->a_bits + 7) / 8 == load16(entry) && more == load16(entry + 2);
 }
 
-static void write_constants(int part, const lynx_block *block, const lynx_params *params, uint16_t *rows,
-                            ptrdiff_t stride) {
+static void write_constants(int part, const lynx_block *block, const lynx_params *params, uint16_t *const *rows) {
     for (int g = 0; g < block->groups; g++) {
         if (params->constant >> g & 1) {
             const int n = part == LYNX_KEY ? block->tokens : block->channels;
             for (int i = 0; i < n; i++) {
-                rows[part == LYNX_KEY ? i * stride + g : g * stride + i] = params->word[g];
+                rows[part == LYNX_KEY ? i : g][part == LYNX_KEY ? g : i] = params->word[g];
             }
         }
     }
@@ -193,24 +192,13 @@ static void prefetch(const uint8_t *p, uint64_t size) {
     }
 }
 
-/* Words [tokens, `stride`] of the block to their places; `stream`: past the caches, where rows lie next to each other. */
-static void place_rows(const lynx_kernels *kernels, const lynx_view *view, const lynx_block *block, const uint8_t *words,
-                       size_t stride, bool stream) {
-    for (int t = 0; t < block->tokens;) {
-        const lynx_stretch some = stretch_from(view, block, t);
-        uint16_t *row = some.row;
-        if (stream) {
-            kernels->stream(row, (const uint16_t *)(const void *)words + t * ROW, (size_t)some.count * ROW);
-            t += some.count;
-            continue;
-        }
-        for (const int end = t + some.count; t < end; t++, row += view->token_stride) {
-            const uint8_t *from = words + (size_t)t * stride;
-            if (block->channels == ROW) { /* a size that compilers know */
-                memcpy(row, from, 2 * ROW);
-            } else {
-                memcpy(row, from, 2 * (size_t)block->channels);
-            }
+/* Words of the block's rows, `stride` bytes apart, to their places. */
+static void place_rows(const lynx_block *block, const uint8_t *words, size_t stride, uint16_t *const *places) {
+    for (int t = 0; t < block->tokens; t++, words += stride) {
+        if (block->channels == ROW) { /* a size that compilers know */
+            memcpy(places[t], words, 2 * ROW);
+        } else {
+            memcpy(places[t], words, 2 * (size_t)block->channels);
         }
     }
 }
@@ -285,6 +273,10 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
     const uint8_t *anchor = levels->anchor, *rest = levels->rest;
     uint64_t params = 0, ranks = 0;
     lynx_tail tail = {.count = 0};
+    uint16_t *made[ROW]; /* where words go that are not in place at once */
+    for (int t = 0; t < ROW; t++) {
+        made[t] = s->words + t * ROW;
+    }
     *fault = (lynx_hq_fault){0};
     lynx_block block;
     for (lynx_first_block(tile, &block); block.index < last; lynx_next_block(tile, &block)) {
@@ -321,11 +313,14 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
             }
             prefetch_next(tile, view, &block, 1, true);
             lynx_stretch stretches[ROW + 1];
-            const bool in_place = stretches_of(view, &block, stretches) == 1 && block.channels == ROW;
-            uint16_t *rows = in_place ? stretches->row : s->words;
-            const ptrdiff_t row_stride = in_place ? view->token_stride : ROW;
+            uint16_t *places[ROW];
+            for (int i = 0, t = 0, n = stretches_of(view, &block, stretches); i < n; i++) {
+                for (int j = 0; j < stretches[i].count; j++, t++) {
+                    places[t] = stretches[i].row + j * view->token_stride;
+                }
+            }
             if (entry != NULL && load16(entry) == RAW_RANKS) {
-                place_rows(kernels, view, &block, levels->rank + ranks, 2 * (size_t)block.channels, false);
+                place_rows(&block, levels->rank + ranks, 2 * (size_t)block.channels, places);
             } else {
                 /* Anchors and 8-bit values go past the caches where they are many, and exponents with them where no word can
                  * leave the range that they move. */
@@ -333,10 +328,8 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                 const bool direct = tame && entry == NULL && block.channels == ROW && kernels->place != NULL;
                 const bool streamed = !direct && streams && block.channels == ROW && view->token_stride == ROW;
                 const bool moved = setup->shifted && !tame;
-                const bool apart = streamed || moved;
-                const bool by_pages = entry == NULL && !in_place && !apart && block.channels == ROW && s->params.constant == 0;
-                uint16_t *to = apart ? s->words : rows;
-                const ptrdiff_t stride = apart ? ROW : row_stride;
+                const bool apart = streamed || moved || block.channels < ROW;
+                uint16_t *const *to = apart ? made : places;
                 const int16_t *shifts = setup->shifted && tame ? setup->shifts : NULL;
                 planes_in sections = {anchor, rest, levels->anchor + levels->anchor_size,
                                       (uint64_t)anchor_size, (uint64_t)rest_size,
@@ -372,28 +365,24 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                     read_ranks(entry, levels->rank + ranks, &s->streams);
                     const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
                     if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,
-                                       &s->streams, shifts, to, stride) != LYNX_OK ||
+                                       &s->streams, shifts, to) != LYNX_OK ||
                         !ranks_fit(&s->streams, entry)) {
                         return fail(fault, LYNX_ERR_RANK, 2, block.index, ranks);
                     }
-                } else if (by_pages && !direct) {
-                    for (int i = 0, t = 0; t < block.tokens; t += stretches[i++].count) {
-                        kernels->dequantise(tile->part, tile->dtype, s->codes, t, t + stretches[i].count, &s->params, shifts,
-                                            stretches[i].row, view->token_stride);
-                    }
                 } else if (!direct) {
-                    kernels->dequantise(tile->part, tile->dtype, s->codes, 0, block.tokens, &s->params, shifts, to, stride);
+                    kernels->dequantise(tile->part, tile->dtype, s->codes, block.tokens, &s->params, shifts, to);
                 }
                 prefetch_next(tile, view, &block, 3, true);
                 if (s->params.constant != 0) {
-                    write_constants(tile->part, &block, &s->params, to, stride);
+                    write_constants(tile->part, &block, &s->params, to);
                 }
                 if (moved) {
-                    kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, streamed ? s->words : rows,
-                                     streamed ? ROW : row_stride);
+                    kernels->rescale(setup->unshifts, s->words, ROW, block.tokens, s->words, ROW);
                 }
-                if (streamed || (!in_place && !by_pages)) {
-                    place_rows(kernels, view, &block, (const uint8_t *)s->words, 2 * ROW, streamed);
+                if (streamed) {
+                    kernels->stream(places[0], s->words, (size_t)block.tokens * ROW);
+                } else if (apart) {
+                    place_rows(&block, (const uint8_t *)s->words, 2 * ROW, places);
                 }
             }
         }

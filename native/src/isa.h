@@ -147,10 +147,10 @@ typedef struct {
     void (*unpack)(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
     /* Whether all codes are valid. */
     bool (*check)(int part, const uint8_t *codes, int tokens, const lynx_planes *planes);
-    /* Words of tokens [first, last) of a block into rows of which the first is `rows`. `shifts`, of value channels of bfloat16,
-     * are added to all words but zeros; null: none. */
-    void (*dequantise)(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
-                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
+    /* Words, each token's where `rows` says. `shifts`, of value channels of bfloat16, are added to all words but zeros; null:
+     * none. */
+    void (*dequantise)(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       const int16_t *shifts, uint16_t *const *rows);
     /* Words straight from planes, or from codes if those are not null, to rows of 64 channels in stretches of one stride, behind
      * which an empty one lies; null where there is none. With `tail` not null past the caches (STREAM_FENCE), in whole lines:
      * there is one stretch then, and the words of the last line are left in the tail. bfloat16 with scales of at most MOST_PLACED
@@ -167,7 +167,7 @@ typedef struct {
     void (*rank)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                  int channels, const lynx_params *params, lynx_streams *streams);
     int (*unrank)(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows);
     /* Folding, a step at a time; null where it is done at once, below. Codes with their top bits replaced by their place around
      * a centre, in folded channels, and back in place in those of the anchor or of both sections. `zeros`: z + o of each token;
      * null: centres by the token before. Rows of `centred` up to the next multiple of 8 are zeros. */
@@ -234,7 +234,7 @@ bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *p
 void lynx_avx512_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                       int channels, const lynx_params *params, lynx_streams *streams);
 int lynx_avx512_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                       lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride);
+                       lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows);
 #elif defined(__aarch64__)
 extern const lynx_kernels lynx_neon;
 #endif

@@ -242,9 +242,9 @@ INLINE uint16x8_t words_above(float32x4_t first, float32x4_t second, uint32_t mo
                         vaddhn_u32(vreinterpretq_u32_f32(second), vdupq_n_u32(more)));
 }
 
-static void dequantise(int part, int dtype, const uint8_t *codes, int first_token, int last, const lynx_params *params,
-                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
-    for (int t = first_token; t < last; t++, rows += stride) {
+static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       const int16_t *shifts, uint16_t *const *rows) {
+    for (int t = 0; t < tokens; t++) {
         for (int c = 0; c < ROW; c += 8) {
             float32x4_t first, second;
             scaled(part, codes, t, c, params, &first, &second);
@@ -254,12 +254,12 @@ static void dequantise(int part, int dtype, const uint8_t *codes, int first_toke
                     const uint16x8_t some = vtstq_u16(words, vdupq_n_u16(0x7fff));
                     words = vaddq_u16(words, vandq_u16(some, vreinterpretq_u16_s16(vld1q_s16(shifts + c))));
                 }
-                vst1q_u16(rows + c, words);
+                vst1q_u16(rows[t] + c, words);
             } else {
                 const float32x4_t top = vdupq_n_f32(65504.0f), bottom = vdupq_n_f32(-65504.0f);
                 const float16x4_t w1 = vcvt_f16_f32(vmaxq_f32(vminq_f32(first, top), bottom));
                 const float16x8_t w = vcvt_high_f16_f32(w1, vmaxq_f32(vminq_f32(second, top), bottom));
-                vst1q_u16(rows + c, vreinterpretq_u16_f16(w));
+                vst1q_u16(rows[t] + c, vreinterpretq_u16_f16(w));
             }
         }
     }
@@ -321,9 +321,9 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     if (dtype == LYNX_FLOAT16) {
-        return lynx_scalar.unrank(part, dtype, codes, tokens, channels, params, streams, shifts, rows, stride);
+        return lynx_scalar.unrank(part, dtype, codes, tokens, channels, params, streams, shifts, rows);
     }
     uint32_t a_bits = 0, b_bits = 0;
     zero_list zeros;
@@ -345,12 +345,12 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
             const uint32_t above = (streams->more[b_bits >> 3] >> (b_bits & 7) & more) << width;
             a_bits += (uint32_t)width;
             b_bits += more;
-            rows[t * stride + c] = (uint16_t)(((low[c] + field + above) | sign[c]) + (uint32_t)(shifts == NULL ? 0 : shifts[c]));
+            rows[t][c] = (uint16_t)(((low[c] + field + above) | sign[c]) + (uint32_t)(shifts == NULL ? 0 : shifts[c]));
         }
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
-    return unrank_zeros(part, dtype, &zeros, shifts, rows, stride, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
+    return unrank_zeros(part, dtype, &zeros, shifts, rows, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 /* As in avx2.c. */

@@ -58,14 +58,13 @@ static inline void rank_zeros(int part, int dtype, const zero_list *zeros, const
 }
 
 /* The reverse; streams W and X start behind B, whose size is known by now. False for a word outside its cell. */
-static inline bool unrank_zeros(int part, int dtype, const zero_list *zeros, const int16_t *shifts, uint16_t *rows,
-                                ptrdiff_t stride, const lynx_params *params, lynx_streams *streams) {
+static inline bool unrank_zeros(int part, int dtype, const zero_list *zeros, const int16_t *shifts, uint16_t *const *rows, const lynx_params *params, lynx_streams *streams) {
     streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
     streams->x_count = 0;
     const uint8_t *w = streams->more + (streams->b_bits + 7) / 8, *x = w + (12 * streams->w_count + 7) / 8;
     for (uint32_t i = 0; i < zeros->count; i++) {
         const int t = zeros->at[i] / ROW, c = zeros->at[i] % ROW;
-        uint16_t *word = rows + t * stride + c;
+        uint16_t *word = rows[t] + c;
         if (dtype == LYNX_FLOAT16) {
             *word = load16(x + 2 * streams->x_count++);
             continue;

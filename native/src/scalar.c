@@ -127,14 +127,14 @@ static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes 
     return good;
 }
 
-static void dequantise(int part, int dtype, const uint8_t *codes, int first, int last, const lynx_params *params,
-                       const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
-    for (int t = first; t < last; t++, rows += stride) {
+static void dequantise(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
+                       const int16_t *shifts, uint16_t *const *rows) {
+    for (int t = 0; t < tokens; t++) {
         for (int c = 0; c < ROW; c++) {
             const int g = group_of(part, t, c);
             const float value = (float)(codes[t * ROW + c] - params->offset[g]) * params->scale[g];
             const uint16_t word = dtype == LYNX_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
-            rows[c] = (uint16_t)(shifts == NULL || (word & 0x7fff) == 0 ? word : word + shifts[c]);
+            rows[t][c] = (uint16_t)(shifts == NULL || (word & 0x7fff) == 0 ? word : word + shifts[c]);
         }
     }
 }
@@ -181,14 +181,14 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                  lynx_streams *streams, const int16_t *shifts, uint16_t *rows, ptrdiff_t stride) {
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     streams->a_bits = streams->b_bits = 0;
     zero_list zeros;
     zeros.count = 0;
     for (int t = 0; t < tokens; t++) {
         for (int c = 0; c < channels; c++) {
             const int g = group_of(part, t, c);
-            uint16_t *out = rows + t * stride + c;
+            uint16_t *out = rows[t] + c;
             if (params->constant >> g & 1) {
                 *out = params->word[g];
                 continue;
@@ -212,7 +212,7 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
             }
         }
     }
-    return unrank_zeros(part, dtype, &zeros, shifts, rows, stride, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
+    return unrank_zeros(part, dtype, &zeros, shifts, rows, params, streams) ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 static inline uint32_t load_word(int word_bytes, const uint8_t *words, size_t i) {
