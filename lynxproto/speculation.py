@@ -41,7 +41,9 @@ __all__ = [
     "SeededSampler",
     "Speculation",
     "Verified",
+    "gap",
     "measure_noise",
+    "nucleus",
 ]
 
 _SHORT_BATCH = 4
@@ -153,7 +155,7 @@ class Greedy:
 
     def near_tie(self, logits: Logits, position: int, noise: float) -> bool:
         """Whether the two largest logits lie within ``2 * noise``."""
-        return noise > 0 and _gap(logits) < 2 * noise
+        return noise > 0 and gap(logits) < 2 * noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ class SeededSampler:
     def choose(self, logits: Logits, position: int) -> int:
         """The token for ``position``."""
         scaled = _scaled(logits, self.temperature)
-        allowed = _nucleus(scaled, self.top_k, self.top_p)
+        allowed = nucleus(scaled, self.top_k, self.top_p)
         return _argmax(np.where(allowed, scaled + self._gumbel(len(scaled), position), -np.inf), position)
 
     def check(self, token: int, draft_logits: Logits | None, logits: Logits, position: int) -> int:
@@ -193,10 +195,10 @@ class SeededSampler:
         slack = 2 * noise / self.temperature
         scaled = _scaled(logits, self.temperature)
         scores = scaled + self._gumbel(len(scaled), position)
-        certain = _nucleus(scaled, self.top_k, self.top_p, -slack)
-        possible = _nucleus(scaled, self.top_k, self.top_p, slack)
+        certain = nucleus(scaled, self.top_k, self.top_p, -slack)
+        possible = nucleus(scaled, self.top_k, self.top_p, slack)
         best = int(np.argmax(np.where(possible, scores, -np.inf)))
-        return not certain[best] or _gap(np.where(possible, scores, -np.inf)) < slack
+        return not certain[best] or gap(np.where(possible, scores, -np.inf)) < slack
 
     def _gumbel(self, size: int, position: int) -> NDArray[np.float64]:
         # Philox is counter-based: the position picks a block of the stream, so noise needs no history. Raw words and
@@ -224,7 +226,7 @@ class RejectionSampler:
     def probabilities(self, logits: Logits) -> NDArray[np.float64]:
         """The distribution that is sampled, shape ``[vocabulary]``."""
         scaled = _scaled(logits, self.temperature)
-        weights = np.where(_nucleus(scaled, self.top_k, self.top_p), np.exp(scaled - scaled.max()), 0.0)
+        weights = np.where(nucleus(scaled, self.top_k, self.top_p), np.exp(scaled - scaled.max()), 0.0)
         return np.asarray(weights / weights.sum())
 
     def choose(self, logits: Logits, position: int) -> int:
@@ -297,7 +299,7 @@ class Speculation:
         if by_depth.ndim != 1 or not by_depth.size or not by_depth[0] >= 0 or np.isnan(by_depth).any():
             raise ConfigError(f"noise must be differences of logits, not {noise}")
         self._engine = engine
-        self._sampler: Sampler = Greedy() if sampler is None else sampler
+        self.sampler: Sampler = Greedy() if sampler is None else sampler
         self._processors = tuple(processors)
         self._eos = frozenset(eos)
         self._stop = stop
@@ -352,8 +354,8 @@ class Speculation:
         sequence = self._sequence + self._draft
         while len(self._draft) < self._max_draft and not self._ends(sequence) and not until():
             logits = self._process(sequence, self._checked(self._engine.step(sequence[-1]), 1)[0])
-            token = self._sampler.choose(logits, len(sequence))
-            if self._sampler.needs_draft_logits:
+            token = self.sampler.choose(logits, len(sequence))
+            if self.sampler.needs_draft_logits:
                 self._draft_logits.append(np.array(logits))
             sequence.append(token)
             self._draft.append(token)
@@ -403,14 +405,14 @@ class Speculation:
                 self._stepwise = position
             elif self._near_tie(logits, position):
                 self.report.redecided += (position - self._prompt,)
-                batched = self._sampler.choose(logits, position)
+                batched = self.sampler.choose(logits, position)
                 depth = position - self._stepwise
                 exact = self._replay()
                 self._observe(row, exact, depth)
                 logits = self._process(self._sequence, exact)
-                if self._sampler.choose(logits, position) != batched:
+                if self.sampler.choose(logits, position) != batched:
                     self.report.mismatches += (position - self._prompt,)
-            self._commit(self._sampler.choose(logits, position))
+            self._commit(self.sampler.choose(logits, position))
             yield Verified(len(self._sequence) - self._prompt, (self._sequence[-1],))
 
     def _settle(self, draft: list[int], kept: list[Logits]) -> bool:
@@ -429,9 +431,9 @@ class Speculation:
             logits = self._process(sequence, rows[i])
             tie = self._near_tie(logits, position) or (self._learning and i + 1 == _LEARN_TOKENS)
             if i == len(draft):
-                choices.append(self._sampler.choose(logits, position))
+                choices.append(self.sampler.choose(logits, position))
                 break
-            choices.append(self._sampler.check(draft[i], kept[i] if kept else None, logits, position))
+            choices.append(self.sampler.check(draft[i], kept[i] if kept else None, logits, position))
             if choices[i] != draft[i] or self._ends(self._sequence + choices):
                 break
         if not (tie or self._learning):
@@ -469,7 +471,7 @@ class Speculation:
         """Commit one token on a cache that single steps made; return the raw logits."""
         row = self._step()
         self._stepwise = len(self._sequence)
-        self._commit(self._sampler.choose(self._process(self._sequence, row), len(self._sequence)))
+        self._commit(self.sampler.choose(self._process(self._sequence, row), len(self._sequence)))
         return row
 
     def _replay(self) -> Logits:
@@ -481,7 +483,7 @@ class Speculation:
         self._engine.crop(self._stepwise)
         for length in range(self._stepwise + 1, len(sequence)):
             row = self._step(length)
-            if self._sampler.choose(self._process(sequence[:length], row), length) != sequence[length]:
+            if self.sampler.choose(self._process(sequence[:length], row), length) != sequence[length]:
                 self.report.mismatches += (length - self._prompt,)
         row = self._step()
         self._stepwise = len(sequence)
@@ -496,7 +498,7 @@ class Speculation:
 
     def _near_tie(self, logits: Logits, position: int) -> bool:
         depth = position - self._stepwise
-        return self._sampler.near_tie(logits, position, float(self._noise[min(depth, len(self._noise)) - 1]))
+        return self.sampler.near_tie(logits, position, float(self._noise[min(depth, len(self._noise)) - 1]))
 
     def _observe(self, batched: Logits, exact: Logits, depth: int) -> None:
         """Learn from logits that were computed both ways, ``depth`` tokens after the stepwise ones."""
@@ -565,7 +567,7 @@ def _argmax(scores: Logits, position: int) -> int:
     return best
 
 
-def _gap(scores: Logits) -> float:
+def gap(scores: Logits) -> float:
     """How far the best score is ahead of the second."""
     if len(scores) < 2:
         return math.inf
@@ -577,7 +579,7 @@ def _scaled(logits: Logits, temperature: float) -> NDArray[np.float64]:
     return np.asarray(logits, np.float64) / temperature
 
 
-def _nucleus(scaled: NDArray[np.float64], top_k: int, top_p: float, slack: float = 0.0) -> NDArray[np.bool_]:
+def nucleus(scaled: NDArray[np.float64], top_k: int, top_p: float, slack: float = 0.0) -> NDArray[np.bool_]:
     """Who passes both filters: the ``top_k`` largest, and tokens whose strictly larger ones weigh less than ``top_p``.
 
     ``slack`` bounds the error of a difference of two scores: above zero, who could pass; below, who surely does.

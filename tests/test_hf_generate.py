@@ -169,6 +169,52 @@ def test_arguments_of_generate() -> None:
         assert got.tolist() == expected.tolist(), arguments
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 0},
+        {"temperature": 0.7},
+        {"top_k": 5, "top_p": 0.8},
+        {"top_p": 0.9, "top_k": 0, "repetition_penalty": 1.3},
+    ],
+)
+def test_seeded_sampling_draws_what_generate_draws(filters: dict[str, Any], dtype: str) -> None:
+    """And leaves torch's generator where generate leaves it."""
+    model = tiny("llama", dtype)
+    for seed, cached in ((1, 149), (2, 143), (3, 150)):
+        cache, first = prefilled(model, IDS[:, :cached])
+        arguments = {"max_new_tokens": 30, "do_sample": True, **filters}
+        torch.manual_seed(seed)
+        expected = reference(model, cache, IDS, first if cached == 150 else None, **arguments)
+        after = torch.rand(3)
+        drafts = Drafts(12)
+        with arriving(model, cache, IDS[:, :cached], first_token=first, link=drafts.link) as receiver:
+            torch.manual_seed(seed)
+            got = generate(model, IDS, receiver, max_draft=12, on_event=drafts, **arguments)
+        assert got.tolist() == expected.tolist()
+        assert torch.equal(torch.rand(3), after)
+    assert len(set(got[0, 150:].tolist())) > 5
+
+
+def test_stop_strings(tmp_path: Path) -> None:
+    from test_transformers_docs import TEXT, save_model
+
+    model, tokenizer = save_model(tmp_path)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    cache, first = prefilled(model, ids)
+    free = reference(model, cache, ids, first, max_new_tokens=25)
+    wanted = tokenizer.decode(free[0, ids.shape[1] + 9 : ids.shape[1] + 12])
+    settings = {"max_new_tokens": 25, "stop_strings": [wanted], "tokenizer": tokenizer}
+    expected = reference(model, cache, ids, first, **settings)
+    with arriving(model, cache, ids, first_token=first) as receiver:
+        got = generate(model, ids, receiver, **settings)
+    assert got.tolist() == expected.tolist()
+    assert got.shape[1] == ids.shape[1] + 12 < free.shape[1]
+    with pytest.raises(ConfigError, match="need the tokenizer"):
+        generate(model, ids, "tcp://127.0.0.1:1", stop_strings=["x"])
+
+
 def test_streamers_and_dictionaries() -> None:
     class Streamer(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc]  # not followed
         def __init__(self) -> None:
@@ -284,6 +330,8 @@ def test_words_of_another_type_than_the_models() -> None:
         ({"num_beams": 3}, "3 beams"),
         ({"num_return_sequences": 2, "num_beams": 2}, "num_return_sequences is 2"),
         ({"use_cache": False}, "use_cache=False"),
+        ({"do_sample": True, "min_p": 0.1}, "MinPLogitsWarper is not supported"),
+        ({"do_sample": True, "typical_p": 0.5}, "TypicalLogitsWarper is not supported"),
         ({"prompt_lookup_num_tokens": 3}, "assisted"),
         ({"output_scores": True, "return_dict_in_generate": True}, "does not support output_scores"),
         ({"attention_mask": torch.tensor([[0] + [1] * 149])}, "without padding"),

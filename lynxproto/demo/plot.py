@@ -88,12 +88,11 @@ def _draw(axes: Any, row: int, method: str, run: Measurement) -> None:
         color = _LEVELS[min(level, 2)] if method == "lynxproto" else _WHOLE
         axes.broken_barh(bars, (row + 0.03, 0.32), color=color, linewidth=0)
     engine = (row - 0.35, 0.32)
-    if "draft_start" in marks:
-        # The first step waits for each layer: before the last one came it was waiting more than computing.
-        start = max(marks["draft_start"], marks["anchor"])
-        axes.broken_barh([(start, marks["draft_end"] - start)], engine, color=_DRAFT)
-        axes.broken_barh([(marks["verify_start"], marks["verify_end"] - marks["verify_start"])], engine, color=_VERIFY)
-    start = max(marks["verify_end" if "draft_start" in marks else "verify_start"], marks["anchor"])
+    start = marks["anchor"]
+    if run.decode["drafted"]:
+        axes.broken_barh([(start, marks["drafted"] - start)], engine, color=_DRAFT)
+        start = marks["settled"]
+        axes.broken_barh([(marks["exact"], start - marks["exact"])], engine, color=_VERIFY)
     axes.broken_barh([(start, marks["end"] - start)], engine, color=_DECODE)
     axes.plot(run.first_provisional, row - 0.19, "v", color="black")
     axes.plot(run.last_verified, row - 0.19, "D", color="black", markersize=5)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -142,39 +140,28 @@ class Prefill:
 
     async def stream(self, url: str, method: PolicyName, link: float | None) -> Mapping[str, Any]:
         """Prefill again, for real, and send each layer as it is made. ``complete`` is when the last layer existed."""
-        from lynxproto.integrations.attention import AttentionMass, watch_attention
-        from lynxproto.integrations.hf import HFEngine, WordCache
+        from lynxproto.integrations.hf import LynxCache
 
         assert self._cache is not None
         manifest = self._cache.manifest
         bucket = None if link is None else MeteredLink(link)
-        loop = asyncio.get_running_loop()
+        times: list[float] = []
+
+        def on_layer(layer: int) -> None:
+            times.append(time.monotonic())
+            self._pipe.send("prefill", layer=layer + 1, layers=len(manifest.layers))
+
         async with lynxproto.connect(url, _config(manifest), link=bucket, insecure=True) as sender:
-            transfer = sender.open(manifest, self._policy(method))
-            writes: list[Future[None]] = []
-            times: list[float] = []
-
-            def write(layer: int, mass: NDArray[np.float64] | None) -> None:
-                pair = (cache.words(layer, part) for part in ("key", "value"))
-                writes.append(asyncio.run_coroutine_threadsafe(transfer.write(layer, *pair, importance=mass), loop))
-
-            def on_layer(layer: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
-                times.append(time.monotonic())
-                if not waits:
-                    write(layer, None)
-                self._pipe.send("prefill", layer=layer + 1, layers=len(manifest.layers))
-
-            # A plan by attention waits for the layer's attention, a moment after its keys and values exist.
-            tiered = self._tiered if method == "lynx" else None
-            waits = tiered is not None and tiered.importance == "attention"
-            cache = WordCache(self._model.config, len(self._prompt), on_layer=on_layer)
-            engine = HFEngine(self._model, cache)
             started = time.monotonic()
-            with watch_attention(self._model, AttentionMass(QUERIES, write)) if waits else nullcontext():
-                logits = await asyncio.to_thread(engine.prefill, self._prompt)
-            transfer.result(*_first_token(logits))
-            await asyncio.gather(*map(asyncio.wrap_future, writes))
-            await transfer.finish()
+            await LynxCache.aprefill(
+                self._model,
+                self._prompt,
+                sender,
+                dtype=manifest.dtype,
+                identity=manifest.identity,
+                policy=self._policy(method),
+                on_layer=on_layer,
+            )
         return {
             "complete": times[-1],
             "started": started,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lynxproto.integrations.hf_cache import CacheReceiver, IncomingCache, LynxCache
-from lynxproto.integrations.hf_generate import generate
+from lynxproto.integrations.hf_generate import decode_arriving, generate
 from lynxproto.integrations.hf_model import as_array, make_identity, make_manifest, weights_revision
 from lynxproto.integrations.hf_words import HFEngine, WordCache
 
@@ -14,6 +14,7 @@ __all__ = [
     "LynxCache",
     "WordCache",
     "as_array",
+    "decode_arriving",
     "generate",
     "make_identity",
     "make_manifest",

@@ -22,6 +22,7 @@ from lynxproto.cachefile import Cache, load_cache, save_cache
 from lynxproto.chunk import Part
 from lynxproto.config import Config
 from lynxproto.errors import DeadlineError, IdentityError, LocalError, LynxError, NotFoundError, SpecError
+from lynxproto.integrations.attention import AttentionMass, watch_attention
 from lynxproto.integrations.hf_dynamic import cache_of, dynamic_of, put_layer
 from lynxproto.integrations.hf_model import (  # says what to install if torch or transformers is missing
     NAMES,
@@ -150,14 +151,14 @@ class LynxCache:
 
         ``to``: a URL, which ``config`` and ``options`` of :func:`lynxproto.connect` go with, or an open session.
         The cache's tensors are read until this returns or raises: leave them alone. ``first_token``: what prefill chose
-        after the prompt. ``policy``: default :meth:`Policy.progressive` for the cache's dtype.
+        after the prompt. ``policy``: default the session's, or :meth:`Policy.progressive` for the cache's dtype.
 
         Raises :class:`~lynxproto.errors.RejectedError` if the peer does not want it (its text says why), and what
         :func:`lynxproto.connect` and :meth:`OutgoingTransfer.finish` raise.
         """
         held = _described(cache, model, tokens, identity, first_token)
         async with _limited(timeout), _sender(to, config, options) as sender:
-            transfer = sender.open(held.manifest, policy or Policy.progressive(held.manifest.dtype))
+            transfer = sender.open(held.manifest, policy)
             try:
                 await transfer.send(held)
             except BaseException:
@@ -185,7 +186,7 @@ class LynxCache:
 
         Returns the cache, the first token with its lead over the second, and the transfer's statistics. ``dtype`` of
         the cache: the model's by default; a coarser one rounds K and V where they enter. ``on_layer(layer)`` is called
-        when a layer is computed. The rest is as in :meth:`apush`.
+        when a layer is computed. A policy that ranks tokens by attention gets it. The rest is as in :meth:`apush`.
         """
         ids, name = token_ids(tokens), dtype or _dtype_of(model)
         manifest = make_manifest(
@@ -199,18 +200,25 @@ class LynxCache:
         loop = asyncio.get_running_loop()
         writes: list[Future[None]] = []
 
-        def hand_over(layer: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        def write(layer: int, importance: Any) -> None:
             kept = manifest.layer(layer).tokens
-            pair = (words[:, words.shape[1] - kept :] for words in (keys, values))
-            writes.append(asyncio.run_coroutine_threadsafe(transfer.write(layer, *pair), loop))
+            pair = (words[:, words.shape[1] - kept :] for words in (cache.words(layer, p) for p in ("key", "value")))
+            writes.append(asyncio.run_coroutine_threadsafe(transfer.write(layer, *pair, importance=importance), loop))
+
+        def computed(layer: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
+            if not ranked:
+                write(layer, None)
             if on_layer is not None:
                 on_layer(layer)
 
-        cache = WordCache(model.config, len(ids), name, on_layer=hand_over, windows=True)
+        # A plan by attention waits for the layer's attention, a moment after its keys and values exist.
+        ranked = isinstance(policy, Policy) and policy.tiers is not None and policy.importance == "attention"
+        cache = WordCache(model.config, len(ids), name, on_layer=computed, windows=True)
         async with _limited(timeout), _sender(to, config, options) as sender:
-            transfer = sender.open(manifest, policy or Policy.progressive(name))
+            transfer = sender.open(manifest, policy)
             try:
-                logits = await asyncio.to_thread(HFEngine(model, cache).prefill, ids)
+                with watch_attention(model, AttentionMass(on_layer=write)) if ranked else contextlib.nullcontext():
+                    logits = await asyncio.to_thread(HFEngine(model, cache).prefill, ids)
                 second, best = np.partition(logits, -2)[-2:]
                 result = Result(int(np.argmax(logits)), float(best - second))
                 transfer.result(result.first_token, result.logit_gap)

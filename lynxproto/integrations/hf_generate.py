@@ -17,12 +17,18 @@ from lynxproto import blocking
 from lynxproto.config import MAX_LEVELS
 from lynxproto.errors import ConfigError, LocalError, NotFoundError
 from lynxproto.integrations.hf_cache import CacheReceiver, Expected, IncomingCache, arriving, stock_of, token_ids
+from lynxproto.integrations.hf_sampling import Multinomial, split_warpers
 from lynxproto.integrations.hf_words import HFEngine, WordCache
 from lynxproto.manifest import Identity
-from lynxproto.speculation import Event, Greedy, Logits, Report, Sampler, Speculation, Verified
+from lynxproto.speculation import Event, Greedy, Logits, Report, Speculation, Verified
 
 import torch  # isort: skip  # after hf_cache, whose error names the extra
-from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList  # isort: skip  # the same
+from transformers.generation import (  # isort: skip  # the same
+    GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 __all__ = ["decode_arriving", "generate"]
 
@@ -77,11 +83,12 @@ def generate(
     from the first request of each model, and ``math.inf`` rules out that a batch decides. ``on_report`` gets the
     :class:`~lynxproto.speculation.Report` at the end. ``dtype`` and ``identity``: as for :class:`LynxCache`.
 
-    Greedy decoding is supported, with logits processors and stopping criteria (which must be functions of their
-    arguments: they see drafts too), ``eos_token_id``, ``stop_strings``, ``return_dict_in_generate``. Blocks; not for a
-    thread whose event loop runs (``await asyncio.to_thread(generate, ...)``).
+    Greedy decoding and sampling (``temperature``, ``top_k``, ``top_p``; seeded by torch's generator, which is left
+    where ``generate`` leaves it) are supported, with logits processors and stopping criteria (which must be functions
+    of their arguments: they see drafts too), ``eos_token_id``, ``stop_strings``, ``return_dict_in_generate``. Blocks;
+    not for a thread whose event loop runs (``await asyncio.to_thread(generate, ...)``).
 
-    Raises :class:`~lynxproto.errors.ConfigError` for anything else (sampling, beams, batches, padding, scores...),
+    Raises :class:`~lynxproto.errors.ConfigError` for anything else (other filters, beams, batches, padding, scores...),
     before a cache is taken; :class:`~lynxproto.errors.IdentityError` for a cache of something else; and what
     :meth:`~lynxproto.session.IncomingTransfer.exact` raises when the cache does not arrive whole: nothing is returned
     then, and nothing but prefill's own first token has gone to ``streamer``.
@@ -98,6 +105,12 @@ def generate(
         raise ConfigError(f"cached_tokens is {cached}, input_ids has {len(ids)} tokens")
     expected = Expected(model, ids if cached_tokens is None else ids[:cached], identity, dtype)
 
+    if (stop_strings := arguments.pop("stop_strings", None)) is not None:  # their tokenizer does not reach the hook
+        if (tokenizer := arguments.pop("tokenizer", None)) is None:
+            raise ConfigError("stop_strings need the tokenizer: generate(..., tokenizer=...)")
+        criteria = arguments.pop("stopping_criteria", None) or ()
+        arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])
+
     def decode(
         model: Any,
         input_ids: Any,
@@ -107,20 +120,24 @@ def generate(
         **inputs: Any,
     ) -> Any:
         _check(generation_config, input_ids, inputs)
+        before, warpers = split_warpers(logits_processor) if generation_config.do_sample else (logits_processor, [])
         room = max_draft + 1 + len(ids) - cached
         with _entered(arriving(source, expected, room, dict(session or {}))) as incoming:
             run = _speculation(
                 incoming,
                 input_ids,
                 max_draft=max_draft,
+                warpers=warpers if generation_config.do_sample else None,
                 noise=_noise.get(model) if noise is None else noise,
-                processors=_processors(logits_processor, input_ids),
+                processors=_processors(LogitsProcessorList(before), input_ids),
                 stop=partial(_stops, stopping_criteria, input_ids),
             )
             committed = _Committed(streamer, on_event)
             committed.first(run)
             for event in decode_arriving(run, incoming.words, incoming.blocking()):
                 committed.take(event)
+            if isinstance(run.sampler, Multinomial):
+                run.sampler.leave(len(ids) + len(run.tokens))
             if noise is None and run.noise is not None:
                 _noise[model] = run.noise
         if streamer is not None:
@@ -149,7 +166,8 @@ def decode_arriving(
 
     The first forward waits for each layer as it needs it. ``on_stage`` is told ``anchor`` (level 0 of all layers is
     used), ``drafted``, ``exact`` and ``settled``. ``verified=False`` commits tokens without waiting for digests, from
-    the first forward on, as systems do that have none: for comparison, with a run that drafts nothing.
+    the first forward on, as systems do that have none: for comparison, with a run that drafts nothing and a cache of
+    one level.
 
     Raises what the transfer raises when it does not become exact; no token is committed then.
     """
@@ -163,6 +181,8 @@ def decode_arriving(
             transfer.ready(level=0, layer=layer)
             cache.refresh(layer, tokens)
             missing.remove(layer)
+            if transfer.is_ready(_LAST_LEVEL, layer):
+                improving.pop(layer, None)
             if not missing:
                 on_stage("anchor")
 
@@ -178,11 +198,12 @@ def decode_arriving(
             transfer.urgent()  # out of drafts: this request waits for its residual
         whole.result()
         on_stage("exact")
-        for layer in layers:
+        for layer in improving:
             cache.refresh(layer, tokens)
         missing.clear()
         cache.grows = True  # nobody writes into its buffers from outside any more
 
+    cache.grows = False
     cache.expect(tokens)
     cache.before_layer = arrive
     lossy = transfer.manifest.lossy
@@ -199,9 +220,9 @@ def decode_arriving(
             complete()
         yield from run.verify()
         on_stage("settled")
-        if not verified:
-            complete()
         yield from run.decode()
+        if not verified:
+            whole.result()
     finally:
         cache.before_layer = None
         for future in (whole, *improving.values()):
@@ -234,7 +255,7 @@ def _speculation(
     input_ids: Any,
     *,
     max_draft: int,
-    sampler: Sampler | None = None,
+    warpers: Sequence[Any] | None,
     **options: Any,
 ) -> Speculation:
     """The request over an arriving cache; waits for prefill's first token if that is the next."""
@@ -245,12 +266,13 @@ def _speculation(
         with contextlib.suppress(NotFoundError):  # there is none: the last prompt token is fed again
             first_token = incoming.blocking().result().first_token
     engine = HFEngine(incoming.model, incoming.words, base=held, lead=ids[held : len(ids) - 1])
+    sampler = Greedy() if warpers is None else Multinomial(warpers, len(ids) + (first_token is not None))
     room = incoming.words.capacity - len(ids) - 1  # buffers cannot move while the transfer writes into them
     return Speculation(
         engine,
         ids,
         first_token,
-        sampler=sampler or Greedy(),
+        sampler=sampler,
         max_draft=max(0, min(max_draft, room)),
         rounding=torch.finfo(incoming.model.dtype).eps,
         **options,
@@ -258,11 +280,7 @@ def _speculation(
 
 
 def _check(settings: Any, input_ids: Any, inputs: Mapping[str, Any]) -> None:
-    """Refuse what is not greedy decoding of one sequence without padding."""
-    if settings.do_sample:
-        raise ConfigError(
-            "generate is greedy: do_sample=True is not supported; pass do_sample=False, or use model.generate"
-        )
+    """Refuse what is not decoding of one sequence without padding, greedily or by sampling."""
     if input_ids.shape[0] != 1 or settings.num_beams != 1 or settings.num_return_sequences != 1:
         raise ConfigError(
             f"generate decodes one sequence: got a batch of {input_ids.shape[0]} with {settings.num_beams} beams "
@@ -271,7 +289,7 @@ def _check(settings: Any, input_ids: Any, inputs: Mapping[str, Any]) -> None:
     if settings.use_cache is False:
         raise ConfigError("use_cache=False makes no sense with a cache that arrives")
     mode = str(getattr(settings.get_generation_mode(), "value", ""))
-    if mode != "greedy_search":
+    if mode not in ("greedy_search", "sample"):
         raise ConfigError(f"generation mode {mode} is not supported; pull the cache and use model.generate")
     if on := [name for name in _UNSUPPORTED if getattr(settings, name, None)]:
         raise ConfigError(f"generate does not support {', '.join(on)}; pull the cache and use model.generate")
