@@ -92,7 +92,7 @@ static bool are_plain(int dtype, const int16_t *low, const int16_t *high) {
     const int16_t limit = LYNX_DTYPES[dtype].special;
     int16_t odd = 0;
     for (int g = 0; g < ROW; g++) {
-        odd |= (low[g] == high[g]) | (high[g] >= limit) | (low[g] < -limit) ? -1 : 0;
+        odd |= ((low[g] == high[g]) | (high[g] >= limit) | (low[g] < -limit)) ? -1 : 0;
     }
     return odd == 0;
 }
