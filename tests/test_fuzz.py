@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz.seeds import write_seeds
 
-_ROUNDS = {"frames": 400, "connection": 40, "codecs": 40, "capture": 150}
+_ROUNDS = {"frames": 400, "connection": 40, "codecs": 40, "capture": 150, "objects": 100}
 
 
 @pytest.fixture(scope="module")

@@ -260,6 +260,10 @@ def test_misuse_is_named():
         CODEC.encode(manifest, {})
     with pytest.raises(SpecError, match="the manifest names"):
         CODEC.decode(good, manifest, {})
+    for change in ({"request_id": "x" * 2000}, {"packing": "x" * 300}, {"layers": (layer_of(dims=(1 << 21, 1)),)}):
+        unreadable = replace(manifest, **change)
+        with pytest.raises(SpecError, match="nobody could read"):
+            CODEC.encode(unreadable, empty(unreadable))
     with pytest.raises(SpecError, match="shape"):
         CODEC.encode(manifest, {key: view[:, :1] for key, view in views.items()})
 

@@ -132,7 +132,7 @@ class _Pool:
     def flat_views(self, flat: Any) -> Views:
         """Of a page that SGLang copied: flat, in the pool's order."""
         if not self._buffers:
-            return {(0, "opaque"): flat.view(torch.uint8).reshape(1, 1, -1)}
+            return {(0, "opaque"): flat.view(torch.uint8).reshape(1, -1, 1)}
         names, one = _LAYOUTS[self._layout], {"slots": self.page_size, "pages": 1}
         shapes = [[one.get(name, n) for name, n in zip(names, b.shape, strict=True)] for b in self._buffers.values()]
         sizes = [prod(shape) for shape in shapes]

@@ -2,7 +2,8 @@
 
 Sources are parsed, nothing is imported, so it needs neither a GPU nor the package's dependencies. Everything that a
 stub says must be said by the package too: fields of dataclasses with their order and defaults, members of enumerations,
-signatures of functions and methods, decorators. What a package has besides is not missed in a stub.
+signatures of functions and methods, decorators. What a package has besides is not missed in a stub; classes whose
+names begin with an underscore are the stub's own.
 """
 
 from __future__ import annotations
@@ -56,8 +57,13 @@ def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     return f"{' '.join(marks)} {kind}({ast.unparse(node.args)}) -> {annotation(node.returns)}".strip()
 
 
-def functions(body: Body) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
-    return {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+def functions(body: Body) -> dict[str, list[str]]:
+    """Signatures by name; several for a function that is overloaded or given by platform."""
+    found: dict[str, list[str]] = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.setdefault(node.name, []).append(signature(node).removeprefix("overload "))
+    return found
 
 
 def classes(body: Body) -> dict[str, ast.ClassDef]:
@@ -84,13 +90,15 @@ def is_dataclass(node: ast.ClassDef) -> bool:
 def differences(where: str, stub: Body, real: Body) -> Iterator[str]:
     """What ``stub`` says and ``real`` does not."""
     theirs = functions(real)
-    for name, node in functions(stub).items():
+    for name, signatures in functions(stub).items():
         if name not in theirs:
             yield f"{where}{name}: the package has no such function"
-        elif signature(node) != signature(theirs[name]):
-            yield f"{where}{name}: stub {signature(node)}\n    package {signature(theirs[name])}"
+        elif not set(signatures) <= set(theirs[name]):
+            yield f"{where}{name}: stub {signatures}\n    package {theirs[name]}"
     their_classes = classes(real)
     for name, cls in classes(stub).items():
+        if name.startswith("_"):
+            continue
         if name not in their_classes:
             yield f"{where}{name}: the package has no such class"
             continue
@@ -116,6 +124,8 @@ def check(engine: str) -> list[str]:
     for stub in sorted((STUBS / engine).rglob("*.py")):
         body = ast.parse(stub.read_text()).body
         path = package / stub.relative_to(STUBS / engine)
+        if not path.exists():
+            path = path.with_suffix(".pyi")  # of a compiled module
         if not functions(body) and not classes(body):
             continue
         if not path.exists():
