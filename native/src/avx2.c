@@ -5,27 +5,7 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt,f16c,lzcnt"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,popcnt,f16c,lzcnt")
-#endif
-
-#include <immintrin.h>
-
-#include "params.h"
-#include "words.h"
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE __m256i load(const void *p) {
-    return _mm256_loadu_si256((const __m256i *)p);
-}
-
-INLINE void store(void *p, __m256i v) {
-    _mm256_storeu_si256((__m256i *)p, v);
-}
+#include "avx2.h"
 
 /* --- folding -------------------------------------------------------------------------------------------------- */
 
@@ -65,6 +45,8 @@ INLINE uint8_t *store_row(uint64_t mask, const uint8_t *row, uint8_t *out) {
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
 #include "ranks.h"
+#define ROWS_SURVEY
+#define ROWS_RESCALE
 #define ROWS_FIELDS
 static void fields(const uint8_t *stream, int bits, uint32_t *out) {
     const __m256i ones = _mm256_set1_epi32((1 << bits) - 1), step = _mm256_set1_epi32(8 * bits);
@@ -181,11 +163,6 @@ static void uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens
 }
 
 
-/* After a pack of two registers: their 64-bit quarters in order. */
-INLINE __m256i in_order(__m256i v) {
-    return _mm256_permute4x64_epi64(v, 0xd8);
-}
-
 /* Floats of 64 channels in unpacking order. */
 INLINE void unpack_order(const float *in, float *out) {
     for (int i = 0; i < ROW; i += 16) {
@@ -200,6 +177,56 @@ INLINE void unpack_order(const float *in, float *out) {
 
 INLINE __m256i ordered16(__m256i w) {
     return _mm256_xor_si256(w, _mm256_srli_epi16(_mm256_srai_epi16(w, 15), 1));
+}
+
+static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
+    __m256i least[4], largest[4], negative[4];
+    for (int i = 0; i < 4; i++) {
+        least[i] = _mm256_set1_epi16(INT16_MAX);
+        largest[i] = _mm256_set1_epi16(INT16_MIN);
+        negative[i] = _mm256_setzero_si256();
+    }
+    for (int t = 0; t < tokens; t++, rows += stride) {
+        __builtin_prefetch(rows + 16 * stride);
+        __builtin_prefetch(rows + 16 * stride + 32);
+        for (int i = 0; i < 4; i++) {
+            const __m256i word = load(rows + 16 * i), sign = _mm256_srai_epi16(word, 15);
+            const __m256i o = _mm256_xor_si256(word, _mm256_srli_epi16(sign, 1));
+            least[i] = _mm256_min_epi16(least[i], o);
+            largest[i] = _mm256_max_epi16(largest[i], o);
+            negative[i] = _mm256_sub_epi16(negative[i], sign);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        store(low + 16 * i, least[i]);
+        store(high + 16 * i, largest[i]);
+        if (signs != NULL) {
+            store(signs + 16 * i, negative[i]);
+        }
+    }
+}
+
+/* Words outside the range stay; those that leave it come in again at the other end. */
+static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
+                    ptrdiff_t out_stride) {
+    const __m256i magnitude = _mm256_set1_epi16(0x7fff), count = _mm256_set1_epi16((short)(RESCALE_COUNT - 2048 + INT16_MIN));
+    const __m256i inner = _mm256_set1_epi16((short)(RESCALE_FIRST + 1024 + INT16_MIN)), nothing = _mm256_setzero_si256();
+    for (int t = 0; t < tokens; t++, rows += stride, out += out_stride) {
+        for (int i = 0; i < 4; i++) {
+            const __m256i word = load(rows + 16 * i), size = _mm256_and_si256(word, magnitude);
+            /* An unsigned comparison, of numbers less 2^15. Inside it is so for any exponent. */
+            const __m256i inside = _mm256_cmpgt_epi16(count, _mm256_sub_epi16(size, inner));
+            const __m256i still = _mm256_or_si256(inside, _mm256_cmpeq_epi16(size, nothing));
+            store(out + 16 * i, _mm256_sub_epi16(word, _mm256_and_si256(load(shifts + 16 * i), inside)));
+            if (__builtin_expect(_mm256_movemask_epi8(still) != -1, 0)) {
+                uint16_t words[16];
+                store(words, word);
+                for (int c = 0; c < 16; c++) {
+                    out[16 * i + c] = rescaled(words[c], shifts[16 * i + c]);
+                }
+            }
+        }
+    }
 }
 
 INLINE int16_t least_of(__m256i v) { /* signed */
@@ -251,42 +278,41 @@ static void choose(int dtype, const lynx_planes *planes, const int16_t *low, con
     }
 }
 
-/* Words of 16 channels as two registers of floats: magnitudes. float16 converts in natural order, so unpacking order
- * is restored by shuffling the words first. */
-INLINE void magnitudes(int dtype, __m256i words, __m256 *first, __m256 *second) {
-    const __m256i magnitude = _mm256_and_si256(words, _mm256_set1_epi16(0x7fff));
-    if (dtype == LYNX_BFLOAT16) {
-        *first = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), magnitude));
-        *second = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), magnitude));
-    } else {
-        const __m256i shuffled = in_order(magnitude);
-        *first = _mm256_cvtph_ps(_mm256_castsi256_si128(shuffled));
-        *second = _mm256_cvtph_ps(_mm256_extracti128_si256(shuffled, 1));
-    }
-}
+#define INTEGERS 0x1.8p23f /* binary32 near it holds integers only: what is added is rounded to one, in the lower bits */
 
-INLINE __m256i scaled(__m256 magnitude, __m256 inverse) {
-    return _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(magnitude, inverse), _mm256_set1_ps(0.5f)));
-}
-
+/* To the nearest integer, of products that are no ties: inverses are a little larger than 1 / s. */
 INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
                         const lynx_params *params, uint8_t *codes) {
-    _Alignas(32) float inverses[ROW];
-    if (part == LYNX_KEY) {
-        unpack_order(params->inverse, inverses);
+    _Alignas(32) float inverses[ROW], offsets[ROW], offset_of[ROW];
+    for (int g = 0; g < ROW; g++) {
+        offset_of[g] = INTEGERS + (float)params->offset[g];
     }
+    for (int g = 0; g < ROW && part == LYNX_KEY; g++) { /* even channels of each 16, then odd ones */
+        const int at = g / 16 * 16 + g % 2 * 8 + g % 16 / 2;
+        inverses[at] = params->inverse[g];
+        offsets[at] = offset_of[g];
+    }
+    const __m256i low = _mm256_set1_epi16(255);
     for (int t = 0; t < tokens; t++) {
-        const __m256 of_token = _mm256_set1_ps(params->inverse[t]);
-        const __m256i token_offset = _mm256_set1_epi16(params->offset[t]);
+        const __m256 inverse = _mm256_set1_ps(params->inverse[t]), offset = _mm256_set1_ps(offset_of[t]);
         __m256i code[4];
         for (int i = 0; i < 4; i++) {
             const __m256i words = load(rows + t * stride + 16 * i);
-            __m256 first, second;
-            magnitudes(dtype, words, &first, &second);
-            const __m256i k1 = scaled(first, part == LYNX_KEY ? _mm256_load_ps(inverses + 16 * i) : of_token);
-            const __m256i k2 = scaled(second, part == LYNX_KEY ? _mm256_load_ps(inverses + 16 * i + 8) : of_token);
-            const __m256i k = _mm256_sign_epi16(_mm256_packs_epi32(k1, k2), words);
-            code[i] = _mm256_add_epi16(k, part == LYNX_KEY ? load(params->offset + 16 * i) : token_offset);
+            __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+            __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
+            if (dtype == LYNX_FLOAT16) {
+                const __m256i first = _mm256_and_si256(words, _mm256_set1_epi32(0xffff)), second = _mm256_srli_epi32(words, 16);
+                const __m256i both = in_order(_mm256_packus_epi32(first, second));
+                even = _mm256_cvtph_ps(_mm256_castsi256_si128(both));
+                odd = _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
+            }
+            const bool key = part == LYNX_KEY;
+            const __m256 x = _mm256_fmadd_ps(even, key ? _mm256_load_ps(inverses + 16 * i) : inverse,
+                                             key ? _mm256_load_ps(offsets + 16 * i) : offset);
+            const __m256 y = _mm256_fmadd_ps(odd, key ? _mm256_load_ps(inverses + 16 * i + 8) : inverse,
+                                             key ? _mm256_load_ps(offsets + 16 * i + 8) : offset);
+            const __m256i upper = _mm256_slli_epi32(_mm256_castps_si256(y), 16);
+            code[i] = _mm256_and_si256(_mm256_blend_epi16(_mm256_castps_si256(x), upper, 0xaa), low);
         }
         store(codes + t * ROW, in_order(_mm256_packus_epi16(code[0], code[1])));
         store(codes + t * ROW + 32, in_order(_mm256_packus_epi16(code[2], code[3])));
@@ -307,47 +333,11 @@ static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride
     }
 }
 
-/* One stage of a bit-matrix transpose: the bits of `b` that `mask` selects and those of `a`, `shift` higher, change
- * places in every byte. */
-#define SWAP(a, b, shift, mask)                                                                                    \
-    do {                                                                                                           \
-        const __m256i difference =                                                                                 \
-            _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi16(a, shift), b), _mm256_set1_epi8(mask));            \
-        b = _mm256_xor_si256(b, difference);                                                                       \
-        a = _mm256_xor_si256(a, _mm256_slli_epi16(difference, shift));                                             \
-    } while (0)
-
-/* 32 matrices of 8 x 8 bits, one per byte position, across 8 registers: bit j of register i to bit i of register j.
- * With `upper` only registers 4..7 hold anything on entry. */
-INLINE void transpose(__m256i *r, bool upper) {
-    for (int i = upper ? 4 : 0; i < 8; i += 4) {
-        SWAP(r[i], r[i + 2], 2, 0x33);
-        SWAP(r[i + 1], r[i + 3], 2, 0x33);
-        SWAP(r[i], r[i + 1], 1, 0x55);
-        SWAP(r[i + 2], r[i + 3], 1, 0x55);
-    }
-    for (int i = 0; i < 4; i++) {
-        if (upper) {
-            const __m256i low = _mm256_and_si256(r[i + 4], _mm256_set1_epi8(0x0f));
-            r[i] = _mm256_slli_epi16(low, 4);
-            r[i + 4] = _mm256_xor_si256(r[i + 4], low);
-        } else {
-            SWAP(r[i], r[i + 4], 4, 0x0f);
-        }
-    }
-}
-
 /* Write the bytes of 32 channels that `compress` selects, 16 at a time; later stores cover what earlier ones overrun. */
 INLINE void compress(__m256i v, const uint8_t *shuffle, const uint8_t *rank, uint8_t *out) {
     const __m256i packed = _mm256_shuffle_epi8(v, load(shuffle));
     _mm_storeu_si128((__m128i *)(out + rank[0]), _mm256_castsi256_si128(packed));
     _mm_storeu_si128((__m128i *)(out + rank[1]), _mm256_extracti128_si256(packed, 1));
-}
-
-INLINE __m256i expand(const uint8_t *in, const uint8_t *shuffle, const uint8_t *rank) {
-    const __m128i first = _mm_loadu_si128((const __m128i *)(in + rank[0]));
-    const __m128i second = _mm_loadu_si128((const __m128i *)(in + rank[1]));
-    return _mm256_shuffle_epi8(_mm256_set_m128i(second, first), load(shuffle));
 }
 
 static void shuffles(lynx_planes *planes) {
@@ -510,12 +500,6 @@ INLINE void dequantise_by_table(const uint8_t *codes, int offset, __m256 scale, 
     }
 }
 
-/* Words that are not zero, with `shift` added. */
-INLINE __m256i shifted(__m256i words, __m256i shift) {
-    const __m256i zero = _mm256_cmpeq_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0x7fff)), _mm256_setzero_si256());
-    return _mm256_add_epi16(words, _mm256_andnot_si256(zero, shift));
-}
-
 INLINE void dequantise_as(int part, int dtype, const uint8_t *codes, int tokens, const lynx_params *params,
                           const int16_t *shifts, uint16_t *const *rows) {
     _Alignas(32) float scales[ROW];
@@ -652,6 +636,8 @@ INLINE void put_lanes(bit_writer *out, __m256i v, __m256i mask) {
     _Alignas(32) uint64_t values[4], masks[4];
     store(values, v);
     store(masks, mask);
+    IN_MEMORY(values);
+    IN_MEMORY(masks);
     for (int i = 0; i < 4; i += 2) { /* two lanes at once where they fit, which is nearly always */
         const uint64_t first = _pext_u64(values[i], masks[i]), second = _pext_u64(values[i + 1], masks[i + 1]);
         const uint32_t bits = (uint32_t)_mm_popcnt_u64(masks[i]), more = (uint32_t)_mm_popcnt_u64(masks[i + 1]);
@@ -668,6 +654,7 @@ INLINE __m256i get_lanes(const uint8_t *stream, uint32_t *bits, __m256i mask) {
     _Alignas(32) uint64_t masks[4];
     uint64_t values[4];
     store(masks, mask);
+    IN_MEMORY(masks);
     for (int i = 0; i < 4; i++) {
         values[i] = _pdep_u64(load64(stream + (*bits >> 3)) >> (*bits & 7), masks[i]);
         *bits += (uint32_t)_mm_popcnt_u64(masks[i]);
@@ -698,17 +685,70 @@ typedef struct {
     uint32_t zeros;
 } half_row;
 
-INLINE half_row half_row_of(int part, int dtype, const uint8_t *codes, int token, int half, const float *scales,
+/* Of scales that encoders choose: their products with twice LIFT and one more fit in binary32 (avx512_ranks.c). Of 16 channels each,
+ * first of even ones, then of odd ones; or, of values, of tokens. */
+typedef struct {
+    _Alignas(32) float scale[ROW], lower[ROW], upper[ROW];
+    bool tame;
+} cell_scales;
+
+static void start_cells(int part, int dtype, const lynx_params *params, cell_scales *l) {
+    bool tame = dtype == LYNX_BFLOAT16;
+    for (int g = 0; g < ROW; g++) {
+        tame &= params->s[g] <= MOST_PLACED && params->s[g] % SCALE_UNIT == 0;
+    }
+    l->tame = tame;
+    if (!tame) {
+        unpack_order(params->scale, l->scale);
+        return;
+    }
+    for (int g = 0; g < ROW; g++) {
+        const int at = part == LYNX_KEY ? g / 16 * 16 + g % 2 * 8 + g % 16 / 2 : g;
+        const float half = params->scale[g] * 0.5f;
+        const int twice = -2 * (LIFT + params->offset[g]);
+        l->scale[at] = params->scale[g];
+        l->lower[at] = (float)(twice - 1) * half;
+        l->upper[at] = (float)(twice + 1) * half;
+    }
+}
+
+/* Ends of the cells of 16 channels, least in magnitude first, with the integers' signs, and their counts; 1 in zero cells. */
+INLINE __m256i tame_cells(int part, const uint8_t *codes, int token, int at, const cell_scales *l, __m256i *low, __m256i *count) {
+    const __m256i magic = _mm256_set1_epi32(0x47000000);
+    const __m256i code = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + at))), 8);
+    const __m256i lifted[2] = {_mm256_blend_epi16(code, magic, 0xaa), _mm256_or_si256(_mm256_srli_epi32(code, 16), magic)};
+    __m256i lower[2], upper[2];
+    for (int i = 0; i < 2; i++) {
+        const bool key = part == LYNX_KEY;
+        const __m256 scale = key ? _mm256_load_ps(l->scale + at + 8 * i) : _mm256_set1_ps(l->scale[token]);
+        const __m256 less = key ? _mm256_load_ps(l->lower + at + 8 * i) : _mm256_set1_ps(l->lower[token]);
+        const __m256 more = key ? _mm256_load_ps(l->upper + at + 8 * i) : _mm256_set1_ps(l->upper[token]);
+        lower[i] = number(lifted[i], scale, less, 0xffff);
+        upper[i] = number(lifted[i], scale, more, 0xffff);
+    }
+    const __m256i first = _mm256_blend_epi16(_mm256_srli_epi32(lower[0], 16), lower[1], 0xaa);
+    const __m256i second = _mm256_blend_epi16(_mm256_srli_epi32(upper[0], 16), upper[1], 0xaa);
+    const __m256i n = _mm256_abs_epi16(_mm256_sub_epi16(second, first)), zero = _mm256_cmpeq_epi16(n, _mm256_set1_epi16(INT16_MIN));
+    *low = _mm256_min_epu16(first, second);
+    *count = _mm256_blendv_epi8(n, _mm256_set1_epi16(1), zero);
+    return zero;
+}
+
+/* `low` has the signs of tame cells; of others those of k count. */
+INLINE half_row half_row_of(int part, int dtype, bool tame, const uint8_t *codes, int token, int half, const cell_scales *l,
                             const lynx_params *params) {
-    const __m256 of_token = _mm256_set1_ps(params->scale[token]);
-    const __m256i token_offset = _mm256_set1_epi16(params->offset[token]);
     half_row row;
     __m256i zero[2];
     for (int i = 0; i < 2; i++) {
         const int at = 2 * half + i;
-        row.k[i] = codes_minus_offset(part, codes + token * ROW, at, params, token_offset);
-        cells(dtype, row.k[i], part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at) : of_token,
-              part == LYNX_KEY ? _mm256_load_ps(scales + 16 * at + 8) : of_token, &row.low[i], &row.count[i], &zero[i]);
+        if (tame) {
+            zero[i] = tame_cells(part, codes + token * ROW, token, 16 * at, l, &row.low[i], &row.count[i]);
+            continue;
+        }
+        const __m256 of_token = _mm256_set1_ps(params->scale[token]);
+        row.k[i] = codes_minus_offset(part, codes + token * ROW, at, params, _mm256_set1_epi16(params->offset[token]));
+        cells(dtype, row.k[i], part == LYNX_KEY ? _mm256_load_ps(l->scale + 16 * at) : of_token,
+              part == LYNX_KEY ? _mm256_load_ps(l->scale + 16 * at + 8) : of_token, &row.low[i], &row.count[i], &zero[i]);
     }
     row.zeros = bits_of16(zero[0], zero[1]);
     return row;
@@ -720,10 +760,8 @@ INLINE __m256i kept_channels(int channels, int half) {
     return bytes_of(n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1);
 }
 
-INLINE void rank_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
-                    int channels, const lynx_params *params, lynx_streams *streams) {
-    _Alignas(32) float scales[ROW];
-    unpack_order(params->scale, scales);
+INLINE void rank_as(int part, int dtype, bool tame, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                    int channels, const lynx_params *params, const cell_scales *scales, lynx_streams *streams) {
     const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
     const __m256i magnitude_bits = _mm256_set1_epi16(0x7fff);
     zero_list all_zeros;
@@ -733,12 +771,12 @@ INLINE void rank_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride,
         const uint16_t *row = rows + t * stride;
         uint64_t zeros = 0;
         for (int half = 0; half < 2; half++) {
-            const half_row in = half_row_of(part, dtype, codes, t, half, scales, params);
+            const half_row in = half_row_of(part, dtype, tame, codes, t, half, scales, params);
             zeros |= (uint64_t)(in.zeros & bits_of(keep[half])) << 32 * half;
             __m256i r[2];
             for (int i = 0; i < 2; i++) {
-                const __m256i magnitude = _mm256_and_si256(load(row + 32 * half + 16 * i), magnitude_bits);
-                r[i] = _mm256_sub_epi16(magnitude, in.low[i]);
+                const __m256i word = load(row + 32 * half + 16 * i);
+                r[i] = _mm256_sub_epi16(tame ? word : _mm256_and_si256(word, magnitude_bits), in.low[i]);
             }
             uint32_t flagged, above; /* ranks of which B holds a bit, and the bit */
             if (dtype == LYNX_BFLOAT16) {
@@ -771,10 +809,8 @@ INLINE void rank_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride,
     rank_zeros(part, dtype, &all_zeros, rows, stride, params, streams);
 }
 
-INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                     lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
-    _Alignas(32) float scales[ROW];
-    unpack_order(params->scale, scales);
+INLINE int unrank_as(int part, int dtype, bool tame, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                     const cell_scales *scales, lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
     zero_list all_zeros;
     all_zeros.count = 0;
@@ -784,7 +820,7 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
         uint16_t *row = rows[t];
         uint64_t zeros = 0;
         for (int half = 0; half < 2; half++) {
-            const half_row in = half_row_of(part, dtype, codes, t, half, scales, params);
+            const half_row in = half_row_of(part, dtype, tame, codes, t, half, scales, params);
             zeros |= (uint64_t)(in.zeros & bits_of(keep[half])) << 32 * half;
             __m256i ranks[2];
             if (dtype == LYNX_BFLOAT16) {
@@ -817,8 +853,10 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
                 }
             }
             for (int i = 0; i < 2; i++) {
-                const __m256i sign = _mm256_and_si256(in.k[i], _mm256_set1_epi16(INT16_MIN));
-                const __m256i word = _mm256_or_si256(_mm256_add_epi16(in.low[i], ranks[i]), sign);
+                __m256i word = _mm256_add_epi16(in.low[i], ranks[i]);
+                if (!tame) {
+                    word = _mm256_or_si256(word, _mm256_and_si256(in.k[i], _mm256_set1_epi16(INT16_MIN)));
+                }
                 const __m256i shift = shifts == NULL ? _mm256_setzero_si256() : load(shifts + 32 * half + 16 * i);
                 store(row + 32 * half + 16 * i, _mm256_add_epi16(word, shift));
             }
@@ -833,24 +871,33 @@ INLINE int unrank_as(int part, int dtype, const uint8_t *codes, int tokens, int 
 
 static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                  int channels, const lynx_params *params, lynx_streams *streams) {
+    cell_scales l;
+    start_cells(part, dtype, params, &l);
     if (dtype == LYNX_FLOAT16) {
-        rank_as(part, LYNX_FLOAT16, rows, stride, codes, tokens, channels, params, streams);
+        rank_as(part, LYNX_FLOAT16, false, rows, stride, codes, tokens, channels, params, &l, streams);
+    } else if (!l.tame) {
+        rank_as(part, LYNX_BFLOAT16, false, rows, stride, codes, tokens, channels, params, &l, streams);
     } else if (part == LYNX_KEY) {
-        rank_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, codes, tokens, channels, params, streams);
+        rank_as(LYNX_KEY, LYNX_BFLOAT16, true, rows, stride, codes, tokens, channels, params, &l, streams);
     } else {
-        rank_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, codes, tokens, channels, params, streams);
+        rank_as(LYNX_VALUE, LYNX_BFLOAT16, true, rows, stride, codes, tokens, channels, params, &l, streams);
     }
 }
 
 static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
+    cell_scales l;
+    start_cells(part, dtype, params, &l);
     if (dtype == LYNX_FLOAT16) {
-        return unrank_as(part, LYNX_FLOAT16, codes, tokens, channels, params, streams, NULL, rows);
+        return unrank_as(part, LYNX_FLOAT16, false, codes, tokens, channels, params, &l, streams, NULL, rows);
+    }
+    if (!l.tame) {
+        return unrank_as(part, LYNX_BFLOAT16, false, codes, tokens, channels, params, &l, streams, shifts, rows);
     }
     if (part == LYNX_KEY) {
-        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, codes, tokens, channels, params, streams, NULL, rows);
+        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, true, codes, tokens, channels, params, &l, streams, NULL, rows);
     }
-    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, codes, tokens, channels, params, streams, shifts, rows);
+    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, true, codes, tokens, channels, params, &l, streams, shifts, rows);
 }
 
 /* ceil(log2) of the largest cell of an integer of magnitude a: at most 512 / (2a + 1) + 1 words, 214 for a = 1. A zero
@@ -1037,6 +1084,7 @@ const lynx_kernels lynx_avx2 = {
     .unfold = unfold,
     .rescale = rescale,
     .dequantise = dequantise,
+    .place = lynx_avx2_place,
     .stream = stream,
     .rank = rank,
     .unrank = unrank,
@@ -1045,9 +1093,5 @@ const lynx_kernels lynx_avx2 = {
     .unpack_row = unpack_row,
 };
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+AVX2_END
 #endif

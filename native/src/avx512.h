@@ -20,9 +20,6 @@
 
 #define AHEAD 8 /* rows that are fetched: hardware does not foresee long strides and pages */
 
-/* What was stored in an array is read from memory: compilers would take it out of the register, on the ports that vectors need. */
-#define IN_MEMORY(array) __asm__ volatile("" : "+m"(array))
-
 /* Of bytes of two registers, those of even positions. */
 #define FIRST_BYTES _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88, 86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0)
 

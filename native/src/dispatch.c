@@ -27,7 +27,7 @@ static const lynx_kernels *kernels_of(int isa) {
 #if defined(__x86_64__)
     case LYNX_ISA_AVX2:
         __builtin_cpu_init();
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && has_f16c()
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c()
                    ? &lynx_avx2
                    : NULL;
     case LYNX_ISA_AVX512:

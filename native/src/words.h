@@ -103,6 +103,9 @@ static inline int floor_log2(uint32_t n) {
     return 31 - __builtin_clz(n);
 }
 
+/* What was stored in an array is read from memory: compilers would take it out of the register, on the ports that vectors need. */
+#define IN_MEMORY(array) __asm__ volatile("" : "+m"(array))
+
 /* Unaligned accesses; isa.h refuses big-endian machines. */
 static inline uint16_t load16(const void *p) {
     uint16_t v;
