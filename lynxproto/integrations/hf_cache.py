@@ -21,7 +21,7 @@ from lynxproto._stats import Progress, Result, TransferStats
 from lynxproto.cachefile import Cache, load_cache, save_cache
 from lynxproto.chunk import Part
 from lynxproto.config import Config
-from lynxproto.errors import DeadlineError, IdentityError, LocalError, LynxError, NotFoundError, SpecError
+from lynxproto.errors import DeadlineError, IdentityError, LocalError, NotFoundError, SpecError
 from lynxproto.integrations.attention import AttentionMass, watch_attention
 from lynxproto.integrations.hf_dynamic import cache_of, dynamic_of, put_layer
 from lynxproto.integrations.hf_model import (  # says what to install if torch or transformers is missing
@@ -339,7 +339,7 @@ class CacheReceiver:
     def __init__(self, url: str, expected: Expected, room: int, config: Config | None, options: dict[str, Any]) -> None:
         self._expected = expected
         self._room = room
-        self._refused: list[LynxError] = []
+        self._refused: list[Exception] = []
         self._waiting: set[asyncio.Future[None]] = set()
         self._lock = threading.Lock()
         self._receiver = listen(url, config, allocate=self._allocate, **options)
@@ -382,7 +382,7 @@ class CacheReceiver:
     def _allocate(self, manifest: Manifest) -> _Landing:
         try:
             return self._expected.land(manifest, self._room)
-        except LynxError as error:
+        except Exception as error:  # also what is no refusal: who waits here must not wait in vain
             with self._lock:
                 self._refused.append(error)
                 for waiting in self._waiting:  # they leave with the lock held, so their loops still run

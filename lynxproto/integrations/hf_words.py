@@ -150,15 +150,18 @@ class _WordLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         keys, values = (buffer[:, :, first:stop] for buffer in self._value_buffers)
         return keys, values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         first = self.shown_from(self.length)
-        return self.length - first + query_length, first
+        new = query_length if isinstance(query_length, int) else len(query_length)  # transformers 5.0: their positions
+        return self.length - first + new, first
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_max_length(self) -> int:
         return -1 if self._cache.grows else self._cache.capacity
+
+    get_max_cache_shape = get_max_length  # what transformers 5.0 calls it
 
     def crop(self, tokens_to_remove: int) -> None:
         if not -self.length <= tokens_to_remove <= 0:
