@@ -49,6 +49,7 @@ DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32"
 NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _BITS: Final = {2: (torch.int16, np.dtype("<u2")), 4: (torch.int32, np.dtype("<u4"))}
 _KINDS: Final = {DynamicLayer: "full", DynamicSlidingWindowLayer: "sliding"}
+_ATTENTION: Final = ("full_attention", "sliding_attention", "chunked_attention")
 #: Values of each parameter that :func:`weights_revision` looks at.
 _SAMPLES: Final = 64
 
@@ -84,6 +85,13 @@ def stock_layers(config: Any) -> list[tuple[str, int | None] | None]:
     :class:`~lynxproto.errors.SpecError` for other state (recurrent, convolutional, quantised).
     """
     require_version()
+    names = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    for index, name in enumerate(names if DummyLayer is None else ()):  # older versions make plain layers of all types
+        if name not in _ATTENTION:
+            raise SpecError(
+                f"layer {index} of {type(config).__name__} is of type {name}; only full and sliding attention can be "
+                f"transferred with transformers {transformers.__version__}"
+            )
     found: list[tuple[str, int | None] | None] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if DummyLayer is not None and type(layer) is DummyLayer:
