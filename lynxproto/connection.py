@@ -313,8 +313,9 @@ class Connection:
             self._stripe_error(found, error, framing_lost=False)
 
     def data_to_send(self, now: float, stripe: int = 0, limit: int = 65536) -> list[memoryview]:
-        """At most about ``limit`` bytes to write to ``stripe``, in order; [] if there is nothing to send now.
+        """About ``limit`` bytes to write to ``stripe``, in order; [] if there is nothing to send now.
 
+        A large ``limit`` may be doubled, to hold the rest of a frame: nothing else could go before it.
         At each frame boundary the most urgent frame is taken. What is returned counts as written: if the write
         fails, call :meth:`stripe_lost`. Ask again when the stream can take more, and after other calls.
 
@@ -329,9 +330,10 @@ class Connection:
             return chunks
         if found.lender is not None:
             found.lent.add(found.lender)
+        more = limit if limit >= _LARGE else 0
         while limit > 0 and (found.out or self._next_frame(found)):
             part = found.out.popleft()
-            if part.nbytes > limit:
+            if part.nbytes > limit + more:
                 found.out.appendleft(part[limit:])
                 part = part[:limit]
             chunks.append(part)
@@ -1219,6 +1221,8 @@ class Connection:
 
 
 _GREASE_RATE: Final = 1 / 64
+#: Bytes given out at once that are many.
+_LARGE: Final = 256 << 10
 #: A frame pauses so long at most: even if the stripe that it gives way to stalls.
 _PAUSE_S: Final = 0.1
 #: What ERROR without a transfer says of its stripe, and not of the session.

@@ -116,7 +116,7 @@ def measure(rate: str, shaper: str, samples: int, congestion: str | None, note: 
         "raw_goodput_bytes_per_s": raw,
         "loads": [{k: v for k, v in load.items() if k not in ("idle_s", "loaded_s")} for load in loads],
         "arrivals": arrivals,
-        "latencies_s": {"idle": idle} | {f"{load['transfers']} transfers": load["loaded_s"] for load in loads},
+        "latencies_s": {"idle": idle} | {f"beside {load['transfers']}": load["loaded_s"] for load in loads},
     }
 
 
@@ -371,14 +371,24 @@ def show(result: dict[str, Any], console: Any) -> None:
     """Print it."""
     from rich.table import Table
 
-    table = Table(title=f"anchor latency of a new request of {_PROBE_BYTES >> 20} MiB; {result['link']}")
-    for heading in ("load", "idle p50", "idle p99", "loaded p50", "loaded p99", "goodput cost", "Jain", "after cancel"):
+    title = f"anchor latency of a new request of {_PROBE_BYTES >> 20} MiB beside other transfers, ms; {result['link']}"
+    table = Table(title=title)
+    for heading in (
+        "beside",
+        "idle p50",
+        "idle p99",
+        "loaded p50",
+        "loaded p99",
+        "goodput cost",
+        "Jain",
+        "after cancel",
+    ):
         table.add_column(heading, justify="right")
     for load in result["loads"]:
         times = (load[key] * 1e3 for key in ("idle_p50_s", "idle_p99_s", "loaded_p50_s", "loaded_p99_s"))
         table.add_row(
-            f"{load['transfers']} transfers",
-            *(f"{value:.1f} ms" for value in times),
+            str(load["transfers"]),
+            *(f"{value:.1f}" for value in times),
             f"{load['goodput_cost']:.1%}",
             f"{load['jain']:.3f}",
             f"{load['bytes_after_cancel'] / 1024:.0f} KiB",

@@ -164,12 +164,13 @@ def _print(report: dict[str, Any]) -> None:
     console = Console()
     if "results" in report:
         table = Table(title=f"{report['settings']['bytes'] >> 20} MiB, two processes, loopback, medians")
-        for heading in ("transport", "version", "GB/s", "of raw TCP", "of raw+checksums", "slowest to fastest"):
-            table.add_column(heading, justify="left" if heading in ("transport", "version") else "right")
+        for heading in ("transport", "version", "GB/s", "slowest, fastest", "of raw", "of raw+checksums"):
+            left = heading in ("transport", "version")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=left)
         for row in report["results"]:
-            spread = f"{row['slowest_gb_per_s']:.2f} to {row['fastest_gb_per_s']:.2f}"
-            ratios = (f"{row[key]:.2f}" for key in ("gb_per_s", "to_raw_tcp", "to_raw_checksums"))
-            table.add_row(row["transport"], row["version"], *ratios, spread)
+            spread = f"{row['slowest_gb_per_s']:.2f}, {row['fastest_gb_per_s']:.2f}"
+            ratios = (f"{row[key]:.2f}" for key in ("to_raw_tcp", "to_raw_checksums"))
+            table.add_row(row["transport"], row["version"], f"{row['gb_per_s']:.2f}", spread, *ratios)
         console.print(table)
         for row in report["results"]:
             console.print(f"{row['transport']}: {row['what']}", style="dim", markup=False)
@@ -216,12 +217,20 @@ def _plot(report: dict[str, Any], path: Path) -> None:
         if panel == "results":
             rows = report["results"][::-1]
             colours = ["#888888" if row["peer"] else "#1f77b4" for row in rows]
-            axis.barh([row["transport"] for row in rows], [row["gb_per_s"] for row in rows], color=colours)
+            bars = axis.barh([row["transport"] for row in rows], [row["gb_per_s"] for row in rows], color=colours)
+            axis.bar_label(bars, [f"{row['gb_per_s']:.2f}" for row in rows], padding=3, fontsize=8)
+            axis.margins(x=0.12)
+            axis.set_title("Goodput; lynxproto in blue", fontsize=10)
             axis.set_xlabel("GB/s")
         else:
             for label, values in report["priority"]["latencies_s"].items():
                 ordered = sorted(1e3 * value for value in values)
                 axis.plot(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], label=label)
+            allowed = 1e3 * report["priority"]["allowed_p99_s"]
+            axis.axvline(allowed, color="#888888", linestyle=":", label="1.15 x p99 idle, and a chunk")
+            axis.set_title(
+                f"A new request on a full link ({report['priority']['link'].partition(',')[0]})", fontsize=10
+            )
             axis.set_xlabel("anchor latency, ms")
             axis.set_ylabel("share of requests")
             axis.legend(fontsize=7)
