@@ -187,6 +187,7 @@ class Engine:
                 scheduled_new_reqs=[] if done else [new],
                 scheduled_cached_reqs=cached if done else empty,
                 num_scheduled_tokens={request.request_id: count},
+                total_num_scheduled_tokens=count,
             ),
             layers,
             dies=dies,
@@ -196,7 +197,9 @@ class Engine:
         """As the model runner's mixin does it."""
         empty = SimpleNamespace(req_ids=[], resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[])
         idle = output is None
-        output = output or SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=empty, num_scheduled_tokens={})
+        output = output or SimpleNamespace(
+            scheduled_new_reqs=[], scheduled_cached_reqs=empty, num_scheduled_tokens={}, total_num_scheduled_tokens=0
+        )
         metadata = self.scheduler.build_connector_meta(output)
         finished: set[str] = set()
         for connector, caches in zip(self.connectors, self.caches, strict=True):

@@ -98,7 +98,7 @@ class LynxConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not in
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Requests whose blocks are filled and verified, and those whose cache did not arrive."""
-        finished, failed = self._worker.take_outcomes()
+        finished, failed = self._worker.take_outcomes(idle=self._metadata.idle)
         return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
 
     def get_kv_connector_stats(self) -> LynxStats | None:

@@ -48,3 +48,5 @@ class LynxMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not in
     """Requests whose loads nobody waits for any more."""
     dropped: list[str] = field(default_factory=list)
     """Names of caches that no request will ask for."""
+    idle: bool = False
+    """Nothing is computed in this step."""

@@ -150,6 +150,7 @@ class SchedulerSide:
                 )
             self._save(request, sending, cached.num_computed_tokens[i], output)
         step, self._step = self._step, LynxMetadata()
+        step.idle = not output.total_num_scheduled_tokens
         return step
 
     def _save(self, request: str, sending: _Sending, computed: int, output: Any) -> None:

@@ -31,6 +31,8 @@ from lynxproto.manifest import Identity, LayerSpec, Manifest
 __all__ = ["WorkerSide", "layer_index"]
 
 _THREADS: Final = 64
+#: An idle engine with loads under way looks this often whether requests have come, in seconds.
+_PATIENCE: Final = 5e-3
 _log = logging.getLogger("vllm.lynxproto")
 
 
@@ -128,6 +130,8 @@ class WorkerSide:
         self._stats = LynxStats()
         self._outbox = Outbox(settings, self._sent)
         self._inbox: Inbox | None = None
+        self._news = threading.Event()
+        self._loading = 0  # claims without an outcome
         self._receiver: blocking.Receiver | None = None
         if listen:
             self._listen(listen, max_tokens)
@@ -215,6 +219,7 @@ class WorkerSide:
         """Take this step's claims."""
         if self._inbox is not None:
             now = time.monotonic()
+            self._loading += len(metadata.loads)
             mail: tuple[_Mail, ...] = (
                 *(_Claim(load, now) for load in metadata.loads),
                 *map(_Abort, metadata.aborted),
@@ -223,12 +228,20 @@ class WorkerSide:
             for message in mail:
                 self._mail.put(message)
 
-    def take_outcomes(self) -> tuple[set[str], set[str]]:
-        """Requests whose loads are over since the last call, and those of them that failed."""
+    def take_outcomes(self, *, idle: bool) -> tuple[set[str], set[str]]:
+        """Requests whose loads are over since the last call, and those of them that failed.
+
+        An engine that has nothing to compute asks again at once: ``idle`` waits a little for news, because what the
+        engine's loop burns is missing where caches are decoded.
+        """
         if self._inbox is None:
             return set(), set()
+        if idle and self._loading:
+            self._news.wait(_PATIENCE)
         with self._lock:
+            self._news.clear()
             outcomes, self._inbox.outcomes = self._inbox.outcomes, []
+            self._loading -= len(outcomes)
             for outcome in outcomes:
                 if outcome.error is None:
                     self._stats.received(time.monotonic() - outcome.made, outcome.wire_bytes, outcome.cache_bytes)
@@ -327,6 +340,7 @@ class WorkerSide:
                 transfer.exact(timeout=self._settings.timeout, layer=layer.index)
                 with self._lock:
                     inbox.layer_exact(piece, layer, transfer.stats.bytes, time.monotonic())
+                    self._tell()
                 if piece.dropped and layer is not transfer.manifest.layers[-1]:
                     transfer.cancel(timeout=self._settings.timeout)
                     return
@@ -336,6 +350,7 @@ class WorkerSide:
                 error = LynxError(f"receiving failed: {error!r}")
             with self._lock:
                 inbox.piece_failed(piece, error, time.monotonic())
+                self._tell()
 
     def _carry(self) -> None:
         """The courier: claims, and the clock."""
@@ -362,6 +377,12 @@ class WorkerSide:
                 elif isinstance(message, _Drop):
                     inbox.drop(message.name)
                 inbox.handle_timer(now)
+                self._tell()
+
+    def _tell(self) -> None:
+        """Wake the engine's thread if a load is over; under the lock."""
+        if self._inbox is not None and self._inbox.outcomes:
+            self._news.set()
 
     def _fill(self, load: Load, layer: LayerSpec, keys: NDArray[Any], values: NDArray[Any]) -> None:
         first = layer.head_start - self._heads.start
