@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm_engine import MODEL, Engine, LynxConnector, Request, until
 
 from lynxproto.errors import ConfigError, SpecError
+from lynxproto.integrations.vllm.settings import Settings
 
 
 def hand_over(prefill: Engine, decode: Engine, tokens: int, *chunks: int, computed: int = 0, **more: Any) -> Request:
@@ -204,6 +210,29 @@ def test_a_prefill_side_that_dies_fails_the_load() -> None:
         assert not decode.wait(loaded)
 
 
+_HALF_A_PREFILL = """
+import sys
+from vllm_engine import Engine, Request
+prefill = Engine("kv_producer", seed=2)
+request = Request(150, {"do_remote_decode": True, "remote_urls": [sys.argv[1]], "transfer_key": "0123456789abcdef"})
+prefill._allocate(request, 0)
+prefill.forward(request, 0, 150, layers=1, dies=True)
+sys.stdin.read()
+"""
+
+
+def test_a_prefill_process_that_is_killed_fails_the_load() -> None:
+    with Engine("kv_consumer", seed=1, peer_timeout=1) as decode:
+        loaded = Request(150, {"do_remote_prefill": True, "transfer_key": "0123456789abcdef"})
+        decode.load(loaded)
+        command = [sys.executable, "-c", _HALF_A_PREFILL, decode.urls[0]]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path(__file__).parent) as prefill:
+            inbox = decode.connectors[0]._worker._inbox
+            assert until(lambda: any(piece.exact for pieces in inbox._pieces.values() for piece in pieces), 60)
+            prefill.kill()
+        assert not decode.wait(loaded)
+
+
 def test_a_chunk_that_never_comes_fails_the_load(caplog: pytest.LogCaptureFixture) -> None:
     with Engine("kv_consumer", seed=1, idle=0.3) as decode, Engine("kv_producer", seed=2) as prefill:
         key = {"transfer_key": "0123456789abcdef"}
@@ -354,3 +383,19 @@ def test_groups_of_layers_are_refused() -> None:
         groups = SimpleNamespace(kv_cache_groups=[None, None])
         with pytest.raises(ConfigError, match="has 2 groups"):
             LynxConnector(engine.scheduler._vllm_config, engine.scheduler._role, groups)
+
+
+def test_the_page_names_every_setting_and_metric() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "embedding" / "vllm.md").read_text()
+    settings = page[page.index("## Settings") : page.index("## When something fails")]
+    assert {field.name for field in fields(Settings)} <= set(re.findall(r"`(\w+)`", settings))
+    registry = CollectorRegistry()
+    kinds = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
+    LynxConnector.build_prom_metrics(None, kinds, ["engine"], {0: ["0"]})
+    for metric in registry.collect():
+        name = metric.name if metric.type == "histogram" else f"{metric.name}_total"
+        assert f"`{name}`" in page
+    for config in re.findall(r"--kv-transfer-config '(\{.*?\})'", page, re.DOTALL):
+        loaded = json.loads(config)
+        assert loaded["kv_connector_module_path"] == "lynxproto.integrations.vllm"
+        assert Settings.of(loaded.get("kv_connector_extra_config", {}))
