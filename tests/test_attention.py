@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from lynxproto.integrations import attention  # noqa: E402 - after importorskip
 from lynxproto.integrations.attention import AttentionMass, require_layers, watch_attention  # noqa: E402 - the same
-from lynxproto.integrations.hf import HFEngine, WordCache, make_identity, make_manifest  # noqa: E402 - the same
+from lynxproto.integrations.hf import HFEngine, LynxCache, WordCache, make_identity, make_manifest  # noqa: E402 - the same
 
 torch.set_num_threads(1)
 TOKENS, HEADS, KV_HEADS, LAYERS = 60, 6, 2, 2
@@ -130,3 +132,17 @@ def test_a_layers_plan_follows_its_attention_while_prefill_runs_and_all_tokens_b
         for layer in range(LAYERS):
             for part in ("key", "value"):
                 np.testing.assert_array_equal(np.asarray(incoming.arrays[layer, part]), cache.words(layer, part))
+
+    with (
+        ThreadPoolExecutor(1) as pool,
+        LynxCache.listen("tcp://127.0.0.1:0", model, dtype="bfloat16", identity=identity) as receiver,
+    ):
+        sending = pool.submit(
+            LynxCache.prefill, model, ids, receiver.url, dtype="bfloat16", identity=identity,
+            policy=Policy(tiers=tiers, budget=0.3, model="tiny"),
+        )  # fmt: skip
+        arrived = LynxCache.pull(receiver, model, ids, identity=identity, timeout=60)
+        stats = sending.result()[2]
+    assert stats.levels[0].bytes < 0.32 * manifest.nbytes
+    for layer, held in zip(arrived.layers, cache.layers, strict=True):
+        assert torch.equal(layer.keys, held.keys)

@@ -35,6 +35,7 @@ from lynxproto.integrations.hf import LynxCache, WordCache, make_identity
 from lynxproto.integrations.hf_dynamic import cache_of, dynamic_of, load_dynamic
 from lynxproto.integrations.hf_model import prompt_id
 from lynxproto.manifest import Identity
+from lynxproto.policy import Policy
 from lynxproto.session import Progress
 from lynxproto.transports import TokenBucket
 
@@ -160,6 +161,16 @@ def test_prefill_sends_layers_as_they_are_computed(kind: str) -> None:
     assert_same_after(model, arrived, dynamic_of(cache_of(made[0], IDENTITY), model.config))
 
 
+def test_a_policy_that_chooses_for_itself() -> None:
+    model = tiny("llama", "bfloat16")
+    cache, _ = prefilled(model, PROMPT)
+    told: list[Any] = []
+    assert_same(
+        pushed(model, lambda url: told.append(LynxCache.push(cache, url, model, PROMPT, policy=Policy.auto()))), cache
+    )
+    assert told[0].policy
+
+
 def test_a_store_keeps_caches_by_prompt(tmp_path: Path) -> None:
     model, config = tiny("gemma3"), Config(secret=SECRET.encode())
     cache, first = prefilled(model, PROMPT)
@@ -216,8 +227,6 @@ def test_too_few_tokens_of_a_sliding_layer_are_refused() -> None:
 
 
 def test_lossy_caches_only_if_asked_for() -> None:
-    from lynxproto.policy import Policy
-
     model = tiny("llama", "bfloat16")
     cache, _ = prefilled(model, PROMPT)
     with ThreadPoolExecutor(1) as pool, LynxCache.listen(URL, model) as receiver:

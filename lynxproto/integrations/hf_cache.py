@@ -157,8 +157,8 @@ class LynxCache:
         :func:`lynxproto.connect` and :meth:`OutgoingTransfer.finish` raise.
         """
         held = _described(cache, model, tokens, identity, first_token)
-        async with _limited(timeout), _sender(to, config, options) as sender:
-            transfer = sender.open(held.manifest, policy)
+        async with _limited(timeout), _sender(to, policy, config, options) as sender:
+            transfer = sender.open(held.manifest, None if isinstance(to, str) else policy)
             try:
                 await transfer.send(held)
             except BaseException:
@@ -201,9 +201,10 @@ class LynxCache:
         writes: list[Future[None]] = []
 
         def write(layer: int, importance: Any) -> None:
-            kept = manifest.layer(layer).tokens
-            pair = (words[:, words.shape[1] - kept :] for words in (cache.words(layer, p) for p in ("key", "value")))
-            writes.append(asyncio.run_coroutine_threadsafe(transfer.write(layer, *pair, importance=importance), loop))
+            first = manifest.layer(layer).token_start
+            pair = (cache.words(layer, part)[:, first:] for part in ("key", "value"))
+            mass = None if importance is None else importance[:, first:]
+            writes.append(asyncio.run_coroutine_threadsafe(transfer.write(layer, *pair, importance=mass), loop))
 
         def computed(layer: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
             if not ranked:
@@ -214,8 +215,8 @@ class LynxCache:
         # A plan by attention waits for the layer's attention, a moment after its keys and values exist.
         ranked = isinstance(policy, Policy) and policy.tiers is not None and policy.importance == "attention"
         cache = WordCache(model.config, len(ids), name, on_layer=computed, windows=True)
-        async with _limited(timeout), _sender(to, config, options) as sender:
-            transfer = sender.open(manifest, policy)
+        async with _limited(timeout), _sender(to, policy, config, options) as sender:
+            transfer = sender.open(manifest, None if isinstance(to, str) else policy)
             try:
                 with watch_attention(model, AttentionMass(on_layer=write)) if ranked else contextlib.nullcontext():
                     logits = await asyncio.to_thread(HFEngine(model, cache).prefill, ids)
@@ -582,10 +583,13 @@ async def _limited(seconds: float | None) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _sender(
-    to: str | Sender | blocking.Sender, config: Config | None, options: dict[str, Any]
+    to: str | Sender | blocking.Sender,
+    policy: Policy | AutoPolicy | None,
+    config: Config | None,
+    options: dict[str, Any],
 ) -> AsyncIterator[Sender]:
     if isinstance(to, str):
-        async with connect(to, config, **options) as sender:
+        async with connect(to, config, policy=policy, **options) as sender:
             yield sender
         return
     if config is not None or options:
