@@ -134,14 +134,20 @@ class ObjectFolder:
         return True
 
     def remove(self, name: str) -> int:
-        """Forget an object; returns how many bytes it had (0: there was none)."""
+        """Forget an object; returns how many bytes it had (0: there was none).
+
+        Raises :class:`~lynxproto.errors.StateError` where that is not allowed.
+        """
         path = self._file(name)
-        with contextlib.ExitStack() as stack:
-            lock = None if self.max_bytes is None else stack.enter_context(self._locked())
-            size = _size(path)
-            path.unlink(missing_ok=True)
-            if lock is not None:
-                self._set_used(lock, self._used(lock) - size)
+        try:
+            with contextlib.ExitStack() as stack:
+                lock = None if self.max_bytes is None else stack.enter_context(self._locked())
+                size = _size(path)
+                path.unlink(missing_ok=True)
+                if lock is not None:
+                    self._set_used(lock, self._used(lock) - size)
+        except OSError as error:
+            raise StateError(f"cannot remove {path}: {error.strerror or error}") from error
         return size
 
     def clear(self) -> None:
