@@ -293,7 +293,7 @@ class Policy:
                 f"layer {layer.index}: a budget of {self.budget} does not hold {self.sinks} sinks and {self.recent} "
                 f"recent tokens of {layer.tokens}; ask for more, or for fewer of them"
             )
-        nbytes = self.tiers.divide(share)[layer.index] * body
+        nbytes = self.tiers.divide(share, rest.size)[layer.index] * body
         importance = importance[:, sinks_end - start : recent_start - start]
         target, excess = nbytes, 0.0
         for _ in range(_ATTEMPTS):

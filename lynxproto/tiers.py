@@ -168,9 +168,11 @@ class Tiers:
         """Bytes of the configs in a manifest: tables of widths travel once a transfer."""
         return _table_bytes(self)
 
-    def divide(self, fraction: float) -> NDArray[np.float64]:
-        """The budget ``fraction`` of raw bytes divided among layers by typical importance: fractions, ``[layers]``."""
-        return _divide(self, round(fraction, 4))
+    def divide(self, fraction: float, tokens: int) -> NDArray[np.float64]:
+        """The budget ``fraction`` of raw bytes of ``tokens`` divided among layers by typical importance: fractions,
+        ``[layers]``.
+        """
+        return _divide(self, round(fraction, 4), tokens)
 
     def choose(
         self, layer: LayerSpec, importance: NDArray[np.float64], nbytes: float, rule: Rule
@@ -302,13 +304,14 @@ def _table_bytes(tiers: Tiers) -> int:
 
 
 @lru_cache(64)
-def _divide(tiers: Tiers, fraction: float) -> NDArray[np.float64]:
+def _divide(tiers: Tiers, fraction: float, tokens: int) -> NDArray[np.float64]:
     count, points = len(tiers.configs), tiers.typical.shape[2]
     raw = tiers.costs[:, :, -1]
-    budget = fraction * float(raw.sum()) * points
     costs = tiers.costs.reshape(-1, count)
     weights, errors = tiers.typical.reshape(-1, points), tiers.errors.reshape(-1, count) / points
-    chosen = allocation.optimise(weights, errors, costs, budget)
+    fixed = (tiers.overheads[:, :, 0] + _bitmaps(tokens)).sum(1) * points / tokens  # each part has a tile at least
+    rest = fraction * float(raw.sum()) * points - float(fixed.sum())
+    chosen = allocation.optimise(weights, errors, costs, rest)
     layers = np.take_along_axis(costs, chosen.astype(np.int64), 1).sum(1).reshape(-1, 2).sum(1)
-    divided: NDArray[np.float64] = layers / layers.sum() * budget / points / raw.sum(1)
+    divided: NDArray[np.float64] = (fixed + layers / layers.sum() * rest) / points / raw.sum(1)
     return divided

@@ -169,7 +169,7 @@ def catalogue(
             for importance in others:
                 policy = Policy(tiers=ours, budget=budget, importance=importance)
                 add(f"importance by {importance}", budget, CodecMethod(policy))
-        if least < budget < 0.5:
+        if least < budget <= 0.6:
             tiers = same.observed(attention)
             add("optimiser, paper's tiers", budget, CodecMethod(Policy(tiers=tiers, budget=budget, recent=0)))
     for bits in (8, 4, 3):
