@@ -82,7 +82,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{settings['model']}, {result['windows']} windows of {settings['context']} + {settings['scored']} tokens"
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -104,7 +104,8 @@ def _rate(axes: Any, rows: Sequence[Mapping[str, Any]], field: str, label: str) 
     axes.set_xlabel("bits a value, everything counted")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if field == "kl":  # the other picture has the same lines
+        axes.legend(fontsize=7, ncols=2)
 
 
 def _heat(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
