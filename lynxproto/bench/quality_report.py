@@ -74,6 +74,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(14, 10), layout="constrained")
     _rate(axes[0, 0], result["results"], "kl", "KL (nats)")
     _rate(axes[0, 1], result["results"], "disagreement", "1 - top-1 agreement")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=7, loc="outside lower center")
     if "needles" in result:
         _heat(axes[1, 0], result["needles"])
     if "layers" in result:
@@ -104,8 +105,6 @@ def _rate(axes: Any, rows: Sequence[Mapping[str, Any]], field: str, label: str) 
     axes.set_xlabel("bits a value, everything counted")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    if field == "kl":  # the other picture has the same lines
-        axes.legend(fontsize=7, ncols=2)
 
 
 def _heat(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
