@@ -32,8 +32,8 @@ from lynxproto.errors import (
     TransferCancelledError,
 )
 from lynxproto.integrations.hf import LynxCache, WordCache, make_identity
-from lynxproto.integrations.hf_dynamic import cache_of, dynamic_of, load_dynamic
-from lynxproto.integrations.hf_model import prompt_id
+from lynxproto.integrations.hf.dynamic import cache_of, dynamic_of, load_dynamic
+from lynxproto.integrations.hf.model import prompt_id
 from lynxproto.manifest import Identity
 from lynxproto.policy import Policy
 from lynxproto.session import Progress

@@ -28,8 +28,8 @@ from lynxproto.errors import (
     TransferCancelledError,
 )
 from lynxproto.integrations.hf import CacheReceiver, LynxCache, generate, make_identity
-from lynxproto.integrations.hf_dynamic import cache_of
-from lynxproto.integrations.hf_model import prompt_id
+from lynxproto.integrations.hf.dynamic import cache_of
+from lynxproto.integrations.hf.model import prompt_id
 from lynxproto.policy import Policy
 from lynxproto.speculation import Event, Provisional, Report, Verified
 from lynxproto.transports import TokenBucket

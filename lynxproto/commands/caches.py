@@ -23,7 +23,7 @@ def open_cache(path: Path, model: str | None, revision: str) -> Cache:
         return load_cache(path)
     if model is None:
         raise CacheFileError(f"{path} is a file of torch and does not say whose cache it holds; give --model")
-    from lynxproto.integrations.hf_dynamic import load_dynamic
+    from lynxproto.integrations.hf.dynamic import load_dynamic
     from lynxproto.manifest import Identity
 
     return load_dynamic(path, Identity(model=model, revision=revision))

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lynxproto.errors import ConfigError
-from lynxproto.integrations.hf_model import require_version  # says what to install if torch is missing
+from lynxproto.integrations.hf.model import require_version  # says what to install if torch is missing
 from lynxproto.speculation import Logits, gap, nucleus
 
-import torch  # isort: skip  # after hf_model, whose error names the extra
+import torch  # isort: skip  # after model, whose error names the extra
 from transformers.generation.logits_process import (  # isort: skip  # the same
     TemperatureLogitsWarper,
     TopKLogitsWarper,

@@ -8,16 +8,16 @@ from typing import Any
 
 from lynxproto.cachefile import Arrays, Cache
 from lynxproto.errors import CacheFileError, SpecError
-from lynxproto.integrations.hf_model import (  # says what to install if torch or transformers is missing
+from lynxproto.integrations.hf.model import (  # says what to install if torch or transformers is missing
     DTYPES,
     NAMES,
     DummyLayer,
     as_array,
 )
-from lynxproto.integrations.hf_words import WordCache
+from lynxproto.integrations.hf.words import WordCache
 from lynxproto.manifest import Identity, LayerSpec, Manifest
 
-import torch  # isort: skip  # after hf_model, whose error names the extra
+import torch  # isort: skip  # after model, whose error names the extra
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer  # isort: skip  # the same
 
 __all__ = ["cache_of", "dynamic_of", "empty_dynamic", "load_dynamic"]

@@ -16,13 +16,13 @@ import numpy as np
 from lynxproto import blocking
 from lynxproto.config import MAX_LEVELS
 from lynxproto.errors import ConfigError, LocalError, NotFoundError
-from lynxproto.integrations.hf_cache import CacheReceiver, Expected, IncomingCache, arriving, stock_of, token_ids
-from lynxproto.integrations.hf_sampling import Multinomial, split_warpers
-from lynxproto.integrations.hf_words import HFEngine, WordCache
+from lynxproto.integrations.hf.cache import CacheReceiver, Expected, IncomingCache, arriving, stock_of, token_ids
+from lynxproto.integrations.hf.sampling import Multinomial, split_warpers
+from lynxproto.integrations.hf.words import HFEngine, WordCache
 from lynxproto.manifest import Identity
 from lynxproto.speculation import Event, Greedy, Logits, Report, Speculation, Verified
 
-import torch  # isort: skip  # after hf_cache, whose error names the extra
+import torch  # isort: skip  # after cache, whose error names the extra
 from transformers.generation import (  # isort: skip  # the same
     GenerateDecoderOnlyOutput,
     LogitsProcessorList,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lynxproto.integrations.hf_cache import CacheReceiver, IncomingCache, LynxCache
-from lynxproto.integrations.hf_generate import decode_arriving, generate
-from lynxproto.integrations.hf_model import as_array, make_identity, make_manifest, weights_revision
-from lynxproto.integrations.hf_words import HFEngine, WordCache
+from lynxproto.integrations.hf.cache import CacheReceiver, IncomingCache, LynxCache
+from lynxproto.integrations.hf.generate import decode_arriving, generate
+from lynxproto.integrations.hf.model import as_array, make_identity, make_manifest, weights_revision
+from lynxproto.integrations.hf.words import HFEngine, WordCache
 
 __all__ = [
     "CacheReceiver",

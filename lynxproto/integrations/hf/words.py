@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lynxproto.chunk import Part
 from lynxproto.errors import SpecError, SpeculationError
-from lynxproto.integrations.hf_model import (  # says what to install if torch or transformers is missing
+from lynxproto.integrations.hf.model import (  # says what to install if torch or transformers is missing
     DTYPES,
     NAMES,
     DummyLayer,
@@ -30,7 +30,7 @@ from lynxproto.integrations.hf_model import (  # says what to install if torch o
 from lynxproto.manifest import LayerSpec, Manifest
 from lynxproto.speculation import Logits
 
-import torch  # isort: skip  # after hf_model, whose error names the extra
+import torch  # isort: skip  # after model, whose error names the extra
 import transformers  # isort: skip  # the same
 from transformers.cache_utils import Cache, CacheLayerMixin  # isort: skip  # the same
 

@@ -23,8 +23,8 @@ from lynxproto.chunk import Part
 from lynxproto.config import Config
 from lynxproto.errors import DeadlineError, IdentityError, LocalError, NotFoundError, SpecError
 from lynxproto.integrations.attention import AttentionMass, watch_attention
-from lynxproto.integrations.hf_dynamic import cache_of, dynamic_of, put_layer
-from lynxproto.integrations.hf_model import (  # says what to install if torch or transformers is missing
+from lynxproto.integrations.hf.dynamic import cache_of, dynamic_of, put_layer
+from lynxproto.integrations.hf.model import (  # says what to install if torch or transformers is missing
     NAMES,
     layer_shapes,
     make_identity,
@@ -32,13 +32,13 @@ from lynxproto.integrations.hf_model import (  # says what to install if torch o
     prompt_id,
     weights_revision,
 )
-from lynxproto.integrations.hf_words import HFEngine, WordCache
+from lynxproto.integrations.hf.words import HFEngine, WordCache
 from lynxproto.linkpolicy import AutoPolicy
 from lynxproto.manifest import FetchKey, Identity, LayerSpec, Manifest
 from lynxproto.policy import Policy
 from lynxproto.session import IncomingTransfer, Sender, connect, listen
 
-import torch  # isort: skip  # after hf_model, whose error names the extra
+import torch  # isort: skip  # after model, whose error names the extra
 from transformers.cache_utils import DynamicCache  # isort: skip  # the same
 
 __all__ = [
