@@ -293,7 +293,7 @@ def _resumed(s: Sessions) -> None:
     play.say("client", play.collect("client"))
     play.say("server", play.collect("server"))
     play.encode("client")
-    frames = cut(play.collect("client"))
+    frames = cut(play.collect("client")) + cut(play.collect("client", 1))
     play.say("client", b"".join(frames[::2]), 1)
     play.answer("server", 1)
     play.say("client", b"".join(frames[1::2]), 0)
