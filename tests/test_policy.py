@@ -90,3 +90,12 @@ def test_refused(arguments):
         Policy(**arguments)
     with pytest.raises(ConfigError):
         Policy.named("int5")
+
+
+def test_words_as_they_are_travel_in_larger_tiles_on_faster_links() -> None:
+    bf16, plenty = Policy.named("bf16"), 1 << 30
+    sizes = [bf16.for_link(rate, plenty).tile_bytes >> 20 for rate in (0.0, 1e8, 1.3e9, 1.5e9, 3e9, 1e11)]
+    assert sizes == [2, 2, 2, 4, 8, 8]
+    assert bf16.for_link(1e11, 5 << 20).tile_bytes == 4 << 20, "several must fit into the peer's window"
+    for policy in (Policy.named("lynx"), Policy.named("exact"), Policy(body={"id": "raw"}, sinks=0, recent=0)):
+        assert policy.for_link(1e11, plenty) is policy
