@@ -399,14 +399,12 @@ INLINE bool start_section(section_reader *reader, const lynx_fold *fold, const u
         return true;
     }
     const int octets = (tokens + 7) / 8;
-    uint32_t count = 0;
+    __m512i counts = _mm512_setzero_si512();
     for (int o = 0; o < octets; o++) {
-        uint64_t moved[8];
-        store(moved, moved_of(fold, in + o * fold->folded_size, valid_tokens(tokens - 8 * o)));
-        for (int w = 0; w < 8; w++) {
-            count += (uint32_t)_mm_popcnt_u64(moved[w]);
-        }
+        const __m512i moved = moved_of(fold, in + o * fold->folded_size, valid_tokens(tokens - 8 * o));
+        counts = _mm512_add_epi8(counts, _mm512_popcnt_epi8(moved)); /* at most 64 */
     }
+    const uint32_t count = (uint32_t)_mm512_reduce_add_epi64(_mm512_sad_epu8(counts, _mm512_setzero_si512()));
     return read_streams(in + octets * fold->folded_size, entry, count, reader->streams);
 }
 
@@ -423,6 +421,7 @@ INLINE void read_octet(section_reader *reader, __m512i valid, __m512i *planes) {
         }
         _Alignas(64) uint64_t moved[8], far[8], farther[8];
         store(moved, d1);
+        IN_MEMORY(moved);
         uint32_t at = reader->bits[0], at_farther = reader->bits[1];
         for (int w = 0; w < 8; w++) {
             far[w] = _pdep_u64(get_bits64(reader->streams[0], at), moved[w]);
@@ -507,6 +506,9 @@ INLINE uint8_t *fold_octet(const lynx_fold *fold, const __mmask64 *rows, const _
     store(far, high);
     store(farther, low);
     store(moved, d1);
+    IN_MEMORY(far);
+    IN_MEMORY(farther);
+    IN_MEMORY(moved);
     for (int w = 0; w < 8; w++) {
         put_bits64(streams[0], bits[0], _pext_u64(far[w], moved[w]));
         put_bits64(streams[1], bits[1], _pext_u64(farther[w], far[w]));
