@@ -1,6 +1,6 @@
 /* Speed of the hq kernels on one thread: GB/s of words, and the ratio to memcpy in the same rounds. CPU time, medians.
  *
- *     speed [ISA number, all: -1] [fast, balanced or dense] [megabytes] [rounds] [raw file of words [n][64]]
+ *     speed [ISA number, all: -1] [fast, uniform (keys of 3 bits), balanced or dense] [megabytes] [rounds] [raw file of words [n][64]]
  */
 #define _POSIX_C_SOURCE 200809L
 #include <stdbool.h>
@@ -57,7 +57,8 @@ static uint16_t synthetic(size_t i) { /* channels with their own means and sprea
 
 int main(int argc, char **argv) {
     const int only = argc > 1 ? atoi(argv[1]) : -1;
-    const bool fold = argc > 2 && strcmp(argv[2], "fast") != 0, dense = argc > 2 && strcmp(argv[2], "dense") == 0;
+    const bool uniform = argc > 2 && strcmp(argv[2], "uniform") == 0, dense = argc > 2 && strcmp(argv[2], "dense") == 0;
+    const bool fold = argc > 2 && strcmp(argv[2], "fast") != 0 && !uniform;
     const size_t tiles = (size_t)(argc > 3 ? atoi(argv[3]) : 256) * 1000000 / (2 * TILE) + 1;
     const int rounds = argc > 4 ? atoi(argv[4]) : 7;
     CHECK(rounds <= MAX_ROUNDS);
@@ -83,7 +84,7 @@ int main(int argc, char **argv) {
         }
         for (int part = 0; part < 2; part++) {
             const lynx_hq_config config = {.dtype = LYNX_BFLOAT16, .part = part, .heads = HEADS, .tokens = TOKENS, .head_dim = DIM,
-                                           .levels = 3, .fold = fold, .scaling = 1, .widths = part == LYNX_KEY ? NULL : widths,
+                                           .levels = 3, .fold = fold, .scaling = 1, .widths = part == LYNX_KEY && !uniform ? NULL : widths,
                                            .range_bits = HEADS * DIM * (dense ? 26 : 30) / 10};
             lynx_hq_bounds bounds;
             CHECK(lynx_hq_measure(&config, &bounds) == LYNX_OK);
