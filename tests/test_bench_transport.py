@@ -20,7 +20,7 @@ def test_goodput_as_json(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert report["schema"] == "lynxproto.bench.transport/1"
     rows = {row["transport"]: row for row in report["results"]}
-    assert set(rows) == {"raw", "raw-reno", "unix"}
+    assert set(rows) == {"raw", "raw-reno", "raw+checksums", "unix"}
     assert report["raw_tcp_gb_per_s"] == max(rows["raw"]["gb_per_s"], rows["raw-reno"]["gb_per_s"])
     assert [rows[name]["peer"] for name in ("raw", "unix")] == [True, False]
     assert all(row["gb_per_s"] > 0 and row["version"] for row in rows.values())
