@@ -192,7 +192,7 @@ INLINE bool words_as(int part, const lynx_planes *planes, const lynx_params *par
 /* Values of at most 4 bits: a token has 8 or 16 words. Tables hold those of four or two tokens, and codes say which. */
 INLINE void words_by_table(int bits, const lynx_params *params, const uint8_t *anchor, int tokens, const int16_t *shifts,
                            row_writer *out) {
-    float less_of[ROW];
+    float less_of[ROW + 2]; /* the last two tokens are loaded with two more */
     lift(params, less_of);
     /* Of codes, those of channel j in byte 2 j, and of channel 32 + j in the next. */
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
