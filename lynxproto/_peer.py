@@ -219,7 +219,7 @@ class Peer:
     async def _receive(self, stripe: _Stripe) -> None:
         error: RemoteError = ConnectionClosedError(f"{stripe.stream.name} hung up")
         try:
-            while True:
+            while self.connection.has_stripe(stripe.number):
                 try:
                     buffer = self.connection.get_buffer(stripe.number)
                     sums = self.connection.sums(stripe.number)
@@ -241,6 +241,8 @@ class Peer:
                         error = ConnectionClosedError(f"{stripe.stream.name} {text}")
                     break
                 self.bytes_received += count
+                if not self.connection.has_stripe(stripe.number):
+                    break
                 self.connection.buffer_updated(count, time.monotonic(), stripe.number)
                 news = self.connection.news()
                 if news is News.CHUNKS:
@@ -258,7 +260,7 @@ class Peer:
     async def _send(self, stripe: _Stripe) -> None:
         pace = stripe.pace
         try:
-            while True:
+            while self.connection.has_stripe(stripe.number):  # one that lingers may be forgotten meanwhile
                 stripe.wake.clear()
                 started = time.monotonic()
                 data = self.connection.data_to_send(started, stripe.number, pace.limit)
@@ -274,7 +276,7 @@ class Peer:
                     nbytes = sum(part.nbytes for part in data)
                     pace.sent(nbytes, started, time.monotonic())
                     self.bytes_sent += nbytes
-                    if self.connection.news():
+                    if self.connection.has_stripe(stripe.number) and self.connection.news():
                         for transfer in self.connection.lent(stripe.number):
                             if transfer in self.outgoing:
                                 self.outgoing[transfer].count()
@@ -341,12 +343,16 @@ class Peer:
         A stream that does not get rid of what it was given is given up: the session resumes on another.
         """
         for stripe in list(self._stripes.values()):
-            if stripe.sending is not None and transfer in self.connection.lent(stripe.number):
+            if stripe.sending is not None and self._may_read(stripe, transfer):
                 await asyncio.wait([stripe.sending], timeout=_RECLAIM_S)
-                if stripe.sending is not None and transfer in self.connection.lent(stripe.number):
+                if stripe.sending is not None and self._may_read(stripe, transfer):
                     text = f"{stripe.stream.name} takes no bytes, and a cancelled transfer wants its memory back"
                     self._lost(stripe, TransportError(text))
                     await self._hang_up(stripe)
+
+    def _may_read(self, stripe: _Stripe, transfer: int) -> bool:
+        number = stripe.number
+        return not self.connection.has_stripe(number) or transfer in self.connection.lent(number)
 
     def _close_stripe(self, stripe: _Stripe) -> None:
         """Send what is left to say, for a bounded time, then hang up."""

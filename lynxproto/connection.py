@@ -270,9 +270,13 @@ class Connection:
     def stripe_lost(self, stripe: int, now: float, error: RemoteError | None = None) -> None:
         """The byte stream ended. Idempotent. The session lives on, and resumes on its other stripes or on the next."""
         self._ctx.now = now
-        found = self._stripe(stripe)
-        if not found.closed:
+        found = self._stripes.get(stripe)
+        if found is not None and not found.closed:
             self._drop_stripe(found, error)
+
+    def has_stripe(self, stripe: int) -> bool:
+        """False once ``stripe`` is forgotten: of stripes that have closed only the last few are remembered."""
+        return stripe in self._stripes
 
     def receive_data(self, data: bytes | bytearray | memoryview, now: float, stripe: int = 0) -> None:
         """Bytes arrived on ``stripe``, in any split. Never raises for what the peer sent: that becomes events."""

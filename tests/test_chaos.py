@@ -29,7 +29,8 @@ def first_seed(fault: str) -> int:
 
 def test_every_fault_and_a_spread_of_seeds_end_as_stated() -> None:
     """No wrong words, nothing hung, nothing left behind: one seed of each fault, and others."""
-    seeds = sorted({*(first_seed(fault.name) for fault in FAULTS), *range(7, 1000, 23)})
+    # 439: a stripe that lingers is forgotten, because others came and went.
+    seeds = sorted({*(first_seed(fault.name) for fault in FAULTS), *range(7, 1000, 23), 439})
     report = Report(list(run_seeds(seeds, 4, patience=3.0)), 0.0, 4, 3.0, {})
     assert report.good, report.to_text()
     found = report.to_dict()

@@ -1526,3 +1526,16 @@ def test_configs_are_checked():
     for limits in ({"layers": 0}, {"frame_bytes": 1 << 32}, {"control_bytes": 100}):
         with pytest.raises(LynxError):
             Limits(**limits)
+
+
+def test_closed_stripes_are_forgotten_when_others_come_and_may_be_lost_again() -> None:
+    connection = Connection(Config(limits=Limits(stripes=1)), client=True)
+    first = connection.open_stripe(0.0)
+    connection.stripe_lost(first, 0.0)
+    assert connection.has_stripe(first)
+    for _ in range(3):
+        connection.stripe_lost(connection.open_stripe(0.0), 0.0)
+    assert not connection.has_stripe(first)
+    connection.stripe_lost(first, 0.0)
+    with pytest.raises(LocalError, match="no stripe"):
+        connection.data_to_send(0.0, first)
