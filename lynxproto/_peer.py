@@ -219,7 +219,7 @@ class Peer:
     async def _receive(self, stripe: _Stripe) -> None:
         error: RemoteError = ConnectionClosedError(f"{stripe.stream.name} hung up")
         try:
-            while self.connection.has_stripe(stripe.number):
+            while True:
                 try:
                     buffer = self.connection.get_buffer(stripe.number)
                     sums = self.connection.sums(stripe.number)
@@ -241,8 +241,6 @@ class Peer:
                         error = ConnectionClosedError(f"{stripe.stream.name} {text}")
                     break
                 self.bytes_received += count
-                if not self.connection.has_stripe(stripe.number):
-                    break
                 self.connection.buffer_updated(count, time.monotonic(), stripe.number)
                 news = self.connection.news()
                 if news is News.CHUNKS:
@@ -260,7 +258,7 @@ class Peer:
     async def _send(self, stripe: _Stripe) -> None:
         pace = stripe.pace
         try:
-            while self.connection.has_stripe(stripe.number):  # one that lingers may be forgotten meanwhile
+            while True:
                 stripe.wake.clear()
                 started = time.monotonic()
                 data = self.connection.data_to_send(started, stripe.number, pace.limit)
@@ -276,7 +274,7 @@ class Peer:
                     nbytes = sum(part.nbytes for part in data)
                     pace.sent(nbytes, started, time.monotonic())
                     self.bytes_sent += nbytes
-                    if self.connection.has_stripe(stripe.number) and self.connection.news():
+                    if self.connection.news():
                         for transfer in self.connection.lent(stripe.number):
                             if transfer in self.outgoing:
                                 self.outgoing[transfer].count()
@@ -313,10 +311,12 @@ class Peer:
             stripe.linger.cancel()
         await stripe.stream.aclose()
         stripe.resume()
-        for task in stripe.tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+        others = [task for task in stripe.tasks if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
         if self._stripes.pop(stripe.number, None) is not None:
+            await asyncio.gather(*others, return_exceptions=True)  # they ask about the stripe until they end
+            self.connection.forget_stripe(stripe.number, time.monotonic())
             self._leave(stripe.guest)
             self._redial()
             self.changed.notify()
@@ -343,16 +343,12 @@ class Peer:
         A stream that does not get rid of what it was given is given up: the session resumes on another.
         """
         for stripe in list(self._stripes.values()):
-            if stripe.sending is not None and self._may_read(stripe, transfer):
+            if stripe.sending is not None and transfer in self.connection.lent(stripe.number):
                 await asyncio.wait([stripe.sending], timeout=_RECLAIM_S)
-                if stripe.sending is not None and self._may_read(stripe, transfer):
+                if stripe.sending is not None and transfer in self.connection.lent(stripe.number):
                     text = f"{stripe.stream.name} takes no bytes, and a cancelled transfer wants its memory back"
                     self._lost(stripe, TransportError(text))
                     await self._hang_up(stripe)
-
-    def _may_read(self, stripe: _Stripe, transfer: int) -> bool:
-        number = stripe.number
-        return not self.connection.has_stripe(number) or transfer in self.connection.lent(number)
 
     def _close_stripe(self, stripe: _Stripe) -> None:
         """Send what is left to say, for a bounded time, then hang up."""

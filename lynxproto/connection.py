@@ -261,22 +261,20 @@ class Connection:
         self._next_stripe += 1
         stripe.reader = FrameReader(_Handler(self, stripe))
         self._stripes[stripe.index] = stripe
-        gone = [index for index, old in self._stripes.items() if old.closed]
-        for index in gone[: -self._ctx.config.limits.stripes]:
-            del self._stripes[index]
         self._greet()
         return stripe.index
 
     def stripe_lost(self, stripe: int, now: float, error: RemoteError | None = None) -> None:
         """The byte stream ended. Idempotent. The session lives on, and resumes on its other stripes or on the next."""
         self._ctx.now = now
-        found = self._stripes.get(stripe)
-        if found is not None and not found.closed:
+        found = self._stripe(stripe)
+        if not found.closed:
             self._drop_stripe(found, error)
 
-    def has_stripe(self, stripe: int) -> bool:
-        """False once ``stripe`` is forgotten: of stripes that have closed only the last few are remembered."""
-        return stripe in self._stripes
+    def forget_stripe(self, stripe: int, now: float) -> None:
+        """Nobody asks about ``stripe`` any more. Until then a closed stripe answers: it has nothing to send."""
+        self.stripe_lost(stripe, now)
+        del self._stripes[stripe]
 
     def receive_data(self, data: bytes | bytearray | memoryview, now: float, stripe: int = 0) -> None:
         """Bytes arrived on ``stripe``, in any split. Never raises for what the peer sent: that becomes events."""
