@@ -200,6 +200,19 @@ def test_budgets_that_nothing_fits_are_named(cache: Cache, importances: np.ndarr
         policy_of(two, budget=0.2, sinks=512).plan("bfloat16", layer, importances[0])
 
 
+@pytest.mark.parametrize("more", [1.01, 1.5])
+def test_a_layer_that_counts_little_still_gets_its_cheapest_tiles(
+    cache: Cache, importances: np.ndarray, more: float
+) -> None:
+    uniform = Tiers.uniform((4, 8, 16), cache)
+    tiers = replace(uniform, errors=uniform.errors * np.array([[[1000.0]], [[1.0]]]))
+    cheapest = float((tiers.costs[:, :, 0] * TOKENS + tiers.overheads[:, :, 0]).sum()) / cache.manifest.nbytes
+    policy = policy_of(tiers, budget=more * cheapest, sinks=0, recent=0)
+    plans = [policy.plan("bfloat16", cache.manifest.layer(i), importances[i]) for i in range(LAYERS)]
+    assert sum(plan.expected_bytes for plan in plans) <= 1.01 * policy.budget * cache.manifest.nbytes
+    assert all(sum(len(tile.tokens) for tile in plan.tiles) == 2 * TOKENS for plan in plans)
+
+
 def test_a_policy_of_another_model_is_refused(cache: Cache, tiers: Tiers) -> None:
     policy = policy_of(tiers)
     policy.require(IDENTITY)
