@@ -11,6 +11,7 @@
 
 #include <immintrin.h>
 
+#include "isa.h"
 #include "params.h"
 #include "words.h"
 
@@ -39,25 +40,9 @@ INLINE __m256i in_order(__m256i v) {
         a = _mm256_xor_si256(a, _mm256_slli_epi16(difference, shift));                                             \
     } while (0)
 
-/* 32 matrices of 8 x 8 bits, one per byte position, across 8 registers: bit j of register i to bit i of register j.
- * With `upper` only registers 4..7 hold anything on entry. */
-INLINE void transpose(__m256i *r, bool upper) {
-    for (int i = upper ? 4 : 0; i < 8; i += 4) {
-        SWAP(r[i], r[i + 2], 2, 0x33);
-        SWAP(r[i + 1], r[i + 3], 2, 0x33);
-        SWAP(r[i], r[i + 1], 1, 0x55);
-        SWAP(r[i + 2], r[i + 3], 1, 0x55);
-    }
-    for (int i = 0; i < 4; i++) {
-        if (upper) {
-            const __m256i low = _mm256_and_si256(r[i + 4], _mm256_set1_epi8(0x0f));
-            r[i] = _mm256_slli_epi16(low, 4);
-            r[i + 4] = _mm256_xor_si256(r[i + 4], low);
-        } else {
-            SWAP(r[i], r[i + 4], 4, 0x0f);
-        }
-    }
-}
+#define VECTOR __m256i
+#define NO_BITS _mm256_setzero_si256()
+#include "transpose.h"
 
 INLINE __m256i expand(const uint8_t *in, const uint8_t *shuffle, const uint8_t *rank) {
     const __m128i first = _mm_loadu_si128((const __m128i *)(in + rank[0]));
@@ -78,6 +63,58 @@ INLINE __m256i number(__m256i lifted, __m256 scale, __m256 less, int up) {
     const __m256 x = _mm256_fmadd_ps(_mm256_castsi256_ps(lifted), scale, less);
     return _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(up));
 }
+
+/* 255 in the bytes of 8 channels of a mask. */
+INLINE uint64_t byte_mask(uint64_t channels, int w) {
+    return _pdep_u64(channels >> 8 * w & 255, 0x0101010101010101ull) * 255;
+}
+
+INLINE uint32_t bits_of(__m256i bytes) {
+    return (uint32_t)_mm256_movemask_epi8(bytes);
+}
+
+/* Bytes of 0 or -1 from 32 bits. */
+INLINE __m256i bytes_of(uint32_t bits) {
+    const __m256i pick = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3,
+                                          3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), pick);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+}
+
+/* Floats of 64 channels in unpacking order. */
+INLINE void unpack_order(const float *in, float *out) {
+    for (int i = 0; i < ROW; i += 16) {
+        for (int j = 0; j < 4; j++) {
+            out[i + j] = in[i + j];
+            out[i + 4 + j] = in[i + 8 + j];
+            out[i + 8 + j] = in[i + 4 + j];
+            out[i + 12 + j] = in[i + 12 + j];
+        }
+    }
+}
+
+INLINE __m256i codes_minus_offset(int part, const uint8_t *codes, int i, const lynx_params *params,
+                                  __m256i token_offset) {
+    const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + 16 * i)));
+    return _mm256_sub_epi16(code, part == LYNX_KEY ? load(params->offset + 16 * i) : token_offset);
+}
+
+/* Kernels of other files than avx2.c; isa.h says what they do. */
+bool lynx_avx2_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
+                     const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts,
+                     const lynx_stretch *rows, ptrdiff_t stride, lynx_tail *tail);
+void lynx_avx2_centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred);
+void lynx_avx2_uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest, uint8_t *codes);
+uint32_t lynx_avx2_fold(const lynx_fold *how, const uint8_t *flat, int tokens, uint8_t *folded);
+bool lynx_avx2_unfold(const lynx_fold *how, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat);
+void lynx_avx2_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                    int channels, const lynx_params *params, lynx_streams *streams);
+int lynx_avx2_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                     lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows);
+uint64_t lynx_avx2_rank_bound(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
+void lynx_avx2_pack_row(int word_bytes, const void *words, size_t count, uint8_t *const *planes);
+void lynx_avx2_unpack_row(int word_bytes, const uint8_t *const *planes, size_t count, void *words);
 
 #if defined(__clang__)
 #define AVX2_END _Pragma("clang attribute pop")

@@ -40,25 +40,9 @@ INLINE void store(void *p, __m512i v) {
         a = _mm512_ternarylogic_epi64(a, high, _mm512_set1_epi8(mask), 0xe4);                                          \
     } while (0)
 
-/* 64 matrices of 8 x 8 bits, one per byte position, across 8 registers: bit j of register i to bit i of register j.
- * With `upper` only registers 4..7 hold anything on entry. */
-INLINE void transpose(__m512i *r, bool upper) {
-    for (int i = upper ? 4 : 0; i < 8; i += 4) {
-        SWAP(r[i], r[i + 2], 2, 0x33);
-        SWAP(r[i + 1], r[i + 3], 2, 0x33);
-        SWAP(r[i], r[i + 1], 1, 0x55);
-        SWAP(r[i + 2], r[i + 3], 1, 0x55);
-    }
-    for (int i = 0; i < 4; i++) {
-        if (upper) {
-            const __m512i low = _mm512_and_si512(r[i + 4], _mm512_set1_epi8(0x0f));
-            r[i] = _mm512_slli_epi16(low, 4);
-            r[i + 4] = _mm512_xor_si512(r[i + 4], low);
-        } else {
-            SWAP(r[i], r[i + 4], 4, 0x0f);
-        }
-    }
-}
+#define VECTOR __m512i
+#define NO_BITS _mm512_setzero_si512()
+#include "transpose.h"
 
 /* Of 32-bit lanes of a, then b: the upper or lower halves. */
 INLINE __m512i upper_words(__m512i a, __m512i b) {

@@ -228,9 +228,6 @@ static inline void lynx_end_tail(lynx_tail *tail) {
 extern const lynx_kernels lynx_scalar;
 #if defined(__x86_64__)
 extern const lynx_kernels lynx_avx2, lynx_avx512;
-bool lynx_avx2_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
-                     const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts,
-                     const lynx_stretch *rows, ptrdiff_t stride, lynx_tail *tail);
 bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
                        const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts,
                        const lynx_stretch *rows, ptrdiff_t stride, lynx_tail *tail);

@@ -1,0 +1,359 @@
+/* Level 2 for AVX2. */
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include "avx2.h"
+#include "ranks.h"
+
+/* The least magnitude words not below x (positive), in natural order. */
+INLINE __m256i ceil_words(int dtype, __m256 x1, __m256 x2) {
+    if (dtype == LYNX_FLOAT16) {
+        return in_order(_mm256_set_m128i(_mm256_cvtps_ph(x2, _MM_FROUND_TO_POS_INF), _mm256_cvtps_ph(x1, _MM_FROUND_TO_POS_INF)));
+    }
+    const __m256i up = _mm256_set1_epi32(0xffff);
+    return _mm256_packus_epi32(_mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x1), up), 16),
+                               _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x2), up), 16));
+}
+
+/* Cells of 16 integers k: least magnitude word and number of words; zero cells count 1. */
+INLINE void cells(int dtype, __m256i k, __m256 scale1, __m256 scale2, __m256i *low, __m256i *count, __m256i *zero) {
+    const __m256i a = _mm256_abs_epi16(k), nothing = _mm256_setzero_si256();
+    const __m256 half = _mm256_set1_ps(0.5f);
+    const __m256 middle1 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_unpacklo_epi16(a, nothing)), scale1);
+    const __m256 middle2 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_unpackhi_epi16(a, nothing)), scale2);
+    const __m256 h1 = _mm256_mul_ps(scale1, half), h2 = _mm256_mul_ps(scale2, half);
+    *low = ceil_words(dtype, _mm256_sub_ps(middle1, h1), _mm256_sub_ps(middle2, h2));
+    const __m256i high = ceil_words(dtype, _mm256_add_ps(middle1, h1), _mm256_add_ps(middle2, h2));
+    *zero = _mm256_cmpeq_epi16(a, nothing);
+    *count = _mm256_blendv_epi8(_mm256_sub_epi16(high, *low), _mm256_set1_epi16(1), *zero);
+}
+
+/* 2^floor(log2 n) - 1 of each byte n. */
+INLINE __m256i width_mask8(__m256i n) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 1, 1, 3, 3, 3, 3, 7, 7, 7, 7, 7, 7, 7, 7));
+    const __m256i high = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 15, 31, 31, 63, 63, 63, 63, 127, 127, 127, 127, 127, 127, 127, 127));
+    return _mm256_max_epu8(_mm256_shuffle_epi8(low, _mm256_and_si256(n, nibble)),
+                           _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(n, 4), nibble)));
+}
+
+/* The same of each 16-bit n below 2048. */
+INLINE __m256i width_mask16(__m256i n) {
+    n = _mm256_srli_epi16(n, 1);
+    n = _mm256_or_si256(n, _mm256_srli_epi16(n, 1));
+    n = _mm256_or_si256(n, _mm256_srli_epi16(n, 2));
+    n = _mm256_or_si256(n, _mm256_srli_epi16(n, 4));
+    return _mm256_or_si256(n, _mm256_srli_epi16(n, 8));
+}
+
+/* One bit per 16-bit lane of two registers of 0 or -1. */
+INLINE uint32_t bits_of16(__m256i first, __m256i second) {
+    return bits_of(in_order(_mm256_packs_epi16(first, second)));
+}
+
+INLINE __m256i half_of(__m256i bytes, int i) { /* 16 of 32 signed bytes as 16-bit lanes */
+    return _mm256_cvtepi8_epi16(i == 0 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1));
+}
+
+/* The bits that `mask` selects in each of four 64-bit lanes of `v`. */
+INLINE void put_lanes(bit_writer *out, __m256i v, __m256i mask) {
+    _Alignas(32) uint64_t values[4], masks[4];
+    store(values, v);
+    store(masks, mask);
+    IN_MEMORY(values);
+    IN_MEMORY(masks);
+    for (int i = 0; i < 4; i += 2) { /* two lanes at once where they fit, which is nearly always */
+        const uint64_t first = _pext_u64(values[i], masks[i]), second = _pext_u64(values[i + 1], masks[i + 1]);
+        const uint32_t bits = (uint32_t)_mm_popcnt_u64(masks[i]), more = (uint32_t)_mm_popcnt_u64(masks[i + 1]);
+        if (__builtin_expect(bits + more <= 56, 1)) {
+            put(out, first | second << bits, bits + more);
+        } else {
+            put(out, first, bits);
+            put(out, second, more);
+        }
+    }
+}
+
+INLINE __m256i get_lanes(const uint8_t *stream, uint32_t *bits, __m256i mask) {
+    _Alignas(32) uint64_t masks[4];
+    uint64_t values[4];
+    store(masks, mask);
+    IN_MEMORY(masks);
+    for (int i = 0; i < 4; i++) {
+        values[i] = _pdep_u64(load64(stream + (*bits >> 3)) >> (*bits & 7), masks[i]);
+        *bits += (uint32_t)_mm_popcnt_u64(masks[i]);
+    }
+    return _mm256_set_epi64x((long long)values[3], (long long)values[2], (long long)values[1], (long long)values[0]);
+}
+
+INLINE uint32_t get_flagged(const uint8_t *stream, uint32_t *bits, uint32_t flagged) {
+    const uint32_t values = _pdep_u32((uint32_t)(load64(stream + (*bits >> 3)) >> (*bits & 7)), flagged);
+    *bits += (uint32_t)_mm_popcnt_u32(flagged);
+    return values;
+}
+
+/* Four at once without a branch; rows with more are rare. */
+INLINE void add_zeros(zero_list *list, uint64_t zeros, int token) {
+    uint16_t *at = list->at + list->count;
+    list->count += (uint32_t)_mm_popcnt_u64(zeros);
+    do {
+        for (int i = 0; i < 4; i++, zeros &= zeros - 1) {
+            *at++ = (uint16_t)(ROW * token + (int)(_tzcnt_u64(zeros) & 63));
+        }
+    } while (__builtin_expect(zeros != 0, 0));
+}
+
+/* What rank and unrank need of 32 channels of a row: integers and cells. */
+typedef struct {
+    __m256i k[2], low[2], count[2];
+    uint32_t zeros;
+} half_row;
+
+/* Of scales that encoders choose: their products with twice LIFT and one more fit in binary32 (avx512_ranks.c). Of 16 channels each,
+ * first of even ones, then of odd ones; or, of values, of tokens. */
+typedef struct {
+    _Alignas(32) float scale[ROW], lower[ROW], upper[ROW];
+    bool tame;
+} cell_scales;
+
+static void start_cells(int part, int dtype, const lynx_params *params, cell_scales *l) {
+    bool tame = dtype == LYNX_BFLOAT16;
+    for (int g = 0; g < ROW; g++) {
+        tame &= params->s[g] <= MOST_PLACED && params->s[g] % SCALE_UNIT == 0;
+    }
+    l->tame = tame;
+    if (!tame) {
+        unpack_order(params->scale, l->scale);
+        return;
+    }
+    for (int g = 0; g < ROW; g++) {
+        const int at = part == LYNX_KEY ? g / 16 * 16 + g % 2 * 8 + g % 16 / 2 : g;
+        const float half = params->scale[g] * 0.5f;
+        const int twice = -2 * (LIFT + params->offset[g]);
+        l->scale[at] = params->scale[g];
+        l->lower[at] = (float)(twice - 1) * half;
+        l->upper[at] = (float)(twice + 1) * half;
+    }
+}
+
+/* Ends of the cells of 16 channels, least in magnitude first, with the integers' signs, and their counts; 1 in zero cells. */
+INLINE __m256i tame_cells(int part, const uint8_t *codes, int token, int at, const cell_scales *l, __m256i *low, __m256i *count) {
+    const __m256i magic = _mm256_set1_epi32(0x47000000);
+    const __m256i code = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + at))), 8);
+    const __m256i lifted[2] = {_mm256_blend_epi16(code, magic, 0xaa), _mm256_or_si256(_mm256_srli_epi32(code, 16), magic)};
+    __m256i lower[2], upper[2];
+    for (int i = 0; i < 2; i++) {
+        const bool key = part == LYNX_KEY;
+        const __m256 scale = key ? _mm256_load_ps(l->scale + at + 8 * i) : _mm256_set1_ps(l->scale[token]);
+        const __m256 less = key ? _mm256_load_ps(l->lower + at + 8 * i) : _mm256_set1_ps(l->lower[token]);
+        const __m256 more = key ? _mm256_load_ps(l->upper + at + 8 * i) : _mm256_set1_ps(l->upper[token]);
+        lower[i] = number(lifted[i], scale, less, 0xffff);
+        upper[i] = number(lifted[i], scale, more, 0xffff);
+    }
+    const __m256i first = _mm256_blend_epi16(_mm256_srli_epi32(lower[0], 16), lower[1], 0xaa);
+    const __m256i second = _mm256_blend_epi16(_mm256_srli_epi32(upper[0], 16), upper[1], 0xaa);
+    const __m256i n = _mm256_abs_epi16(_mm256_sub_epi16(second, first)), zero = _mm256_cmpeq_epi16(n, _mm256_set1_epi16(INT16_MIN));
+    *low = _mm256_min_epu16(first, second);
+    *count = _mm256_blendv_epi8(n, _mm256_set1_epi16(1), zero);
+    return zero;
+}
+
+/* `low` has the signs of tame cells; of others those of k count. */
+INLINE half_row half_row_of(int part, int dtype, bool tame, const uint8_t *codes, int token, int half, const cell_scales *l,
+                            const lynx_params *params) {
+    half_row row;
+    __m256i zero[2];
+    for (int i = 0; i < 2; i++) {
+        const int at = 2 * half + i;
+        if (tame) {
+            zero[i] = tame_cells(part, codes + token * ROW, token, 16 * at, l, &row.low[i], &row.count[i]);
+            continue;
+        }
+        const __m256 of_token = _mm256_set1_ps(params->scale[token]);
+        row.k[i] = codes_minus_offset(part, codes + token * ROW, at, params, _mm256_set1_epi16(params->offset[token]));
+        cells(dtype, row.k[i], part == LYNX_KEY ? _mm256_load_ps(l->scale + 16 * at) : of_token,
+              part == LYNX_KEY ? _mm256_load_ps(l->scale + 16 * at + 8) : of_token, &row.low[i], &row.count[i], &zero[i]);
+    }
+    row.zeros = bits_of16(zero[0], zero[1]);
+    return row;
+}
+
+/* All ones in the channels that a block has. */
+INLINE __m256i kept_channels(int channels, int half) {
+    const int n = channels - 32 * half;
+    return bytes_of(n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1);
+}
+
+INLINE void rank_as(int part, int dtype, bool tame, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                    int channels, const lynx_params *params, const cell_scales *scales, lynx_streams *streams) {
+    const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
+    const __m256i magnitude_bits = _mm256_set1_epi16(0x7fff);
+    zero_list all_zeros;
+    all_zeros.count = 0;
+    bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
+    for (int t = 0; t < tokens; t++) {
+        const uint16_t *row = rows + t * stride;
+        uint64_t zeros = 0;
+        for (int half = 0; half < 2; half++) {
+            const half_row in = half_row_of(part, dtype, tame, codes, t, half, scales, params);
+            zeros |= (uint64_t)(in.zeros & bits_of(keep[half])) << 32 * half;
+            __m256i r[2];
+            for (int i = 0; i < 2; i++) {
+                const __m256i word = load(row + 32 * half + 16 * i);
+                r[i] = _mm256_sub_epi16(tame ? word : _mm256_and_si256(word, magnitude_bits), in.low[i]);
+            }
+            uint32_t flagged, above; /* ranks of which B holds a bit, and the bit */
+            if (dtype == LYNX_BFLOAT16) {
+                const __m256i n = in_order(_mm256_packus_epi16(in.count[0], in.count[1]));
+                const __m256i rank8 = in_order(_mm256_packus_epi16(r[0], r[1]));
+                const __m256i mask = width_mask8(n), field = _mm256_and_si256(rank8, mask);
+                const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), _mm256_set1_epi8(1));
+                flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field)); /* field < extra */
+                above = ~bits_of(_mm256_cmpeq_epi8(field, rank8));
+                put_lanes(&a, field, _mm256_and_si256(mask, keep[half]));
+            } else {
+                __m256i has[2], same[2];
+                for (int i = 0; i < 2; i++) {
+                    const __m256i mask = width_mask16(in.count[i]), field = _mm256_and_si256(r[i], mask);
+                    const __m256i extra = _mm256_sub_epi16(_mm256_sub_epi16(in.count[i], mask), _mm256_set1_epi16(1));
+                    has[i] = _mm256_cmpgt_epi16(extra, field);
+                    same[i] = _mm256_cmpeq_epi16(field, r[i]);
+                    put_lanes(&a, field, _mm256_and_si256(mask, half_of(keep[half], i)));
+                }
+                flagged = bits_of16(has[0], has[1]);
+                above = ~bits_of16(same[0], same[1]);
+            }
+            flagged &= bits_of(keep[half]);
+            put(&b, _pext_u32(above, flagged), (uint32_t)_mm_popcnt_u32(flagged));
+        }
+        add_zeros(&all_zeros, zeros, t);
+    }
+    streams->a_bits = position(&a, streams->a);
+    streams->b_bits = position(&b, streams->b);
+    rank_zeros(part, dtype, &all_zeros, rows, stride, params, streams);
+}
+
+INLINE int unrank_as(int part, int dtype, bool tame, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                     const cell_scales *scales, lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
+    const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
+    zero_list all_zeros;
+    all_zeros.count = 0;
+    uint32_t a_bits = 0, b_bits = 0;
+    __m256i empty = _mm256_setzero_si256();
+    for (int t = 0; t < tokens; t++) {
+        uint16_t *row = rows[t];
+        uint64_t zeros = 0;
+        for (int half = 0; half < 2; half++) {
+            const half_row in = half_row_of(part, dtype, tame, codes, t, half, scales, params);
+            zeros |= (uint64_t)(in.zeros & bits_of(keep[half])) << 32 * half;
+            __m256i ranks[2];
+            if (dtype == LYNX_BFLOAT16) {
+                const __m256i one = _mm256_set1_epi8(1);
+                const __m256i n = _mm256_blendv_epi8(one, in_order(_mm256_packus_epi16(in.count[0], in.count[1])),
+                                                     keep[half]);
+                empty = _mm256_or_si256(empty, _mm256_cmpeq_epi8(n, _mm256_setzero_si256()));
+                const __m256i mask = width_mask8(n), field = get_lanes(streams->a, &a_bits, mask);
+                const __m256i extra = _mm256_sub_epi8(_mm256_sub_epi8(n, mask), one);
+                const uint32_t flagged = ~bits_of(_mm256_cmpeq_epi8(_mm256_max_epu8(field, extra), field));
+                const __m256i above = bytes_of(get_flagged(streams->more, &b_bits, flagged));
+                const __m256i rank8 = _mm256_add_epi8(field, _mm256_and_si256(above, _mm256_add_epi8(mask, one)));
+                ranks[0] = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(rank8));
+                ranks[1] = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(rank8, 1));
+            } else {
+                const __m256i one = _mm256_set1_epi16(1);
+                __m256i mask[2], field[2], has[2];
+                for (int i = 0; i < 2; i++) {
+                    const __m256i n = _mm256_blendv_epi8(one, in.count[i], half_of(keep[half], i));
+                    empty = _mm256_or_si256(empty, _mm256_cmpeq_epi16(n, _mm256_setzero_si256()));
+                    mask[i] = width_mask16(n);
+                    field[i] = get_lanes(streams->a, &a_bits, mask[i]);
+                    const __m256i extra = _mm256_sub_epi16(_mm256_sub_epi16(n, mask[i]), one);
+                    has[i] = _mm256_cmpgt_epi16(extra, field[i]);
+                }
+                const __m256i above = bytes_of(get_flagged(streams->more, &b_bits, bits_of16(has[0], has[1])));
+                for (int i = 0; i < 2; i++) {
+                    const __m256i high = _mm256_and_si256(half_of(above, i), _mm256_add_epi16(mask[i], one));
+                    ranks[i] = _mm256_add_epi16(field[i], high);
+                }
+            }
+            for (int i = 0; i < 2; i++) {
+                __m256i word = _mm256_add_epi16(in.low[i], ranks[i]);
+                if (!tame) {
+                    word = _mm256_or_si256(word, _mm256_and_si256(in.k[i], _mm256_set1_epi16(INT16_MIN)));
+                }
+                const __m256i shift = shifts == NULL ? _mm256_setzero_si256() : load(shifts + 32 * half + 16 * i);
+                store(row + 32 * half + 16 * i, _mm256_add_epi16(word, shift));
+            }
+        }
+        add_zeros(&all_zeros, zeros, t);
+    }
+    streams->a_bits = a_bits;
+    streams->b_bits = b_bits;
+    const bool good = unrank_zeros(part, dtype, &all_zeros, shifts, rows, params, streams);
+    return good && _mm256_testz_si256(empty, empty) ? LYNX_OK : LYNX_ERR_RANK;
+}
+
+void lynx_avx2_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                 int channels, const lynx_params *params, lynx_streams *streams) {
+    cell_scales l;
+    start_cells(part, dtype, params, &l);
+    if (dtype == LYNX_FLOAT16) {
+        rank_as(part, LYNX_FLOAT16, false, rows, stride, codes, tokens, channels, params, &l, streams);
+    } else if (!l.tame) {
+        rank_as(part, LYNX_BFLOAT16, false, rows, stride, codes, tokens, channels, params, &l, streams);
+    } else if (part == LYNX_KEY) {
+        rank_as(LYNX_KEY, LYNX_BFLOAT16, true, rows, stride, codes, tokens, channels, params, &l, streams);
+    } else {
+        rank_as(LYNX_VALUE, LYNX_BFLOAT16, true, rows, stride, codes, tokens, channels, params, &l, streams);
+    }
+}
+
+int lynx_avx2_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                  lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
+    cell_scales l;
+    start_cells(part, dtype, params, &l);
+    if (dtype == LYNX_FLOAT16) {
+        return unrank_as(part, LYNX_FLOAT16, false, codes, tokens, channels, params, &l, streams, NULL, rows);
+    }
+    if (!l.tame) {
+        return unrank_as(part, LYNX_BFLOAT16, false, codes, tokens, channels, params, &l, streams, shifts, rows);
+    }
+    if (part == LYNX_KEY) {
+        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, true, codes, tokens, channels, params, &l, streams, NULL, rows);
+    }
+    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, true, codes, tokens, channels, params, &l, streams, shifts, rows);
+}
+
+/* ceil(log2) of the largest cell of an integer of magnitude a: at most 512 / (2a + 1) + 1 words, 214 for a = 1. A zero
+ * cell takes at most 12 + 16 bits. */
+uint64_t lynx_avx2_rank_bound(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i below_16 =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(28, 8, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 5, 5, 5, 5));
+    const __m256i from_16 = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 4, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1));
+    _Alignas(32) uint8_t offsets[ROW], valid[ROW];
+    for (int g = 0; g < ROW; g++) { /* an offset outside a byte makes integers larger than they count here */
+        const int offset = params->offset[g];
+        offsets[g] = (uint8_t)(offset < 0 ? 0 : offset > 255 ? 255 : offset);
+        valid[g] = g < channels ? 255 : 0;
+    }
+    __m256i sum = _mm256_setzero_si256();
+    for (int t = 0; t < tokens; t++) {
+        for (int half = 0; half < ROW; half += 32) {
+            const __m256i code = load(codes + t * ROW + half);
+            const __m256i offset = part == LYNX_KEY ? load(offsets + half) : _mm256_set1_epi8((char)offsets[t]);
+            const __m256i a = _mm256_or_si256(_mm256_subs_epu8(code, offset), _mm256_subs_epu8(offset, code));
+            const __m256i low = _mm256_shuffle_epi8(below_16, _mm256_and_si256(a, nibble));
+            const __m256i high = _mm256_shuffle_epi8(from_16, _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble));
+            const __m256i bits = _mm256_and_si256(_mm256_min_epu8(low, high), load(valid + half));
+            sum = _mm256_add_epi64(sum, _mm256_sad_epu8(bits, _mm256_setzero_si256()));
+        }
+    }
+    _Alignas(32) uint64_t parts[4];
+    store(parts, sum);
+    return parts[0] + parts[1] + parts[2] + parts[3];
+}
+
+AVX2_END
+#endif
