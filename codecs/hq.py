@@ -264,18 +264,18 @@ class HQ(Codec):
         plan, memory, _ = workspace(job.plan)
         levels = ffi.new(_LEVELS, [address(buffers[i]) if i in buffers else ffi.NULL for i in range(3)])
         count = 1 if threads == 1 else part_count(job.blocks, threads)
-        pieces, sizes = ffi.new(_PIECES, count), ffi.new(_SIZES)
-        check(lib.lynx_hq_prepare(job.config, view.c, plan, memory))
-
+        sizes = ffi.new(_SIZES)
         if count == 1:
-            check(lib.lynx_hq_encode(plan, view.c, 0, job.blocks, levels, pieces, memory))
+            outcome = lib.lynx_hq_encode_tile(job.config, view.c, levels, sizes, plan, memory)
         else:
+            pieces = ffi.new(_PIECES, count)
+            check(lib.lynx_hq_prepare(job.config, view.c, plan, memory))
 
             def work(part: int, first: int, last: int) -> None:
                 check(lib.lynx_hq_encode(plan, view.c, first, last, levels, pieces + part, scratch()))
 
             parallel(work, job.blocks, count)
-        outcome = lib.lynx_hq_assemble(plan, levels, pieces, count, sizes)
+            outcome = lib.lynx_hq_assemble(plan, levels, pieces, count, sizes)
         if outcome not in (lib.LYNX_STORED, lib.LYNX_UNDECIDED):
             check(outcome)
         return outcome, sizes

@@ -70,11 +70,8 @@ public:
             at[i] = payloads[static_cast<std::size_t>(i)].data();
         }
         void *plan = work.plan(bounds_.plan);
-        lynx_hq_piece piece;
         std::uint64_t sizes[3] = {0, 0, 0};
-        check(lynx_hq_prepare(&config_, &view, plan, work.scratch()));
-        check(lynx_hq_encode(plan, &view, 0, bounds_.blocks, at, &piece, work.scratch()));
-        const int outcome = lynx_hq_assemble(plan, at, &piece, 1, sizes);
+        const int outcome = lynx_hq_encode_tile(&config_, &view, at, sizes, plan, work.scratch());
         for (int i = 0; i < count; i++) {
             Payload &payload = payloads[static_cast<std::size_t>(i)];
             if (outcome == LYNX_STORED) { // coded it would be larger

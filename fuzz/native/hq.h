@@ -48,7 +48,7 @@ static lynx_view row_view(const shape *x, uint16_t *words) {
     return (lynx_view){.words = words, .head_stride = row * (ptrdiff_t)x->config.tokens, .token_stride = row};
 }
 
-/* In one or two pieces; false for tiles that have to be stored. */
+/* At once or in two pieces; false for tiles that have to be stored. */
 static bool encode(const shape *x, const lynx_view *view, bool halves, payloads *p) {
     p->count = x->config.levels;
     void *plan = bytes(x->bounds.plan);
@@ -56,20 +56,17 @@ static bool encode(const shape *x, const lynx_view *view, bool halves, payloads 
     for (int i = 0; i < p->count; i++) {
         levels[i] = bytes(x->bounds.level[i]);
     }
-    REQUIRE(lynx_hq_prepare(&x->config, view, plan, scratch) == LYNX_OK);
-    const uint64_t cut = halves ? x->bounds.blocks / 2 : x->bounds.blocks;
-    lynx_hq_piece pieces[2];
-    uint64_t count = 0;
-    if (cut < x->bounds.blocks) { /* the second first, as threads may */
+    int code;
+    if (halves) { /* the second first, as threads may */
+        const uint64_t cut = x->bounds.blocks / 2;
+        lynx_hq_piece pieces[2];
+        REQUIRE(lynx_hq_prepare(&x->config, view, plan, scratch) == LYNX_OK);
         REQUIRE(lynx_hq_encode(plan, view, cut, x->bounds.blocks, levels, &pieces[1], scratch) == LYNX_OK);
-        count = 2;
-    }
-    if (cut > 0 || count == 0) {
         REQUIRE(lynx_hq_encode(plan, view, 0, cut, levels, &pieces[0], scratch) == LYNX_OK);
-        count += count == 0;
+        code = lynx_hq_assemble(plan, levels, pieces, 2, p->size);
+    } else {
+        code = lynx_hq_encode_tile(&x->config, view, levels, p->size, plan, scratch);
     }
-    const int code = cut == 0 && count == 2 ? lynx_hq_assemble(plan, levels, pieces + 1, 1, p->size)
-                                            : lynx_hq_assemble(plan, levels, pieces, count, p->size);
     REQUIRE(code == LYNX_OK || code == LYNX_STORED);
     for (int i = 0; i < p->count; i++) { /* exact sizes again */
         p->size[i] = code == LYNX_OK ? p->size[i] : 0;

@@ -30,6 +30,7 @@ __all__ = ["instructions"]
 SCHEMA: Final = "lynxproto.bench.instructions/1"
 #: Functions that are counted, with all that they call. None of them calls another.
 _ENTRY_POINTS: Final = (
+    "lynx_hq_encode_tile",
     "lynx_hq_prepare",
     "lynx_hq_encode",
     "lynx_hq_assemble",

@@ -139,7 +139,8 @@ LYNX_API int lynx_bitplane_unpack(const uint8_t *const *planes, const lynx_view 
 
 /* --- hq -------------------------------------------------------------------------------------------------------
  * A tile's levels, as payloads. One call after the other, on memory of the caller's that is no smaller than said:
- *     encode: lynx_hq_measure, lynx_hq_prepare, lynx_hq_encode for ranges of blocks, lynx_hq_assemble;
+ *     encode: lynx_hq_measure, lynx_hq_encode_tile; with several threads instead lynx_hq_prepare, lynx_hq_encode for ranges of
+ *             blocks, lynx_hq_assemble;
  *     decode: lynx_hq_measure, lynx_hq_open, lynx_hq_decode for ranges of blocks.
  * Between prepare and assemble, and after open, the plan is only read: threads may share it, each with ranges of blocks, a
  * piece or fault, and scratch of its own. A tile is decoded from its first level again when another level has come. */
@@ -184,6 +185,11 @@ LYNX_API int lynx_hq_measure(const lynx_hq_config *config, lynx_hq_bounds *bound
 
 /* Bytes of scratch for one thread (about 100 KiB); no state is kept in it between calls. */
 LYNX_API size_t lynx_hq_scratch_size(void);
+
+/* Encode a whole tile: what the next three functions do, with the same buffers and outcomes, and in less time than they take with
+ * one thread. */
+LYNX_API int lynx_hq_encode_tile(const lynx_hq_config *config, const lynx_view *view, uint8_t *const levels[3], uint64_t sizes[3],
+                                 void *plan, void *scratch);
 
 /* Choose the tile's own tables. The plan (bounds.plan bytes) refers to config->widths, and must not be moved. */
 LYNX_API int lynx_hq_prepare(const lynx_hq_config *config, const lynx_view *view, void *plan, void *scratch);

@@ -82,7 +82,7 @@ INLINE __m512i uncentred_row(const centres *c, __m512i code, int zero, __m512i b
     return c->two == 0 ? out : _mm512_mask_mov_epi8(out, c->two, replaced_two(c, code, zero, before, by_code, by_zero));
 }
 
-#define FOLD_AT_ONCE
+#define FOLD_CENTRES
 #define COMPRESS64 _pext_u64
 #define EXPAND64 _pdep_u64
 #define POPCOUNT64 __builtin_popcountll
@@ -128,30 +128,54 @@ INLINE __m512i odd_quarters(__m512i a, __m512i b) {
     return _mm512_shuffle_i64x2(a, b, 0xdd);
 }
 
-static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
-    if (part == LYNX_KEY) {
-        __m512i least[2], largest[2];
-        for (int i = 0; i < 2; i++) {
-            least[i] = largest[i] = ordered16(load(rows + 32 * i));
-        }
-        for (int t = 1; t < tokens; t++) {
-            for (int i = 0; i < 2; i++) {
-                const __m512i o = ordered16(load(rows + t * stride + 32 * i));
-                least[i] = _mm512_min_epi16(least[i], o);
-                largest[i] = _mm512_max_epi16(largest[i], o);
-            }
-        }
-        for (int i = 0; i < 2; i++) {
-            store(low + 32 * i, least[i]);
-            store(high + 32 * i, largest[i]);
-        }
-        return;
+/* Words outside the range that exponents move stay; those that leave it come in again at the other end. */
+static __attribute__((noinline)) __m512i rescaled_each(__m512i word, const int16_t *shifts) {
+    uint16_t words[32];
+    store(words, word);
+    for (int c = 0; c < 32; c++) {
+        words[c] = rescaled(words[c], shifts[c]);
     }
+    return load(words);
+}
+
+INLINE __m512i rescaled_row(__m512i word, __m512i shift, const int16_t *shifts) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i inner = _mm512_set1_epi16(RESCALE_FIRST + 1024), count = _mm512_set1_epi16(RESCALE_COUNT - 2048);
+    const __m512i from = _mm512_sub_epi16(_mm512_and_si512(word, magnitude), inner);
+    const __mmask32 inside = _mm512_cmplt_epu16_mask(from, count); /* and so for any exponent */
+    if (__builtin_expect(_mm512_mask_test_epi16_mask((__mmask32)~inside, word, magnitude) != 0, 0)) {
+        return rescaled_each(word, shifts);
+    }
+    return _mm512_mask_sub_epi16(word, inside, word, shift);
+}
+
+static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
+                    ptrdiff_t out_stride) {
+    const __m512i shift[2] = {load(shifts), load(shifts + 32)};
+    for (int t = 0; t < tokens; t++, rows += stride, out += out_stride) {
+        for (int i = 0; i < 2; i++) {
+            store(out + 32 * i, rescaled_row(load(rows + 32 * i), shift[i], shifts + 32 * i));
+        }
+    }
+}
+
+/* Of value groups, whose words are rescaled first, unless `shifts` is null. */
+INLINE void range_of_values(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
+                            int16_t *low, int16_t *high) {
+    const __m512i none = _mm512_setzero_si512();
+    const __m512i shift[2] = {shifts == NULL ? none : load(shifts), shifts == NULL ? none : load(shifts + 32)};
     for (int first = 0; first < tokens; first += 8) {
-        __m512i r[8]; /* least words in the lower half, complements of the largest in the upper */
+        __m512i word[2] = {none, none}, r[8]; /* least words in the lower half, complements of the largest in the upper */
         for (int j = 0; j < 8; j++) {
-            const int t = first + j < tokens ? first + j : tokens - 1;
-            const __m512i a = ordered16(load(rows + t * stride)), b = ordered16(load(rows + t * stride + 32));
+            const int t = first + j;
+            for (int i = 0; i < 2 && t < tokens; i++) { /* behind the last row that again, which may be in place */
+                word[i] = load(rows + t * stride + 32 * i);
+                if (shifts != NULL) {
+                    word[i] = rescaled_row(word[i], shift[i], shifts + 32 * i);
+                    store(out + t * ROW + 32 * i, word[i]);
+                }
+            }
+            const __m512i a = ordered16(word[0]), b = ordered16(word[1]);
             const __m512i largest = _mm512_max_epi16(a, b);
             r[j] = FOLD(low_halves, high_halves, _mm512_min_epi16(a, b), _mm512_xor_si512(largest, _mm512_set1_epi32(-1)));
         }
@@ -173,7 +197,34 @@ static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, 
     }
 }
 
-#define PREFETCHED 16 /* rows ahead */
+static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
+    if (part == LYNX_VALUE) {
+        range_of_values(NULL, rows, stride, tokens, NULL, low, high);
+        return;
+    }
+    __m512i least[2], largest[2];
+    for (int i = 0; i < 2; i++) {
+        least[i] = largest[i] = ordered16(load(rows + 32 * i));
+    }
+    for (int t = 1; t < tokens; t++) {
+        for (int i = 0; i < 2; i++) {
+            const __m512i o = ordered16(load(rows + t * stride + 32 * i));
+            least[i] = _mm512_min_epi16(least[i], o);
+            largest[i] = _mm512_max_epi16(largest[i], o);
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        store(low + 32 * i, least[i]);
+        store(high + 32 * i, largest[i]);
+    }
+}
+
+static void rescale_range(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out, int16_t *low,
+                          int16_t *high) {
+    range_of_values(shifts, rows, stride, tokens, out, low, high);
+}
+
+#define PREFETCHED 32 /* rows ahead */
 
 static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
     __m512i least[2], largest[2], negative[2];
@@ -200,27 +251,6 @@ static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *
     }
 }
 
-/* Words outside the range stay; those that leave it come in again at the other end. */
-static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
-                    ptrdiff_t out_stride) {
-    const __m512i shift[2] = {load(shifts), load(shifts + 32)}, magnitude = _mm512_set1_epi16(0x7fff);
-    const __m512i inner = _mm512_set1_epi16(RESCALE_FIRST + 1024), count = _mm512_set1_epi16(RESCALE_COUNT - 2048);
-    for (int t = 0; t < tokens; t++, rows += stride, out += out_stride) {
-        for (int i = 0; i < 2; i++) {
-            const __m512i word = load(rows + 32 * i), from = _mm512_sub_epi16(_mm512_and_si512(word, magnitude), inner);
-            const __mmask32 inside = _mm512_cmplt_epu16_mask(from, count); /* and so for any exponent */
-            store(out + 32 * i, _mm512_mask_sub_epi16(word, inside, word, shift[i]));
-            if (__builtin_expect(_mm512_mask_test_epi16_mask((__mmask32)~inside, word, magnitude) != 0, 0)) {
-                uint16_t words[32];
-                store(words, word);
-                for (int c = 0; c < 32; c++) {
-                    out[32 * i + c] = rescaled(words[c], shifts[32 * i + c]);
-                }
-            }
-        }
-    }
-}
-
 static void choose(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params) {
     if (dtype == LYNX_BFLOAT16) {
         choose_as(LYNX_BFLOAT16, planes, low, high, params);
@@ -231,9 +261,14 @@ static void choose(int dtype, const lynx_planes *planes, const int16_t *low, con
 
 #define INTEGERS 0x1.8p23f /* binary32 near it holds integers only: what is added is rounded to one, in the lower bits */
 
-/* To the nearest integer, of products that are no ties: inverses are a little larger than 1 / s. */
-INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
-                        const lynx_params *params, uint8_t *codes) {
+/* At most so many bits of level 2 for integers of each size, the last also for larger ones; as in avx2.c, where the largest
+ * have a bit less. */
+#define RANK_BITS _mm512_set_epi8(3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 8, 28)
+
+/* To the nearest integer, of products that are no ties: inverses are a little larger than 1 / s. Returns the bound on the bits
+ * of level 2 if that is `wanted`. A row `ahead` is fetched with each: more at once would keep other loads waiting. */
+INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_params *params,
+                            __mmask64 used, bool wanted, const lynx_stretch *ahead, ptrdiff_t ahead_stride, uint8_t *codes) {
     __m512 inverse[4], offset[4];
     for (int i = 0; i < 2 && part == LYNX_KEY; i++) {
         float offsets[32];
@@ -248,7 +283,21 @@ INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t str
                                              0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302);
     const __m512i order = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x08080808)), within);
     const __m512i lowest = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)); /* byte of 32 bits */
+    const __m512i none = _mm512_setzero_si512(), bits_of = RANK_BITS, largest = _mm512_set1_epi8(63);
+    __m512i zero = lower_bytes(load(params->offset), load(params->offset + 32)), few = none, sum = none;
+    const uint16_t *next = ahead == NULL ? NULL : ahead->row;
+    int left = ahead == NULL ? 0 : ahead->count;
     for (int t = 0; t < tokens; t++) {
+        if (ahead != NULL) {
+            __builtin_prefetch(next, 0, 2);
+            __builtin_prefetch(next + 32, 0, 2);
+            next += ahead_stride;
+            if (--left == 0) {
+                ahead++;
+                next = ahead->row;
+                left = ahead->count;
+            }
+        }
         if (part == LYNX_VALUE) {
             inverse[0] = inverse[1] = inverse[2] = inverse[3] = _mm512_set1_ps(params->inverse[t]);
             offset[0] = offset[1] = offset[2] = offset[3] = _mm512_set1_ps(INTEGERS + (float)params->offset[t]);
@@ -270,20 +319,43 @@ INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t str
         __m512i bytes = _mm512_mask_shuffle_epi8(code[0], 0x2222222222222222ull, code[1], lowest);
         bytes = _mm512_mask_shuffle_epi8(bytes, 0x4444444444444444ull, code[2], lowest);
         bytes = _mm512_mask_shuffle_epi8(bytes, 0x8888888888888888ull, code[3], lowest);
-        store(codes + t * ROW, _mm512_permutexvar_epi8(order, bytes));
+        bytes = _mm512_permutexvar_epi8(order, bytes);
+        store(codes + t * ROW, bytes);
+        if (wanted) { /* integers modulo 256 are no larger than those they stand for, and their bits no fewer */
+            zero = part == LYNX_KEY ? zero : _mm512_set1_epi8((char)params->offset[t]);
+            const __m512i size = _mm512_min_epu8(_mm512_abs_epi8(_mm512_sub_epi8(bytes, zero)), largest);
+            few = _mm512_add_epi8(few, _mm512_maskz_permutexvar_epi8(used, size, bits_of));
+            if (t % 8 == 7 || t == tokens - 1) { /* 8 times 28 is a byte */
+                sum = _mm512_add_epi64(sum, _mm512_sad_epu8(few, none));
+                few = none;
+            }
+        }
     }
+    return wanted ? (uint64_t)_mm512_reduce_add_epi64(sum) : 0;
 }
 
 static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
                      const lynx_planes *planes, const lynx_params *params, uint8_t *codes) {
     (void)planes; /* codes of finite words are in range without clamping */
     if (dtype == LYNX_FLOAT16) {
-        quantise_as(part, LYNX_FLOAT16, rows, stride, tokens, params, codes);
+        quantise_as(part, LYNX_FLOAT16, rows, stride, tokens, params, 0, false, NULL, 0, codes);
     } else if (part == LYNX_KEY) {
-        quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
+        quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, 0, false, NULL, 0, codes);
     } else {
-        quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
+        quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, 0, false, NULL, 0, codes);
     }
+}
+
+static uint64_t quantise_ahead(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
+                               const lynx_params *params, bool bounded, const lynx_stretch *ahead, ptrdiff_t ahead_stride,
+                               uint8_t *codes) {
+    const __mmask64 used = planes->used;
+    if (part == LYNX_KEY) {
+        return quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, used, true, NULL, 0, codes);
+    }
+    return ahead == NULL ? quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, used, true, NULL, 0, codes)
+           : bounded ? quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, used, true, ahead, ahead_stride, codes)
+                     : quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, used, false, ahead, ahead_stride, codes);
 }
 
 static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
@@ -668,24 +740,8 @@ static void stream(uint16_t *to, const uint16_t *rows, size_t words) {
     memcpy(to + at, rows + at, 2 * (words - at));
 }
 
-/* As in avx2.c, by one table: the largest integers count a bit too many. */
 static uint64_t rank_bound(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
-    const __m512i bits = _mm512_set_epi8(3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 8, 28);
-    const __m512i none = _mm512_setzero_si512(), most = _mm512_set1_epi16(255), largest = _mm512_set1_epi8(63);
-    const __m512i low = _mm512_max_epi16(_mm512_min_epi16(load(params->offset), most), none);
-    const __m512i high = _mm512_max_epi16(_mm512_min_epi16(load(params->offset + 32), most), none);
-    const __mmask64 used = channels == ROW ? ~0ull : (1ull << channels) - 1;
-    __m512i offset = lower_bytes(low, high), sum = none;
-    uint8_t offsets[ROW];
-    store(offsets, offset);
-    for (int t = 0; t < tokens; t++) {
-        const __m512i code = load(codes + t * ROW);
-        offset = part == LYNX_KEY ? offset : _mm512_set1_epi8((char)offsets[t]);
-        const __m512i a = _mm512_or_si512(_mm512_subs_epu8(code, offset), _mm512_subs_epu8(offset, code));
-        const __m512i bound = _mm512_maskz_permutexvar_epi8(used, _mm512_min_epu8(a, largest), bits);
-        sum = _mm512_add_epi64(sum, _mm512_sad_epu8(bound, none));
-    }
-    return (uint64_t)_mm512_reduce_add_epi64(sum);
+    return lynx_avx2.rank_bound(part, codes, tokens, channels, params);
 }
 
 static void pack_row(int word_bytes, const void *words, size_t count, uint8_t *const *planes) {
@@ -705,10 +761,12 @@ const lynx_kernels lynx_avx512 = {
     .choose = choose,
     .pack_params = pack_params,
     .quantise = quantise,
+    .quantise_ahead = quantise_ahead,
     .pack = pack,
     .unpack = unpack,
     .check = check,
     .rescale = rescale,
+    .rescale_range = rescale_range,
     .dequantise = dequantise,
     .place = lynx_avx512_place,
     .stream = stream,

@@ -103,10 +103,16 @@ static void measure_block(const lynx_tile *tile, lynx_block *block) {
     block->column = column < COLUMNS ? block->columns[column] : column_of(tile, block->head, block->channel);
 }
 
-void lynx_first_block(const lynx_tile *tile, lynx_block *block) {
-    *block = (lynx_block){0};
-    enter_head(tile, block);
-    measure_block(tile, block);
+void lynx_seek_block(const lynx_tile *tile, uint64_t index, lynx_block *block) {
+    const uint64_t columns = (tile->head_dim + ROW - 1) / ROW, of_head = columns * ((tile->tokens + ROW - 1) / ROW);
+    *block = (lynx_block){.index = index,
+                          .head = (uint32_t)(index / of_head),
+                          .token = (uint32_t)(index % of_head / columns * ROW),
+                          .channel = (uint32_t)(index % columns * ROW)};
+    if (block->head < tile->heads) {
+        enter_head(tile, block);
+        measure_block(tile, block);
+    }
 }
 
 void lynx_next_block(const lynx_tile *tile, lynx_block *block) {
@@ -131,14 +137,12 @@ void lynx_next_block(const lynx_tile *tile, lynx_block *block) {
 void lynx_measure(const lynx_tile *tile, uint64_t first, uint64_t last, lynx_sizes *sizes) {
     *sizes = (lynx_sizes){0};
     lynx_block block;
-    for (lynx_first_block(tile, &block); block.index < last; lynx_next_block(tile, &block)) {
-        if (block.index >= first) {
-            sizes->blocks++;
-            sizes->anchor += (uint64_t)block.octets * section_octet(&block, ANCHOR_SECTION);
-            sizes->rest += (uint64_t)block.octets * section_octet(&block, REST_SECTION);
-            sizes->max_params += 4u * (uint64_t)block.groups;
-            sizes->max_rank += 2u * (uint64_t)block.tokens * (uint64_t)block.channels;
-        }
+    for (lynx_seek_block(tile, first, &block); block.index < last; lynx_next_block(tile, &block)) {
+        sizes->blocks++;
+        sizes->anchor += (uint64_t)block.octets * section_octet(&block, ANCHOR_SECTION);
+        sizes->rest += (uint64_t)block.octets * section_octet(&block, REST_SECTION);
+        sizes->max_params += 4u * (uint64_t)block.groups;
+        sizes->max_rank += 2u * (uint64_t)block.tokens * (uint64_t)block.channels;
     }
 }
 

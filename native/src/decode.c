@@ -314,7 +314,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
             prefetch_next(tile, view, &block, 1, true);
             lynx_stretch stretches[ROW + 1];
             uint16_t *places[ROW];
-            for (int i = 0, t = 0, n = stretches_of(view, &block, stretches); i < n; i++) {
+            for (int i = 0, t = 0, n = stretches_of(view, &block, block.head, stretches); i < n; i++) {
                 for (int j = 0; j < stretches[i].count; j++, t++) {
                     places[t] = stretches[i].row + j * view->token_stride;
                 }

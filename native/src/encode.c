@@ -89,7 +89,13 @@ static uint64_t write_params(const lynx_kernels *kernels, const lynx_params *par
     }
     uint8_t stream[4 * ROW + 8]; /* the writer stores 8 bytes at a time */
     bit_writer writer = {stream, 0, 0};
-    for (int g = 0; g < groups; g += 2) {
+    const int step = 4 * bits <= 56 ? 4 : 2; /* fields at once */
+    int g = 0;
+    for (; g + step <= groups; g += step) {
+        const uint64_t first = packed.pairs[g / 2], second = packed.pairs[(g + step) / 2 - 1];
+        put(&writer, step == 2 ? first : first | second << 2 * bits, (uint32_t)step * bits);
+    }
+    for (; g < groups; g += 2) {
         const uint32_t width = g + 1 < groups ? 2 * bits : bits;
         put(&writer, packed.pairs[g / 2] & ((1ull << width) - 1), width);
     }
@@ -228,9 +234,8 @@ static void take_rows(const lynx_view *view, const lynx_block *block, uint8_t *t
 }
 
 /* The block's values in rows of 64 channels for the kernels: in place, or in scratch where they are fewer (repeats do not
- * change a group's extremes) or on several pages, or have exponents to divide by. */
-static const uint16_t *block_rows(const lynx_kernels *kernels, const lynx_view *view, const lynx_block *block,
-                                  const lynx_setup *setup, ptrdiff_t *stride, lynx_scratch *s) {
+ * change a group's extremes) or on several pages. */
+static const uint16_t *block_rows(const lynx_view *view, const lynx_block *block, ptrdiff_t *stride, lynx_scratch *s) {
     const lynx_stretch whole = stretch_from(view, block, 0);
     const uint16_t *rows = whole.row;
     *stride = view->token_stride;
@@ -244,20 +249,26 @@ static const uint16_t *block_rows(const lynx_kernels *kernels, const lynx_view *
         rows = s->words;
         *stride = ROW;
     }
-    if (setup != NULL && setup->shifted) {
-        kernels->rescale(setup->shifts, rows, *stride, block->tokens, s->words, ROW);
-        rows = s->words;
-        *stride = ROW;
-    }
     return rows;
 }
 
-void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges, uint16_t *sizes, int8_t *biases,
-                  int16_t *extremes, void *scratch) {
+/* The block's words divided by 2^e, in scratch, and the extremes of its groups. */
+static void rescale_range(const lynx_kernels *kernels, int part, const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride,
+                          int tokens, lynx_scratch *s) {
+    if (kernels->rescale_range != NULL && part == LYNX_VALUE) {
+        kernels->rescale_range(shifts, rows, stride, tokens, s->words, s->low, s->high);
+    } else {
+        kernels->rescale(shifts, rows, stride, tokens, s->words, ROW);
+        kernels->range(part, s->words, ROW, tokens, s->low, s->high);
+    }
+}
+
+void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint32_t first_head, uint32_t last_head, uint16_t *ranges,
+                  uint16_t *sizes, int8_t *biases, int16_t *extremes, void *scratch) {
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = lynx_scratch_of(scratch);
     const uint64_t columns = (tile->head_dim + ROW - 1) / ROW, groups = ((uint64_t)tile->tokens + ROW - 1) / ROW;
-    for (uint32_t head = 0; head < tile->heads; head++) {
+    for (uint32_t head = first_head; head < last_head; head++) {
         for (uint32_t channel = 0; channel < tile->head_dim; channel += ROW) {
             lynx_spread sums = {0};
             uint32_t negative[ROW] = {0};
@@ -269,7 +280,7 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges
                 for (int quarter = 0; quarter < 4; quarter++) {
                     prefetch_next(tile, view, &block, quarter, false);
                 }
-                const uint16_t *rows = block_rows(kernels, view, &block, NULL, &stride, s);
+                const uint16_t *rows = block_rows(view, &block, &stride, s);
                 const uint64_t index = (head * groups + block.token / ROW) * columns + channel / ROW;
                 int16_t *low = extremes == NULL ? s->low : extremes + 2 * ROW * index;
                 int16_t *high = extremes == NULL ? s->high : low + ROW;
@@ -300,7 +311,28 @@ static void prefetch(const uint8_t *p, uint64_t size) {
     }
 }
 
-void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, const int16_t *extremes,
+/* Codes, while rows of the next head are fetched if `ahead`. Returns an upper bound on the bits of the ranks if `bounded`, or 0 if it
+ * is not known. */
+static uint64_t quantise(const lynx_kernels *kernels, const lynx_tile *tile, const lynx_view *view, const lynx_block *block,
+                         const lynx_planes *planes, const uint16_t *rows, ptrdiff_t stride, bool special, bool bounded, bool ahead,
+                         lynx_scratch *s) {
+    const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
+    bounded = bounded && !special && tile->dtype == LYNX_BFLOAT16;
+    if (quantiser->quantise_ahead != NULL && (bounded || ahead) && tile->dtype == LYNX_BFLOAT16) {
+        lynx_stretch stretches[ROW + 1];
+        if (ahead) {
+            stretches_of(view, block, block->head + 1, stretches);
+        }
+        return quantiser->quantise_ahead(tile->part, rows, stride, block->tokens, planes, &s->params, bounded, ahead ? stretches : NULL,
+                                         view->token_stride, s->codes);
+    }
+    quantiser->quantise(tile->part, tile->dtype, rows, stride, block->tokens, planes, &s->params, s->codes);
+    return bounded && kernels->rank_bound != NULL
+               ? kernels->rank_bound(tile->part, s->codes, block->tokens, block->channels, &s->params)
+               : 0;
+}
+
+void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, const int16_t *extremes, bool ahead,
                  lynx_encoded *out, void *scratch) {
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = lynx_scratch_of(scratch);
@@ -310,12 +342,8 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
     uint8_t *table = out->rank_table, *ranks = out->rank;
     uint64_t last_ranks = 0; /* bytes of the block before */
     lynx_hq_piece *made = &out->made;
-    *made = (lynx_hq_piece){.first = first, .last = last};
     lynx_block block;
-    for (lynx_first_block(tile, &block); block.index < last; lynx_next_block(tile, &block)) {
-        if (block.index < first) {
-            continue;
-        }
+    for (lynx_seek_block(tile, first, &block); block.index < last; lynx_next_block(tile, &block)) {
         const lynx_setup *setup = lynx_set_up(kernels, tile, &block, s);
         const lynx_planes *planes = &setup->planes;
         const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
@@ -324,8 +352,12 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         prefetch(ranks, last_ranks);
         ptrdiff_t stride;
         prefetch_next(tile, view, &block, 0, false);
-        const uint16_t *rows = block_rows(kernels, view, &block, setup, &stride, s);
-        if (extremes != NULL) {
+        const uint16_t *rows = block_rows(view, &block, &stride, s);
+        if (setup->shifted) {
+            rescale_range(kernels, tile->part, setup->shifts, rows, stride, block.tokens, s);
+            rows = s->words;
+            stride = ROW;
+        } else if (extremes != NULL) {
             memcpy(s->low, extremes + 2 * ROW * block.index, sizeof s->low);
             memcpy(s->high, extremes + 2 * ROW * block.index + ROW, sizeof s->high);
         } else {
@@ -333,9 +365,8 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         }
         prefetch_next(tile, view, &block, 1, false);
         const bool special = choose_params(kernels, tile, &block, planes, rows, stride, s);
-        const lynx_kernels *quantiser = special || s->params.constant != 0 ? &lynx_scalar : kernels;
-        quantiser->quantise(tile->part, tile->dtype, rows, stride, block.tokens, planes, &s->params,
-                            s->codes);
+        const bool bounded = table == NULL && out->wants_rank_bound;
+        const uint64_t bound = quantise(kernels, tile, view, &block, planes, rows, stride, special, bounded, ahead, s);
         prefetch_next(tile, view, &block, 2, false);
         zero_pad(&block, s->codes);
         if (fold_table != NULL || rest_table != NULL) {
@@ -356,10 +387,11 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
             continue;
         }
         uint64_t size = 2 * values;
-        if (table == NULL && !special && kernels->rank_bound != NULL && tile->dtype == LYNX_BFLOAT16) {
-            size = (kernels->rank_bound(tile->part, s->codes, block.tokens, block.channels, &s->params) + 7) / 8 + 3;
+        if (bounded && bound != 0) {
+            size = (bound + 7) / 8 + 3;
         } else if (!special) {
-            quantiser->rank(tile->part, tile->dtype, rows, stride, s->codes, block.tokens, block.channels, &s->params,
+            const lynx_kernels *ranker = s->params.constant != 0 ? &lynx_scalar : kernels;
+            ranker->rank(tile->part, tile->dtype, rows, stride, s->codes, block.tokens, block.channels, &s->params,
                             &s->streams);
             size = rank_bytes(&s->streams);
         }
@@ -379,7 +411,15 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         }
         table += RANK_HEADER;
     }
-    made->anchor = anchor == NULL ? 0 : (uint64_t)(anchor - out->anchor);
-    made->rest = rest == NULL ? 0 : (uint64_t)(rest - out->rest);
-    made->rank = ranks == NULL ? 0 : (uint64_t)(ranks - out->rank);
+    made->anchor += anchor == NULL ? 0 : (uint64_t)(anchor - out->anchor);
+    made->rest += rest == NULL ? 0 : (uint64_t)(rest - out->rest);
+    made->rank += ranks == NULL ? 0 : (uint64_t)(ranks - out->rank);
+    out->anchor = anchor;
+    out->fold_table = fold_table;
+    out->rest = rest;
+    out->rest_table = rest_table;
+    out->param_headers = headers;
+    out->params = params;
+    out->rank = ranks;
+    out->rank_table = table;
 }

@@ -33,7 +33,7 @@ typedef struct {
     uint64_t max_rank;    /* the rank streams' bound, without block table */
 } lynx_sizes;
 
-/* Where blocks [first, last) are encoded to; pointers are to the first block of the range. A null section is not made:
+/* Where blocks are encoded to: pointers move from block to block, `made` counts what was written. A null section is not made:
  * `anchor` goes with `fold_table` where the tile folds, `rest` with `rest_table` where lynx_folds_rest says so,
  * `param_headers` with `params`, and `rank_table` with `rank`. Each has room for what lynx_measure gives. */
 typedef struct {
@@ -60,14 +60,15 @@ bool lynx_folds_rest(const lynx_tile *tile);
 /* Sizes of blocks [first, last). */
 void lynx_measure(const lynx_tile *tile, uint64_t first, uint64_t last, lynx_sizes *sizes);
 
-/* What an encoder has to know of the channels, [heads][head_dim]: their ranges and sizes as bfloat16 words (means over
+/* What an encoder has to know of the channels of some heads, [heads][head_dim]: their ranges and sizes as bfloat16 words (means over
  * blocks of the range and of the largest magnitude), and, unless `biases` is null, how far they lie from zero;
  * spec/codec-hq.md, "Spreads" and "Folding". With `extremes` not null, for each block the least and largest ordered words of 64
  * channels, which encode key tiles faster. */
-void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint16_t *ranges, uint16_t *sizes, int8_t *biases,
-                  int16_t *extremes, void *scratch);
-/* `extremes`: of key tiles without exponents, or null. */
-void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, const int16_t *extremes,
+void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint32_t first_head, uint32_t last_head, uint16_t *ranges,
+                  uint16_t *sizes, int8_t *biases, int16_t *extremes, void *scratch);
+/* Encode blocks [first, last). `extremes`: of key tiles without exponents, or null. With `ahead` the words of the head behind each
+ * block's own are fetched from memory meanwhile. */
+void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, const int16_t *extremes, bool ahead,
                  lynx_encoded *out, void *scratch);
 /* Check that headers and tables add up to the sections' sizes: the totals only, no values. */
 int lynx_check(const lynx_tile *tile, const lynx_levels *levels, lynx_hq_fault *fault);
@@ -94,7 +95,10 @@ typedef struct {
     lynx_column columns[COLUMNS];
 } lynx_block;
 
-void lynx_first_block(const lynx_tile *tile, lynx_block *block);
+void lynx_seek_block(const lynx_tile *tile, uint64_t index, lynx_block *block);
+static inline void lynx_first_block(const lynx_tile *tile, lynx_block *block) {
+    lynx_seek_block(tile, 0, block);
+}
 void lynx_next_block(const lynx_tile *tile, lynx_block *block);
 
 static inline uint32_t section_octet(const lynx_block *block, int section) {
@@ -156,11 +160,12 @@ static inline lynx_stretch stretch_from(const lynx_view *view, const lynx_block 
     return stretch_at(view, block->head, block->channel, block->token + (uint32_t)t, block->tokens - t);
 }
 
-/* All of the block's rows, and an empty stretch behind them. Returns how many stretches there are. */
-static inline int stretches_of(const lynx_view *view, const lynx_block *block, lynx_stretch *out) {
+/* All of the block's rows, or those of another head in its place, and an empty stretch behind them. Returns how many stretches there
+ * are. */
+static inline int stretches_of(const lynx_view *view, const lynx_block *block, uint32_t head, lynx_stretch *out) {
     int count = 0;
     for (int t = 0; t < block->tokens; count++) {
-        out[count] = stretch_from(view, block, t);
+        out[count] = stretch_at(view, head, block->channel, block->token + (uint32_t)t, block->tokens - t);
         t += out[count].count;
     }
     out[count] = (lynx_stretch){NULL, 0};

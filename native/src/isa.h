@@ -26,7 +26,6 @@ typedef struct {
     int flat_size, folded_size; /* bytes of an octet */
 } lynx_fold;
 
-#define FOLDED_REST 8 /* counts as a plane below */
 enum { ANCHOR_SECTION = 0, REST_SECTION = 1 };
 /* Sections, in faults. */
 enum { IN_PARAMS = 0, IN_REST = 1, IN_RANKS = 2, IN_ANCHOR = 3 };
@@ -49,14 +48,13 @@ typedef struct {
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
     lynx_fold fold[2];           /* of the anchor section, of the rest section */
     int16_t bias[ROW];           /* how far a value channel's centre lies from the token's, in codes */
-    /* What follows is there if an instruction set has `shuffles`, and the planes are not uniform. Of the rest section
-     * FOLDED_REST is plane 2 of channels of 2 bits: what is left of it when folded. */
-    uint8_t anchor_rank[9][4]; /* how many channels of plane p come before channel 16 q */
-    uint8_t rest_rank[9][4];
+    /* What follows is there if an instruction set has `shuffles`, and the planes are not uniform. */
+    uint8_t anchor_rank[8][4]; /* how many channels of plane p come before channel 16 q */
+    uint8_t rest_rank[8][4];
     /* Byte shuffles of lanes of 16 channels; 0x80 = none. Expanding: the place of a channel's byte among those of
      * its lane. Compressing: the channel whose byte comes at a place. */
-    uint8_t anchor_expand[9][ROW], anchor_compress[9][ROW];
-    uint8_t rest_expand[9][ROW], rest_compress[9][ROW];
+    uint8_t anchor_expand[8][ROW], anchor_compress[8][ROW];
+    uint8_t rest_expand[8][ROW], rest_compress[8][ROW];
 } lynx_planes;
 
 /* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
@@ -191,8 +189,16 @@ typedef struct {
      * signs of `shifts` reversed. bfloat16. */
     void (*rescale)(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                     ptrdiff_t out_stride);
-    /* An upper bound on the bits of level 2, cheap. Null where there is none. */
+    /* `rescale` to rows of 64 words, and the `range` of value groups of those. Null: not at once. */
+    void (*rescale_range)(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out, int16_t *low,
+                          int16_t *high);
+    /* An upper bound on the bits of level 2 of bfloat16, cheap. Null where there is none. */
     uint64_t (*rank_bound)(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params);
+    /* `quantise` of bfloat16 with that bound; without it, 0 may be returned instead. Unless `ahead` is null, which it is for keys,
+     * as many rows are fetched meanwhile: stretches of one stride, behind which an empty one lies. Null where there is none. */
+    uint64_t (*quantise_ahead)(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
+                               const lynx_params *params, bool bounded, const lynx_stretch *ahead, ptrdiff_t ahead_stride,
+                               uint8_t *codes);
 
     /* One row of words to and from planes; `count` is a multiple of 8 except in the last row. Planes that are null are not made,
      * and read as zeros. */

@@ -177,28 +177,41 @@ static void choose_exponents(const uint16_t *sizes, uint32_t heads, uint32_t hea
     }
 }
 
-int lynx_hq_prepare(const lynx_hq_config *config, const lynx_view *view, void *memory, void *scratch) {
-    lynx_plan *plan = memory;
-    if (start_plan(config, plan) != LYNX_OK || lynx_tile_is_bad(&plan->tile) ||
-        (view->pages != NULL && view->page_tokens == 0)) {
+static int start_tile(const lynx_hq_config *config, const lynx_view *view, lynx_plan *plan) {
+    if (start_plan(config, plan) != LYNX_OK || lynx_tile_is_bad(&plan->tile) || (view->pages != NULL && view->page_tokens == 0)) {
         return LYNX_ERR_ARGUMENT;
     }
-    if (plan->by_range || plan->scaled || plan->biased) {
-        uint16_t *ranges = (uint16_t *)(((uintptr_t)table_of(plan, 3) + 1) & ~(uintptr_t)1);
-        uint16_t *sizes = ranges + plan->channels;
-        int8_t *biases = plan->biased ? (int8_t *)table_of(plan, 2) : NULL;
-        lynx_tile tile = plan->tile;
-        tile.exponents = NULL;
-        plan->extremes = plan->by_range ? (int16_t *)sizes + plan->channels : NULL;
-        lynx_spreads(&tile, view, ranges, sizes, biases, plan->extremes, scratch);
-        if (plan->by_range) {
-            weigh(ranges, sizes, config->heads, config->head_dim);
-            choose_widths(ranges, plan->channels, config->range_bits, table_of(plan, 0));
-        }
-        if (plan->scaled) {
-            choose_exponents(sizes, config->heads, config->head_dim, (int8_t *)table_of(plan, 1));
-        }
+    return LYNX_OK;
+}
+
+/* The tables of heads [first, last): of all heads where widths go by range. */
+static void look(lynx_plan *plan, const lynx_view *view, uint32_t first, uint32_t last, uint64_t range_bits, void *scratch) {
+    if (!plan->by_range && !plan->scaled && !plan->biased) {
+        return;
     }
+    uint16_t *ranges = (uint16_t *)(((uintptr_t)table_of(plan, 3) + 1) & ~(uintptr_t)1);
+    uint16_t *sizes = ranges + plan->channels;
+    int8_t *exponents = (int8_t *)table_of(plan, 1), *biases = plan->biased ? (int8_t *)table_of(plan, 2) : NULL;
+    lynx_tile tile = plan->tile;
+    tile.exponents = NULL;
+    plan->extremes = plan->by_range ? (int16_t *)sizes + plan->channels : NULL;
+    lynx_spreads(&tile, view, first, last, ranges, sizes, biases, plan->extremes, scratch);
+    if (plan->by_range) {
+        weigh(ranges, sizes, tile.heads, tile.head_dim);
+        choose_widths(ranges, plan->channels, range_bits, table_of(plan, 0));
+    }
+    if (plan->scaled) {
+        const uint64_t at = (uint64_t)first * tile.head_dim;
+        choose_exponents(sizes + at, last - first, tile.head_dim, exponents + at);
+    }
+}
+
+int lynx_hq_prepare(const lynx_hq_config *config, const lynx_view *view, void *memory, void *scratch) {
+    lynx_plan *plan = memory;
+    if (start_tile(config, view, plan) != LYNX_OK) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    look(plan, view, 0, config->heads, config->range_bits, scratch);
     size_plan(plan);
     return LYNX_OK;
 }
@@ -221,12 +234,8 @@ static lynx_layout layout_of(const lynx_plan *plan) {
     return at;
 }
 
-int lynx_hq_encode(const void *memory, const lynx_view *view, uint64_t first, uint64_t last, uint8_t *const levels[3],
-                   lynx_hq_piece *piece, void *scratch) {
-    const lynx_plan *plan = memory;
-    if (first > last || last > plan->sizes.blocks) {
-        return LYNX_ERR_ARGUMENT;
-    }
+/* Where blocks from `first` on are encoded to. */
+static lynx_encoded destination(const lynx_plan *plan, uint64_t first, uint8_t *const levels[3]) {
     lynx_sizes before = {0};
     if (first > 0) {
         lynx_measure(&plan->tile, 0, first, &before);
@@ -249,7 +258,18 @@ int lynx_hq_encode(const void *memory, const lynx_view *view, uint64_t first, ui
         out.rank_table = rank + at.rank_table + RANK_HEADER * first;
         out.rank = rank + at.rank + before.max_rank;
     }
-    lynx_encode(&plan->tile, view, first, last, plan->extremes, &out, scratch);
+    return out;
+}
+
+int lynx_hq_encode(const void *memory, const lynx_view *view, uint64_t first, uint64_t last, uint8_t *const levels[3],
+                   lynx_hq_piece *piece, void *scratch) {
+    const lynx_plan *plan = memory;
+    if (first > last || last > plan->sizes.blocks) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    lynx_encoded out = destination(plan, first, levels);
+    out.made = (lynx_hq_piece){.first = first, .last = last};
+    lynx_encode(&plan->tile, view, first, last, plan->extremes, false, &out, scratch);
     *piece = out.made;
     return LYNX_OK;
 }
@@ -279,9 +299,7 @@ static uint8_t *write_nibbles(const uint8_t *values, int plus, uint64_t count, u
     return out;
 }
 
-int lynx_hq_assemble(const void *memory, uint8_t *const levels[3], const lynx_hq_piece *pieces, uint64_t count,
-                     uint64_t sizes[3]) {
-    const lynx_plan *plan = memory;
+static int assemble(const lynx_plan *plan, uint8_t *const levels[3], const lynx_hq_piece *pieces, uint64_t count, uint64_t sizes[3]) {
     const lynx_layout at = layout_of(plan);
     const uint64_t blocks = plan->sizes.blocks;
     uint64_t params = 0, rank = 0, rank_bound = 0;
@@ -351,6 +369,33 @@ int lynx_hq_assemble(const void *memory, uint8_t *const levels[3], const lynx_hq
         sizes[level] = (uint64_t)(to.end - to.start);
     }
     return LYNX_OK;
+}
+
+int lynx_hq_assemble(const void *plan, uint8_t *const levels[3], const lynx_hq_piece *pieces, uint64_t count, uint64_t sizes[3]) {
+    return assemble(plan, levels, pieces, count, sizes);
+}
+
+int lynx_hq_encode_tile(const lynx_hq_config *config, const lynx_view *view, uint8_t *const levels[3], uint64_t sizes[3],
+                        void *memory, void *scratch) {
+    lynx_plan *plan = memory;
+    if (start_tile(config, view, plan) != LYNX_OK) {
+        return LYNX_ERR_ARGUMENT;
+    }
+    /* Values head by head, the next one's words on their way meanwhile: waiting for them is half of the time of an anchor. */
+    const uint32_t step = config->part == LYNX_VALUE ? 1 : config->heads;
+    look(plan, view, 0, step, config->range_bits, scratch);
+    size_plan(plan);
+    const uint64_t blocks = plan->sizes.blocks / config->heads;
+    lynx_encoded out = destination(plan, 0, levels);
+    out.made.last = plan->sizes.blocks;
+    for (uint32_t head = 0; head < config->heads; head += step) {
+        const uint32_t next = head + step;
+        lynx_encode(&plan->tile, view, head * blocks, next * blocks, plan->extremes, next < config->heads, &out, scratch);
+        if (next < config->heads) {
+            look(plan, view, next, next + step, config->range_bits, scratch);
+        }
+    }
+    return assemble(plan, levels, &out.made, 1, sizes);
 }
 
 int lynx_hq_store(const lynx_hq_config *config, const lynx_view *view, int level, uint8_t *payload, uint64_t *size) {

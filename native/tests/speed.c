@@ -106,10 +106,7 @@ int main(int argc, char **argv) {
                             memcpy(out + i * TILE, words + i * TILE, 2 * TILE);
                         } else if (step < 3) {
                             uint8_t *const *wanted = step == 1 ? first : levels;
-                            lynx_hq_piece piece;
-                            CHECK(lynx_hq_prepare(&config, &in, plan, scratch) == LYNX_OK);
-                            CHECK(lynx_hq_encode(plan, &in, 0, bounds.blocks, wanted, &piece, scratch) == LYNX_OK);
-                            CHECK(lynx_hq_assemble(plan, wanted, &piece, 1, sizes[i]) == LYNX_OK);
+                            CHECK(lynx_hq_encode_tile(&config, &in, wanted, sizes[i], plan, scratch) == LYNX_OK);
                         } else {
                             const uint8_t *const given[3] = {levels[0], levels[1], levels[2]};
                             lynx_hq_fault fault;

@@ -113,9 +113,9 @@ static encoded encode(const lynx_tile *tile, const uint16_t *words, uint64_t cut
                                .rest = e->section[REST],
                                .rank_table = e->section[RANK_TABLE],
                                .rank = e->section[RANKS]};
-        lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, &out, scratch);
+        lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, false, &out, scratch);
         lynx_encoded bound = {.wants_rank_bound = 1};
-        lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, &bound, scratch);
+        lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, false, &bound, scratch);
         const lynx_hq_piece *made = &out.made;
         CHECK(bound.made.rank_bound >= made->rank_bound && bound.made.params == made->params);
         CHECK(made->rank_bound == made->rank + RANK_HEADER * own.blocks);
@@ -328,15 +328,19 @@ static void payloads(int isa, void *scratch) {
     uint8_t *levels[2][3];
     uint64_t sizes[2][3] = {{0}};
     int found[2];
-    for (int i = 0; i < 2; i++) { /* pages on all blocks at once, contiguous words in two pieces */
+    for (int i = 0; i < 2; i++) { /* pages all at once, contiguous words in two pieces */
         CHECK(lynx_isa_select(i ? isa : LYNX_ISA_SCALAR) == LYNX_OK);
         for (int level = 0; level < 3; level++) {
             levels[i][level] = level < config.levels ? bytes(bounds.level[level]) : NULL;
         }
         const lynx_view *from = i ? &view : &plain;
+        if (i) {
+            found[i] = lynx_hq_encode_tile(&config, from, levels[i], sizes[i], plan, scratch);
+            continue;
+        }
         lynx_hq_piece pieces[2];
         CHECK(lynx_hq_prepare(&config, from, plan, scratch) == LYNX_OK);
-        const uint64_t cut = i ? bounds.blocks : draw((uint32_t)bounds.blocks + 1);
+        const uint64_t cut = draw((uint32_t)bounds.blocks + 1);
         CHECK(lynx_hq_encode(plan, from, cut, bounds.blocks, levels[i], &pieces[1], scratch) == LYNX_OK);
         CHECK(lynx_hq_encode(plan, from, 0, cut, levels[i], &pieces[0], scratch) == LYNX_OK);
         found[i] = lynx_hq_assemble(plan, levels[i], pieces, 2, sizes[i]);
