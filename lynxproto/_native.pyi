@@ -1,4 +1,4 @@
-"""The cffi extension; its functions are those of native/include/lynxproto.h."""
+"""The cffi extension; its functions are those of native/include/*.h and native/src/ucx.h."""
 
 from typing import Any
 

@@ -18,13 +18,13 @@ def _declarations(header: str) -> str:
 
 
 ffi = FFI()
-for _name in ("lynxproto.h", "lynxproto_wire.h"):
-    ffi.cdef(_declarations((_HERE / "include" / _name).read_text()))
+for _name in ("include/lynxproto.h", "include/lynxproto_wire.h", "src/ucx.h"):
+    ffi.cdef(_declarations((_HERE / _name).read_text()))
 ffi.set_source(
     "lynxproto._native",
-    '#include "lynxproto_wire.h"',
+    '#include "lynxproto_wire.h"\n#include "ucx.h"',
     sources=sorted(str(path) for path in (_HERE / "src").glob("*.c")),
-    include_dirs=[str(_HERE / "include")],
+    include_dirs=[str(_HERE / "include"), str(_HERE / "src")],
     depends=sorted(str(path) for path in _HERE.glob("*/*.h")),
     extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-Wall"],
     py_limited_api=True,

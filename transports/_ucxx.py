@@ -1,7 +1,9 @@
-"""UCX as ``transports/ucx.py`` needs it: tagged messages and progress, from the package ``ucxx``.
+"""UCX as ``transports/ucx.py`` needs it: tagged messages and progress, on the package ``ucxx``.
 
-Its coroutines poll in a busy loop on whatever event loop runs, and all threads share one worker; so its lower layer is
-used, with a context and a worker for each event loop, progressed when its descriptor says so.
+ucxx brings the library, and makes contexts, workers and endpoints. Its coroutines poll in a busy loop on whatever event
+loop runs, and all threads share one worker; so its lower layer is used, with a context and a worker for each event
+loop. Messages go through UCX's own calls (``native/src/ucx.c``): ucxx's take microseconds each, in Python, and do not
+tell how long a message is before it has been received.
 
 Its predecessor ``ucp`` (ucx-py) will not do: it closes an endpoint only after everything sent was received, and blocks
 the thread until then, so a peer that stops reading would hang this side.
@@ -9,16 +11,43 @@ the thread until then, so a peer that stops reading would hang this side.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from importlib.util import find_spec
 from typing import Any, Final
 
+from lynxproto.codecs._library import ffi, lib
 from lynxproto.errors import MissingDependencyError, TransportError
 
-__all__ = ["Endpoint", "Operation", "Worker", "require_ucxx"]
+__all__ = ["BUSY", "FOUND", "OVER", "QUIET", "Endpoint", "Message", "Operation", "Worker", "require_ucxx"]
 
-#: Shared memory notices that a peer died only when told to (UCX's default leaves it out of such endpoints altogether).
-_CONFIG: Final = {"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"}
+#: Settings of UCX other than its defaults, unless the environment has them.
+_CONFIG: Final = {
+    # Shared memory notices that a peer died only when told to (UCX's default leaves it out of such endpoints).
+    "POSIX_ERROR_HANDLING": "y",
+    "SYSV_ERROR_HANDLING": "y",
+    # TCP in pieces of 8 KiB, UCX's default, is half as fast, and copies at the sender.
+    "TCP_TX_SEG_SIZE": "64k",
+    "TCP_RX_SEG_SIZE": "64k",
+    # Longer messages stay with the sender until the receiver says where they are to go.
+    "RNDV_THRESH": "8k",
+}
+
+#: What :meth:`Worker.poll` returns.
+QUIET: Final[int] = lib.LYNX_UCX_QUIET
+BUSY: Final[int] = lib.LYNX_UCX_BUSY
+OVER: Final[int] = lib.LYNX_UCX_OVER
+FOUND: Final[int] = lib.LYNX_UCX_FOUND
+
+_IN_PROGRESS: Final = 1
+_CALLS: Final = (
+    "ucp_worker_progress",
+    "ucp_tag_probe_nb",
+    "ucp_tag_msg_recv_nbx",
+    "ucp_tag_send_nbx",
+    "ucp_request_free",
+    "ucp_ep_close_nbx",
+)
 
 
 def require_ucxx() -> Any:
@@ -33,53 +62,70 @@ def require_ucxx() -> Any:
 
 
 class Operation:
-    """A send or receive under way. Its buffer is in use until :attr:`done`."""
+    """A send or receive. Keep it until it is :attr:`done`: UCX uses its buffer, and its memory."""
 
-    __slots__ = ("_buffer", "_request")
+    __slots__ = ("_buffer", "bell", "state")
 
-    def __init__(self, request: Any, buffer: memoryview) -> None:
-        self._request = request
+    def __init__(self, buffer: Any) -> None:
+        self.state = ffi.new("lynx_ucx_operation *")
         self._buffer = buffer
+        self.bell: Any = None
+        """What wakes those who wait for it."""
 
     @property
     def done(self) -> bool:
         """Whether it is over."""
-        completed: bool = self._request.completed
-        return completed
+        over: bool = self.state.status != _IN_PROGRESS
+        return over
 
     @property
     def error(self) -> str | None:
         """Why it failed, once it is over."""
-        try:
-            self._request.check_error()
-        except Exception as error:  # a class for each of UCX's codes, none of which is more than its text here
-            return str(error) or type(error).__name__
-        return None
+        status = self.state.status
+        return None if status == 0 else _status_text(status)
+
+
+class Message:
+    """A message that has come, to be received exactly once. Until then UCX, or its sender, has the bytes."""
+
+    __slots__ = ("handle", "nbytes", "tag")
+
+    def __init__(self, handle: Any, tag: int, nbytes: int) -> None:
+        self.handle = handle
+        self.tag = tag
+        self.nbytes = nbytes
 
 
 class Endpoint:
     """The way to one peer."""
 
-    __slots__ = ("_array", "_endpoint", "_tag")
+    __slots__ = ("_calls", "_closed", "_endpoint", "_handle", "_worker")
 
-    def __init__(self, endpoint: Any) -> None:
-        from ucxx._lib.arr import Array
-        from ucxx.types import Tag
-
+    def __init__(self, worker: Worker, endpoint: Any) -> None:
+        self._worker = worker
+        self._calls = worker.calls
         self._endpoint = endpoint
-        self._array, self._tag = Array, Tag
+        self._handle = ffi.cast("void *", endpoint.handle)
+        self._closed = False
 
     def send(self, buffer: memoryview, tag: int) -> Operation:
-        """Send ``buffer`` as one message."""
-        return Operation(self._endpoint.tag_send(self._array(buffer), self._tag(tag)), buffer)
-
-    def receive(self, buffer: memoryview, tag: int) -> Operation:
-        """Receive the next message with ``tag``, which has exactly the size of ``buffer``."""
-        return Operation(self._endpoint.tag_recv(self._array(buffer), self._tag(tag)), buffer)
+        """Send ``buffer`` as one message. Not after :meth:`close`."""
+        data = ffi.from_buffer(buffer)
+        operation = Operation(data)
+        lib.lynx_ucx_send(self._calls, self._handle, data, len(data), tag, operation.state)
+        return operation
 
     def close(self) -> None:
         """Break the way off without waiting for the peer; what is under way ends. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         self._endpoint.close_blocking()
+        if self._endpoint.handle:  # ucxx leaves one open whose peer has failed
+            operation = Operation(None)
+            lib.lynx_ucx_close_endpoint(self._calls, self._handle, operation.state)
+            while not operation.done:
+                self._worker.progress()
 
 
 class Worker:
@@ -98,16 +144,43 @@ class Worker:
         self.fileno: int = self._worker.epoll_file_descriptor
         #: What a peer needs to connect.
         self.address = bytes(self._worker.address)
+        ucp = _library("ucp")
+        self.calls = ffi.new("lynx_ucx *")
+        self.calls.worker = ffi.cast("void *", self._worker.handle)
+        for name in _CALLS:
+            setattr(self.calls, name, ctypes.cast(getattr(ucp, name), ctypes.c_void_p).value)
+        self._found = ffi.new("lynx_ucx_message *")
 
     def connect(self, address: bytes) -> Endpoint:
         """An endpoint to the worker with this address. Raises :class:`~lynxproto.errors.TransportError`."""
         try:
             peer = self._api.UCXAddress.create_from_buffer(address)
-            return Endpoint(self._api.UCXEndpoint.create_from_worker_address(self._worker, peer, True))
+            return Endpoint(self, self._api.UCXEndpoint.create_from_worker_address(self._worker, peer, True))
         except self._api.UCXError as error:
             raise TransportError(
                 f"UCX cannot reach the peer: {error}; UCX_TLS must name a transport that both sides have"
             ) from error
+
+    def receive(self, message: Message, buffer: memoryview) -> Operation:
+        """Receive ``message`` into ``buffer``. What does not fit is lost, and an error."""
+        data = ffi.from_buffer(buffer, require_writable=True)
+        operation = Operation(data)
+        lib.lynx_ucx_receive(self.calls, message.handle, data, len(data), operation.state)
+        return operation
+
+    def poll(self, operation: Operation | None = None, quiet_ns: int = 0, most_ns: int = 0) -> int:
+        """Make progress, without Python's lock, until one of these:
+
+        a message comes (:data:`FOUND`: take it from :meth:`found`), ``operation`` is over (:data:`OVER`), nothing has
+        happened for ``quiet_ns`` (:data:`QUIET`), or ``most_ns`` are over (:data:`BUSY`).
+        """
+        state = ffi.NULL if operation is None else operation.state
+        outcome: int = lib.lynx_ucx_poll(self.calls, state, self._found, quiet_ns, most_ns)
+        return outcome
+
+    def found(self) -> Message:
+        """The message that :meth:`poll` found last."""
+        return Message(self._found.handle, self._found.tag, self._found.nbytes)
 
     def arm(self) -> bool:
         """Get ready to wait for the descriptor; False if there is progress to make first."""
@@ -121,3 +194,18 @@ class Worker:
     def close(self) -> None:
         """Let go of everything. All endpoints must be closed."""
         del self._worker
+
+
+def _library(name: str) -> ctypes.CDLL:
+    """The library of UCX that ucxx has loaded."""
+    try:
+        return ctypes.CDLL(f"lib{name}.so.0")
+    except OSError as error:
+        raise MissingDependencyError(f"ucx:// needs UCX's library, which ucxx did not bring: {error}") from error
+
+
+def _status_text(status: int) -> str:
+    describe = _library("ucs").ucs_status_string
+    describe.restype = ctypes.c_char_p
+    text: bytes = describe(status)
+    return text.decode()

@@ -4,135 +4,243 @@ A control connection over TCP comes first, to ``host:port``. It carries both wor
 each direction, and then nothing: its end tells at once that the peer is gone, which UCX does not on every device. With
 a TLS context it is TLS, so that only who was authenticated knows the tags; the data that UCX carries are not encrypted.
 
-The stream is cut into packets: a head of fixed size, which holds short buffers itself, and perhaps a body. So a reader
-knows each message's size before it comes and can name the buffer it is to land in; UCX copies nothing that it need not.
+Each message is a piece of the stream. UCX tells a message's size when it has come, and then the receiver names the
+buffer it is to land in: UCX copies nothing that it need not, and long ones stay with the sender until then. Two bits of
+the tag say what a message is:
 
-| offset | size | head |
+| kind | length | message |
 |---|---|---|
-| 0 | 4 | bytes of the head that belong to the stream |
-| 4 | 4 | bytes of the body that follows, 0: none |
-| 8 | 4 | 1: the stream ends here |
-| 12 | 500 | the bytes |
+| 0 | 1 to 512 KiB | bytes of the stream |
+| 1 | 0 | this side has read another mebibyte of what came, each message counted with 512 bytes more |
+| 2 | 0 | the stream ends here |
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import ClassVar, Final
+from time import monotonic_ns
+from typing import TYPE_CHECKING, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 from lynxproto.errors import ConfigError, StreamClosedError, TransportError
-from lynxproto.transports._ucxx import Endpoint, Operation, Worker, require_ucxx
+from lynxproto.transports._ucxx import BUSY, FOUND, QUIET, Endpoint, Message, Operation, Worker, require_ucxx
 from lynxproto.transports.abc import Address, ByteStream, Credentials, Listener, Setup, Transport
 from lynxproto.transports.tcp import connect_tcp, listen_tcp
 from lynxproto.transports.tls import TLSListener, TLSStream
 
+if TYPE_CHECKING:
+    from lynxproto.digest import Sums
+
 __all__ = ["UCXStream", "UCXTransport"]
 
-_HEAD: Final = struct.Struct("<III")
-_HEAD_BYTES: Final = 512
-_INLINE: Final = _HEAD_BYTES - _HEAD.size
-#: Bytes of a body at most: what may have to be received before somebody names a buffer for it.
-BODY_BYTES: Final = 1 << 20
-#: Bytes, heads included, that may be under way without the peer's confirmation that it read them.
+#: Bytes of a message at most: what may have to be received before somebody names a buffer for it.
+BODY_BYTES: Final = 512 << 10
+#: Buffers up to this size are joined with their neighbours, up to this size.
+_JOINED: Final = 4 << 10
+#: What a message counts beside its bytes.
+_COST: Final = 512
+#: Bytes, so counted, that may be under way without the peer's confirmation that it read them.
 WINDOW: Final = 4 << 20
-_CONFIRM: Final = WINDOW // 4
-_CONFIRMED: Final = struct.Struct("<Q")
-#: Heads that wait for packets, so that short ones land without being held by UCX first.
-_POSTED: Final = 4
-#: Tags of a stream: its random number, and what the message is.
-_TAG_HEAD, _TAG_BODY, _TAG_CONFIRM = 0, 1, 2
+_CONFIRMED: Final = WINDOW // 4
+#: A stream's tag is its random number and what the message is.
+_DATA, _CONFIRM, _END, _KIND = 0, 1, 2, 3
 
-_MAGIC: Final = b"LYNXUCX1"
+_MAGIC: Final = b"LYNXUCX2"
 _HELLO: Final = struct.Struct("<8sQI")
 _ADDRESS_BYTES: Final = 64 << 10
 
 #: Seconds after a failed operation in which the control connection says whether the peer is gone.
 _VERDICT_S: Final = 1.0
-#: Rounds of progress before other tasks of the loop get their turn.
-_ROUNDS = 16
+#: Rounds in which UCX ends what was under way on a closed endpoint: it takes two or three.
+_LAST_ROUNDS: Final = 100
+#: What it did not end: memory that it might still write to must never be anything else.
+_ABANDONED: Final[list[Operation]] = []
+#: Nanoseconds of polling, and of calls that need not wait, after which they get it.
+_SLICE_NS: Final = 100_000
+_TURN_NS: Final = 1_000_000
+
+#: Microseconds without anything happening for which a stream polls before it sleeps.
+SPIN_VARIABLE: Final = "LYNXPROTO_UCX_SPIN_US"
+_SPIN_US: Final = 100
+#: Times that is a short sleep: one after which it is worth to poll again.
+_SHORT: Final = 10
+
+
+def _spin_ns() -> int:
+    text = os.environ.get(SPIN_VARIABLE)
+    if text is None:
+        return 0 if len(os.sched_getaffinity(0)) == 1 else _SPIN_US * 1000
+    try:
+        microseconds = int(text)
+    except ValueError:
+        microseconds = -1
+    if not 0 <= microseconds <= 1_000_000:
+        raise ConfigError(f"{SPIN_VARIABLE}={text}: must be microseconds, 0 (never poll) to 1000000")
+    return microseconds * 1000
+
+
+class _Bell:
+    """Wakes the one coroutine that waits for it, if one does."""
+
+    __slots__ = ("future",)
+
+    def __init__(self) -> None:
+        self.future: asyncio.Future[None] | None = None
+
+    def ring(self) -> bool:
+        """Whether somebody was woken."""
+        if self.future is None or self.future.done():
+            return False
+        self.future.set_result(None)
+        return True
 
 
 class _LoopWorker:
-    """A UCX worker on an event loop; shared by its streams, closed with the last of them."""
+    """A UCX worker on an event loop; shared by its streams, closed with the last of them.
+
+    Sleeping and being woken takes some 0.1 ms, on both sides. So whoever waits polls for so long before, but only if
+    the last sleep was so short: where things happen seldom nothing polls.
+    """
 
     _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopWorker]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
+        self._spin_ns = _spin_ns()
+        self._polls_ns = self._spin_ns
+        self._polled_at = 0
         self.ucx = Worker()
+        self.turned_ns = 0
+        """When other tasks of the loop had their last turn."""
         self._loop = asyncio.get_running_loop()
         self._users = 0
-        self._waiting: dict[Operation, asyncio.Future[None] | None] = {}
+        self._streams: dict[int, UCXStream] = {}
+        self._under_way: set[Operation] = set()
+        self._woke = self._alone = False
         self._scheduled: asyncio.Handle | None = None
-        self._loop.add_reader(self.ucx.fileno, self._progress)
+        self._loop.add_reader(self.ucx.fileno, self._awake)
 
     @classmethod
-    def acquire(cls) -> _LoopWorker:
-        """The running loop's worker. Goes with :meth:`release`."""
+    def acquire(cls, stream: UCXStream, tag: int) -> _LoopWorker:
+        """The running loop's worker, which hands ``stream`` its messages. Goes with :meth:`release`."""
         loop = asyncio.get_running_loop()
         worker = cls._all.get(loop)
         if worker is None:
             worker = cls._all[loop] = cls()
         worker._users += 1
+        worker._streams[tag] = stream
         return worker
 
-    def release(self) -> None:
+    def release(self, tag: int) -> None:
         """One user less."""
         self._users -= 1
+        del self._streams[tag]
         if self._users == 0:
             del self._all[self._loop]
             self._loop.remove_reader(self.ucx.fileno)
-            if self._scheduled is not None:
-                self._scheduled.cancel()
+            _ABANDONED.extend(self._under_way)
+            self._unschedule()
             self.ucx.close()
 
-    async def until_done(self, operation: Operation) -> None:
-        """Return when ``operation`` is over, well or not."""
-        if not operation.done:
-            self.nudge()
-        if not operation.done:
-            future = self._waiting[operation] = self._loop.create_future()
-            try:
-                await future
-            finally:
-                self.keep(operation)
-
-    def keep(self, operation: Operation) -> None:
+    def start(self, operation: Operation) -> Operation:
         """Hold on to ``operation`` and its buffer until it is over."""
-        if operation.done:
-            self._waiting.pop(operation, None)
-        else:
-            self._waiting[operation] = None
+        if not operation.done:
+            self._under_way.add(operation)
+        return operation
+
+    def drop(self, message: Message) -> None:
+        """Nobody wants ``message``."""
+        self.start(self.ucx.receive(message, memoryview(bytearray())))
+
+    def ring(self, bell: _Bell) -> None:
+        """Whoever waits for ``bell`` is to look again."""
+        self._woke = bell.ring() or self._woke
+
+    async def take_turns(self) -> None:
+        """Let other tasks of the loop have their turn."""
+        self.turned_ns = monotonic_ns()
+        await asyncio.sleep(0)
+
+    async def until(self, ready: Callable[[], bool], bell: _Bell, operation: Operation | None = None) -> None:
+        """Return once ``ready()``: because ``operation``, whose bell it is, is over, or somebody rings."""
+        while not ready():
+            while (outcome := self._poll(operation, self._polls_ns)) != QUIET:
+                if ready():
+                    return
+                if self._woke or outcome == BUSY:
+                    await self.take_turns()
+                    if ready():
+                        return
+            bell.future = self._loop.create_future()
+            try:
+                await bell.future
+            finally:
+                bell.future = None
 
     def nudge(self) -> None:
-        """Make progress now, and soon listen to UCX's descriptor again."""
-        self.ucx.progress()
-        self._settle()
+        """Make what progress there is to make now."""
+        while self._poll() != QUIET:
+            pass
+
+    def settle(self) -> None:
+        """An endpoint was closed: UCX ends what was under way on it in its next rounds."""
+        for _ in range(_LAST_ROUNDS):
+            if not self._under_way:
+                break
+            self._poll()
+
+    def listen(self) -> None:
+        """Listen to UCX's descriptor when the loop's other tasks have had their turn."""
         if self._scheduled is None:
             self._scheduled = self._loop.call_soon(self._progress)
 
+    def _awake(self) -> None:
+        """Something happened while the loop slept."""
+        self._polls_ns = self._spin_ns if monotonic_ns() - self._polled_at < _SHORT * self._spin_ns else 0
+        self._progress()
+
     def _progress(self) -> None:
+        """Sleep if there is nothing to do; poll before only if the loop's other tasks have had their turn in vain."""
+        self._unschedule()
+        self.turned_ns = monotonic_ns()
+        alone, self._alone = self._alone, False
+        while (outcome := self._poll(None, self._polls_ns if alone else 0)) == FOUND and not self._woke:
+            pass
+        if outcome != QUIET or self._woke:
+            return
+        if not alone and self._polls_ns:
+            self._alone = True
+        elif self.ucx.arm():
+            self._unschedule()
+
+    def _unschedule(self) -> None:
         if self._scheduled is not None:
             self._scheduled.cancel()
             self._scheduled = None
-        for _ in range(_ROUNDS):
-            self.ucx.progress()
-            self._settle()
-            if self.ucx.arm():
-                return
-        self._scheduled = self._loop.call_soon(self._progress)
 
-    def _settle(self) -> None:
-        over = [operation for operation in self._waiting if operation.done]
-        for operation in over:
-            future = self._waiting.pop(operation)
-            if future is not None and not future.done():
-                future.set_result(None)
+    def _poll(self, operation: Operation | None = None, quiet_ns: int = 0) -> int:
+        self._woke = self._alone = False
+        outcome = self.ucx.poll(operation, quiet_ns, _SLICE_NS)
+        self._polled_at = monotonic_ns()
+        if outcome == FOUND:
+            message = self.ucx.found()
+            stream = self._streams.get(message.tag & ~_KIND)
+            if stream is None:
+                self.drop(message)
+            else:
+                stream.arrived(message)
+        if self._under_way:
+            for over in [one for one in self._under_way if one.done]:
+                self._under_way.discard(over)
+                if over.bell is not None:
+                    self.ring(over.bell)
+        self.listen()
+        return outcome
 
 
 class UCXStream(ByteStream):
@@ -140,8 +248,8 @@ class UCXStream(ByteStream):
 
     def __init__(self, control: ByteStream) -> None:
         self._control = control
-        self._worker = _LoopWorker.acquire()
         self._mine = secrets.randbits(62) << 2
+        self._worker = _LoopWorker.acquire(self, self._mine)
         self._theirs = 0
         self._endpoint: Endpoint | None = None
         self._setting_up = asyncio.Lock()
@@ -150,18 +258,16 @@ class UCXStream(ByteStream):
         self._gone: str | None = None  # why the peer is; "" if it hung up
         self._cut = False  # UCX can carry nothing more
         # receiving
-        self._posted: deque[tuple[Operation, bytearray]] = deque()
-        self._inline = memoryview(b"")
-        self._inline_of: bytearray | None = None
-        self._body = 0
-        self._ended = False
+        self._coming = _Bell()
+        self._inbox: deque[Message | None] = deque()  # None: the end
+        self._held = 0
         self._read = 0
-        self._confirmed = 0
+        self._rest = memoryview(b"")  # of a message longer than the caller's buffer
+        self._spare: bytearray | None = None  # where that is
+        self._ended = False
         # sending
-        self._heads: list[bytearray] = []
-        self._sent = 0
-        self._acknowledged = 0
-        self._confirmation: tuple[Operation, bytearray] | None = None
+        self._allowed = _Bell()
+        self._unconfirmed = 0
         self._eof_sent = False
 
     @property
@@ -179,19 +285,19 @@ class UCXStream(ByteStream):
     async def set_up(self) -> None:
         """Exchange addresses and tags with the peer, unless that is done."""
         async with self._setting_up:
+            self._check()
             if self._endpoint is None:
-                self._check()
                 address = self._worker.ucx.address
                 await self._control.send([memoryview(_HELLO.pack(_MAGIC, self._mine, len(address)) + address)])
                 magic, self._theirs, nbytes = _HELLO.unpack(await self._read_control(_HELLO.size))
-                if magic != _MAGIC or nbytes > _ADDRESS_BYTES or self._theirs & 3:
-                    raise TransportError(f"{self.name} does not speak ucx://")
+                if magic != _MAGIC or nbytes > _ADDRESS_BYTES or self._theirs & _KIND:
+                    other = magic[:-1] == _MAGIC[:-1] and magic != _MAGIC
+                    raise TransportError(
+                        f"{self.name} {'speaks another version of' if other else 'does not speak'} ucx://"
+                    )
                 peer = await self._read_control(nbytes)
                 self._check()
-                endpoint = self._endpoint = self._worker.ucx.connect(peer)
-                for _ in range(_POSTED):
-                    self._post(endpoint, bytearray(_HEAD_BYTES))
-                self._await_confirmation(endpoint)
+                self._endpoint = self._worker.ucx.connect(peer)
                 self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def _read_control(self, nbytes: int) -> bytes:
@@ -209,20 +315,24 @@ class UCXStream(ByteStream):
         try:
             while await self._control.receive_into(memoryview(bytearray(1))):
                 pass
-            self._gone = ""
+            gone = ""
         except TransportError as error:
-            self._gone = str(error)
+            gone = str(error)
         except StreamClosedError:
             return
         self._worker.nudge()  # what has arrived before
-        self._break_off()
+        self._break_off(gone)
 
-    def _break_off(self) -> None:
-        """Nothing more will come or go: whoever waits is told. Heads that have arrived can still be read."""
+    def _break_off(self, gone: str | None = None) -> None:
+        """Nothing more will come or go: whoever waits is told. Short messages that have arrived can still be read."""
+        if self._gone is None:
+            self._gone = gone
         if self._endpoint is not None and not self._cut:
             self._cut = True
             self._endpoint.close()
-            self._worker.nudge()
+            self._worker.settle()
+        self._worker.ring(self._coming)
+        self._worker.ring(self._allowed)
 
     async def _failed(self, reason: str) -> None:
         """An operation did: raise why. Returns if it is because the peer hung up."""
@@ -248,147 +358,179 @@ class UCXStream(ByteStream):
             raise self._broken("the peer hung up")
         return self._endpoint
 
-    # --- receiving
-
-    def _post(self, endpoint: Endpoint, head: bytearray) -> None:
-        self._posted.append((endpoint.receive(memoryview(head), self._mine | _TAG_HEAD), head))
-
-    async def receive_into(self, buffer: memoryview) -> int:
-        """See :meth:`ByteStream.receive_into`. Cancelling it may break the stream."""
-        await self.set_up()
-        while True:
+    async def _begin(self) -> None:
+        """Of each call."""
+        if self._endpoint is None:
+            await self.set_up()
+        if monotonic_ns() - self._worker.turned_ns > _TURN_NS:
+            await self._worker.take_turns()
             self._check()
-            if self._inline.nbytes:
-                return self._take_inline(buffer)
-            if self._body:
-                return await self._receive_body(buffer)
-            if self._ended or not await self._next_head():
-                return 0
 
-    async def _next_head(self) -> bool:
-        """Take the next head in; False if the peer has hung up instead."""
-        if not self._posted:
-            await self._failed("the peer hung up")
-            return False
-        operation, head = self._posted[0]
-        await self._worker.until_done(operation)
-        self._check()
-        if (error := operation.error) is not None:
-            await self._failed(error)
-            return False
-        self._posted.popleft()
-        inline, self._body, end = _HEAD.unpack_from(head)
-        if inline > _INLINE or self._body > BODY_BYTES or end > 1:
-            self._break_off()
-            raise self._broken("a packet with impossible sizes")
-        self._inline, self._inline_of = memoryview(head)[_HEAD.size : _HEAD.size + inline], head
-        self._ended = end == 1
-        self._read += _HEAD_BYTES
-        if not inline:
-            self._repost()
-        return True
-
-    def _repost(self) -> None:
-        """The bytes of a head have been read: its memory is free for another."""
-        head, self._inline_of = self._inline_of, None
-        self._inline = memoryview(b"")
-        if head is not None and not self._cut:
-            self._post(self._usable(), head)
-        self._confirm()
-
-    def _take_inline(self, buffer: memoryview) -> int:
-        count = min(buffer.nbytes, self._inline.nbytes)
-        buffer[:count] = self._inline[:count]
-        self._inline = self._inline[count:]
-        if not self._inline.nbytes and self._inline_of is not None:
-            self._repost()
-        return count
-
-    async def _receive_body(self, buffer: memoryview) -> int:
-        """Into ``buffer`` if there is room, else into memory of the stream's own, from which it is read later."""
-        nbytes, self._body = self._body, 0
-        fits = buffer.nbytes >= nbytes
-        target = buffer[:nbytes] if fits else memoryview(bytearray(nbytes))
-        await self._complete([self._usable().receive(target, self._mine | _TAG_BODY)])
-        self._read += nbytes
-        self._confirm()
-        if fits:
-            return nbytes
-        self._inline = target
-        return self._take_inline(buffer)
-
-    def _confirm(self) -> None:
-        if self._read - self._confirmed >= _CONFIRM and not self._cut:
-            self._confirmed = self._read
-            word = memoryview(_CONFIRMED.pack(self._read))
-            self._worker.keep(self._usable().send(word, self._theirs | _TAG_CONFIRM))
-
-    async def _complete(self, operations: Sequence[Operation]) -> None:
-        """Wait for operations on the caller's buffers: none is under way when this returns or raises."""
+    async def _over(self, operation: Operation) -> None:
+        """Wait for ``operation`` on the caller's buffer. Cancelled, it breaks the stream, which ends all of them."""
+        operation.bell = _Bell()
         try:
-            for operation in operations:
-                await self._worker.until_done(operation)
+            await self._worker.until(lambda: operation.done, operation.bell, operation)
         except asyncio.CancelledError:
             self._break_off()
             raise
+
+    async def _finish(self, operations: Sequence[Operation]) -> None:
+        """Wait for operations on the caller's buffers. If one fails all end, and this raises."""
+        for operation in operations:
+            if not operation.done:
+                await self._over(operation)
         for operation in operations:
             if (error := operation.error) is not None:
                 await self._failed(error)
                 raise self._broken("the peer hung up")
 
+    # --- receiving
+
+    def arrived(self, message: Message) -> None:
+        """A message with this stream's tag has come."""
+        kind = message.tag & _KIND
+        if kind == _DATA and 0 < message.nbytes <= BODY_BYTES:
+            self._held += message.nbytes + _COST
+            self._inbox.append(message)
+            if self._held > WINDOW:
+                self._break_off("it sends more than it may")
+        elif kind == _CONFIRM and message.nbytes == 0 and self._unconfirmed >= _CONFIRMED:
+            self._unconfirmed -= _CONFIRMED
+            self._worker.drop(message)
+            self._worker.ring(self._allowed)
+            return
+        elif kind == _END and message.nbytes == 0:
+            self._inbox.append(None)
+            self._worker.drop(message)
+        else:
+            self._worker.drop(message)
+            self._break_off("a message that cannot be")
+        self._worker.ring(self._coming)
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        """See :meth:`ByteStream.receive_into`. Cancelling it may break the stream."""
+        await self._begin()
+        if self._rest.nbytes:
+            return self._take_rest(buffer)
+        message = await self._next()
+        if message is None:
+            return 0
+        if message.nbytes > buffer.nbytes:
+            return await self._receive_more(message, buffer)
+        return await self._receive_all(message, buffer, None)
+
+    async def receive_summed(self, sums: Sums) -> int:
+        """See :meth:`ByteStream.receive_summed`."""
+        await self._begin()
+        buffer = sums.data[sums.there :]
+        if not self._rest.nbytes:
+            message = await self._next()
+            if message is None:
+                return 0
+            if message.nbytes <= buffer.nbytes:
+                return await self._receive_all(message, buffer, sums)
+            await self._receive_more(message, memoryview(b""))
+        count = self._take_rest(buffer)
+        sums.add(sums.there + count)
+        return count
+
+    async def _receive_more(self, message: Message, buffer: memoryview) -> int:
+        """A message longer than the caller's buffer: into memory of the stream's own, from which it is read later."""
+        if self._spare is None:
+            self._spare = bytearray(BODY_BYTES)
+        rest = memoryview(self._spare)[: message.nbytes]
+        await self._finish((self._worker.start(self._worker.ucx.receive(message, rest)),))
+        self._count(message.nbytes)
+        self._rest = rest
+        return self._take_rest(buffer)
+
+    async def _receive_all(self, message: Message | None, buffer: memoryview, sums: Sums | None) -> int:
+        """``message``, and what has come after it as long as it fits: the sender need not wait for us in between."""
+        start = 0 if sums is None else sums.there
+        under_way: deque[tuple[Operation, int]] = deque()
+        asked = there = 0
+        while True:
+            while message is not None:
+                operation = self._worker.ucx.receive(message, buffer[asked : asked + message.nbytes])
+                under_way.append((self._worker.start(operation), message.nbytes))
+                asked += message.nbytes
+                message = self._fitting(buffer.nbytes - asked)
+            if sums is not None:
+                sums.add(start + there)
+            if not under_way:
+                return there
+            operation, nbytes = under_way.popleft()
+            await self._finish((operation,))
+            self._count(nbytes)
+            there += nbytes
+            message = self._fitting(buffer.nbytes - asked)
+
+    def _fitting(self, room: int) -> Message | None:
+        """Take the next message if it has come and fits."""
+        if self._inbox and (message := self._inbox[0]) is not None and message.nbytes <= room and not self._cut:
+            return self._inbox.popleft()
+        return None
+
+    async def _next(self) -> Message | None:
+        """The next message of the stream; None at its end."""
+        if not self._inbox and not self._ended:
+            await self._worker.until(lambda: bool(self._inbox) or self._cut or self._closed, self._coming)
+            self._check()
+        if not self._inbox and not self._ended:
+            await self._failed("the peer hung up")
+            return None
+        message = None if self._ended else self._inbox.popleft()
+        self._ended = message is None
+        return message
+
+    def _take_rest(self, buffer: memoryview) -> int:
+        count = min(buffer.nbytes, self._rest.nbytes)
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def _count(self, nbytes: int) -> None:
+        """So much of the stream has been read: tell the peer now and then."""
+        self._held -= nbytes + _COST
+        self._read += nbytes + _COST
+        if self._read >= _CONFIRMED and not self._cut:
+            self._read -= _CONFIRMED
+            self._worker.start(self._usable().send(memoryview(b""), self._theirs | _CONFIRM))
+
     # --- sending
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
         """See :meth:`ByteStream.send`. Cancelling it breaks the stream."""
-        await self.set_up()
-        self._check()
-        used: list[bytearray] = []
+        await self._begin()
         operations: list[Operation] = []
         try:
-            for parts, body in _packets(buffers):
-                await self._credit(_HEAD_BYTES + (0 if body is None else body.nbytes))
-                endpoint = self._usable()
-                head = self._heads.pop() if self._heads else bytearray(_HEAD_BYTES)
-                used.append(head)
-                end = _HEAD.size
-                for part in parts:
-                    head[end : end + part.nbytes] = part
-                    end += part.nbytes
-                _HEAD.pack_into(head, 0, end - _HEAD.size, 0 if body is None else body.nbytes, 0)
-                operations.append(endpoint.send(memoryview(head), self._theirs | _TAG_HEAD))
-                if body is not None:
-                    operations.append(endpoint.send(body, self._theirs | _TAG_BODY))
+            for data in _messages(buffers):
+                await self._reserve(data.nbytes + _COST)
+                operations.append(self._worker.start(self._usable().send(data, self._theirs | _DATA)))
+        except asyncio.CancelledError:
+            self._break_off()
+            raise
         finally:
-            await self._complete(operations)
-        self._heads += used
+            await self._finish(operations)
 
     async def send_eof(self) -> None:
         """See :meth:`ByteStream.send_eof`."""
-        await self.set_up()
-        self._check()
+        await self._begin()
         if not self._eof_sent:
             self._eof_sent = True
-            await self._credit(_HEAD_BYTES)
-            head = bytearray(_HEAD_BYTES)
-            _HEAD.pack_into(head, 0, 0, 0, 1)
-            await self._complete([self._usable().send(memoryview(head), self._theirs | _TAG_HEAD)])
+            operation = self._worker.start(self._usable().send(memoryview(b""), self._theirs | _END))
+            await self._finish((operation,))
 
-    def _await_confirmation(self, endpoint: Endpoint) -> None:
-        word = bytearray(_CONFIRMED.size)
-        self._confirmation = endpoint.receive(memoryview(word), self._mine | _TAG_CONFIRM), word
-
-    async def _credit(self, nbytes: int) -> None:
-        """Return when ``nbytes`` more may be under way."""
-        while self._sent + nbytes - self._acknowledged > WINDOW:
-            assert self._confirmation is not None
-            operation, word = self._confirmation
-            await self._worker.until_done(operation)
-            if (error := operation.error) is not None:
-                await self._failed(error)
-            endpoint = self._usable()
-            (self._acknowledged,) = _CONFIRMED.unpack(word)
-            self._await_confirmation(endpoint)
-        self._sent += nbytes
+    async def _reserve(self, cost: int) -> None:
+        """Return when so much more may be under way."""
+        if self._unconfirmed + cost > WINDOW:
+            await self._worker.until(
+                lambda: self._unconfirmed + cost <= WINDOW or self._cut or self._closed, self._allowed
+            )
+            if self._cut or self._closed:
+                await self._failed("the peer hung up")
+        self._unconfirmed += cost
 
     async def aclose(self) -> None:
         """See :meth:`ByteStream.aclose`."""
@@ -397,30 +539,34 @@ class UCXStream(ByteStream):
         self._closed = True
         self._break_off()
         self._endpoint = None
-        self._posted.clear()
-        self._confirmation = None
+        for message in self._inbox:
+            if message is not None:
+                self._worker.drop(message)
+        self._inbox.clear()
         await self._control.aclose()
         if self._watching is not None:
             with suppress(asyncio.CancelledError):
                 self._watching.cancel()
-        self._worker.release()
+        self._worker.release(self._mine)
 
 
-def _packets(buffers: Sequence[memoryview]) -> Iterator[tuple[list[memoryview], memoryview | None]]:
-    """Cut ``buffers`` into packets: what the head holds, and the body."""
-    parts: list[memoryview] = []
-    room = _INLINE
+def _messages(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+    """Cut ``buffers`` into messages: short neighbours joined, the rest as it lies."""
+    short: list[memoryview] = []
+    room = _JOINED
     for buffer in buffers:
         view = memoryview(buffer).cast("B")
-        if view.nbytes <= room:
-            parts.append(view)
+        if short and view.nbytes > room:
+            yield short[0] if len(short) == 1 else memoryview(b"".join(short))
+            short, room = [], _JOINED
+        if view.nbytes > _JOINED:
+            for start in range(0, view.nbytes, BODY_BYTES):
+                yield view[start : start + BODY_BYTES]
+        elif view.nbytes:
+            short.append(view)
             room -= view.nbytes
-            continue
-        for start in range(0, view.nbytes, BODY_BYTES):
-            yield parts, view[start : start + BODY_BYTES]
-            parts, room = [], _INLINE
-    if room < _INLINE:
-        yield parts, None
+    if short:
+        yield short[0] if len(short) == 1 else memoryview(b"".join(short))
 
 
 class UCXListener(Listener):

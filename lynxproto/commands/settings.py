@@ -30,7 +30,7 @@ TABLES: Final[Mapping[str, type]] = {"session": Config, "limits": Limits, "admis
 #: Fields of Config that are set in other ways.
 _APART: Final = {"identity", "secret", "secrets", "limits", "admission", "codecs", "features", "tables", "name"}
 #: Variables that other parts of lynxproto read.
-_OTHERS: Final = {"LYNXPROTO_ISA"}
+_OTHERS: Final = {"LYNXPROTO_ISA", "LYNXPROTO_UCX_SPIN_US"}
 _SIZES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 

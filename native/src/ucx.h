@@ -1,0 +1,54 @@
+/* UCX's tagged messages as transports/_ucxx.py uses them. Nothing here links with UCX: the caller finds its functions in
+ * the library that ucxx has loaded. Internal; not part of the library's API. */
+#ifndef LYNX_UCX_H
+#define LYNX_UCX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* What lynx_ucx_poll returns. */
+#define LYNX_UCX_QUIET 0 /* nothing happened for as long as was asked */
+#define LYNX_UCX_BUSY 1 /* time is up, and things are moving */
+#define LYNX_UCX_OVER 2 /* the operation is over */
+#define LYNX_UCX_FOUND 3 /* a message has come */
+
+/* A worker, and the functions of libucp. */
+typedef struct {
+    void *worker;
+    uintptr_t ucp_worker_progress;
+    uintptr_t ucp_tag_probe_nb;
+    uintptr_t ucp_tag_msg_recv_nbx;
+    uintptr_t ucp_tag_send_nbx;
+    uintptr_t ucp_request_free;
+    uintptr_t ucp_ep_close_nbx;
+} lynx_ucx;
+
+/* A send or receive: 1 while it is under way, then 0 or UCX's (negative) error. Must outlive it. */
+typedef struct {
+    volatile int status;
+    const lynx_ucx *ucx;
+} lynx_ucx_operation;
+
+/* A message that has come and is to be received: until then it is UCX's. */
+typedef struct {
+    void *handle;
+    uint64_t tag;
+    size_t nbytes;
+} lynx_ucx_message;
+
+/* Starts to send `nbytes` from `data`, which must stay as it is until the operation is over. */
+void lynx_ucx_send(
+    const lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, uint64_t tag, lynx_ucx_operation *operation);
+
+/* Starts to receive a message that was found into `nbytes` at `data`; what does not fit is lost, and an error. */
+void lynx_ucx_receive(const lynx_ucx *ucx, void *message, void *data, size_t nbytes, lynx_ucx_operation *operation);
+
+/* Makes progress until `operation` (or NULL) is over, a message comes (into `found`), nothing has happened for `quiet_ns`,
+ * or `most_ns` are over; at least once. */
+int lynx_ucx_poll(const lynx_ucx *ucx, const lynx_ucx_operation *operation, lynx_ucx_message *found, uint64_t quiet_ns,
+    uint64_t most_ns);
+
+/* Closes an endpoint at once; what is under way on it ends. */
+void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_operation *operation);
+
+#endif
