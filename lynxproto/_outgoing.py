@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -197,6 +198,7 @@ class Outgoing:
             arrays = [cache.arrays[layer.index, part] for part in layer.parts]
             words = borrow(self.manifest, layer.index, arrays, copy=False)
             self.write(layer.index, words, None if importance is None else importance[n])
+            await asyncio.sleep(0)  # what is planned may go
         if cache.first_token is not None:
             self.result(cache.first_token, cache.logit_gap)
         await self.finish()

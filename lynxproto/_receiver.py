@@ -184,7 +184,8 @@ class Receiver:
         self.tombstones: OrderedDict[int, tuple[frames.Reject | None, Counters]] = OrderedDict()
         self.windows = [ReceiveWindow(ctx.config.limits.session_window) for _ in range(MAX_LEVELS)]
         self._dirty: dict[int, Incoming] = {}  # what of these changed is not confirmed yet
-        self._flush_at: float | None = None
+        self._flush_at: float | None = None  # when what is dirty is to be confirmed
+        self._short = False  # the peer may soon be short of credit
 
     # --- the shell's calls
 
@@ -580,9 +581,22 @@ class Receiver:
 
     # --- time, stripes, the end
 
-    def flush(self) -> None:
-        """Put what changed since the last call into ACK and CREDIT frames (one each, however much changed)."""
+    def flush(self, *, everything: bool = False) -> None:
+        """Put what changed since the last call into ACK and CREDIT frames (one each, however much changed).
+
+        Credit goes out when the peer may soon be short of it; the rest when it is time, or if ``everything`` is asked for.
+        """
         if not self.ctx.ready:
+            return
+        self._short = False
+        for t in self._dirty.values():
+            if t.state in (IncomingState.RECEIVING, IncomingState.COMPLETE):
+                if any(window.due for window in t.windows):
+                    limits = tuple(window.advertise() for window in t.windows)
+                    self.ctx.emit(frames.Credit(limits=limits), t.id)
+        if any(window.due for window in self.windows):
+            self._emit_session_credit()
+        if not everything and not self._confirmation_due:
             return
         self._flush_at = None
         for t in self._dirty.values():
@@ -593,16 +607,15 @@ class Receiver:
                 else:
                     self._emit_status(t, sorted(t.changed))
                 t.changed.clear()
-                if any(window.due for window in t.windows):
-                    limits = tuple(window.advertise() for window in t.windows)
-                    self.ctx.emit(frames.Credit(limits=limits), t.id)
         self._dirty.clear()
-        if any(window.due for window in self.windows):
-            self._emit_session_credit()
 
     @property
     def due(self) -> bool:
         """Whether :meth:`flush` should be called now."""
+        return self._short or self._confirmation_due
+
+    @property
+    def _confirmation_due(self) -> bool:
         return self._flush_at is not None and self._flush_at <= self.ctx.now
 
     def status_frames(self) -> list[bytes]:
@@ -708,7 +721,8 @@ class Receiver:
         if level <= t.settled:
             t.windows[level].release(nbytes)
             self.windows[level].release(nbytes)
-            self._soil(t, pressing=t.windows[level].pressing or self.windows[level].pressing)
+            self._short |= t.windows[level].pressing or self.windows[level].pressing
+            self._soil(t, pressing=False)
 
     def _soil(self, t: Incoming, *, pressing: bool) -> None:
         """Something of the transfer is to be confirmed: now, or with what else comes soon."""

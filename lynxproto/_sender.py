@@ -6,7 +6,7 @@ status confirms it, and sent again after a reconnect or when a timer runs out.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -58,6 +58,8 @@ def _size(chunk: Chunk) -> int:
     return chunk.charged or chunk.max_size
 
 
+#: A tile's entry in PLAN, its bitmap apart, and its byte of levels.
+_PLAN_BYTES: Final = 27
 _UNSENT: Final = frozenset({ChunkState.WAITING, ChunkState.ENCODING, ChunkState.READY})
 
 
@@ -126,19 +128,28 @@ class _Tile:
 
 
 class _Layer:
-    """``open`` counts the tiles that are not done."""
+    """``open`` counts the tiles that are not done; ``plan`` is PLAN's body, and ``said`` whether it went out."""
 
-    __slots__ = ("digests", "end_confirmed", "index", "open", "plan_confirmed", "positions", "status", "tiles")
+    __slots__ = (
+        "bitmaps", "checked", "digests", "end_confirmed", "index", "open", "plan", "plan_confirmed", "positions",
+        "said", "status", "tiles",
+    )  # fmt: skip
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, keys: Sequence[TileKey], codecs: Sequence[Codec]) -> None:
         self.index = index
         self.tiles: list[_Tile] = []
         self.digests: tuple[bytes, ...] | None = None
-        self.positions = 0
+        self.plan = frames.Plan(
+            layer=index, tiles=tuple(keys), levels=tuple(codecs[key.codec].levels for key in keys)
+        )
+        self.bitmaps = sum(len(key.bitmap) for key in keys)  # bytes
+        self.positions = sum(key.positions for key in keys) if self.bitmaps else 0
         self.start_over()
 
     def start_over(self) -> None:
         """Nothing of it was said, in this session."""
+        self.checked = False  # against the peer's limits
+        self.said = False
         self.plan_confirmed = False
         self.end_confirmed = False
         self.status: frames.LayerStatus | None = None
@@ -230,6 +241,7 @@ class Sender:
         self._encoded: ChunkQueue[Chunk] = ChunkQueue(ChunkState.READY)
         self._encode_share, self._send_share = Share(), Share()
         self._urgent: list[Flow] = []
+        self._unsaid: deque[tuple[Outgoing, _Layer]] = deque()  # plans
         self._held = [0, 0]  # encoded or promised bytes: anchors, residuals
         self._order = 0
         self.sequence = 0
@@ -283,16 +295,16 @@ class Sender:
         if index in t.layers:
             raise LocalError(f"layer {index} of transfer {transfer:032x} is planned already")
         spec = t.manifest.layer(index)
-        layer = _Layer(index)
-        keys = [TileKey.of(tile) for tile in tiles]
-        for tile, key in zip(tiles, keys, strict=True):
+        for tile in tiles:
             if tile.layer != index:
                 raise SpecError(f"a tile of layer {tile.layer} in the plan of layer {index}")
             if not 0 <= tile.codec < len(t.codecs):
                 raise SpecError(f"tile codec {tile.codec}: the manifest has {len(t.codecs)} codecs")
-            lend = self.ctx.lend is not None
+        keys = [TileKey.of(tile) for tile in tiles]
+        layer = _Layer(index, keys, t.codecs)
+        lend = self.ctx.lend is not None
+        for tile, key in zip(tiles, keys, strict=True):
             layer.tiles.append(_Tile(t, layer, tile, key, t.codecs[tile.codec], lend=lend))
-            layer.positions += key.positions
         parts = [PARTS.index(part) for part in spec.parts]
         heads = range(spec.head_start, spec.head_start + spec.kv_heads)
         try:
@@ -324,13 +336,12 @@ class Sender:
         positions = sum(other.positions for other in {*t.layers.values(), layer})
         if positions > limits.positions:
             raise SpecError(f"{positions} explicit token positions: the peer's limit is {limits.positions}; use ranges")
-        size = max(len(frames.control_frame(self._plan_body(layer))), 18 * len(layer.tiles) + 128)  # PLAN, END
+        size = _PLAN_BYTES * len(layer.tiles) + layer.bitmaps + 128  # PLAN at most; more than END
+        if size > limits.control_bytes:
+            size = max(len(frames.control_frame(layer.plan)), 18 * len(layer.tiles) + 128)
         if size > limits.control_bytes:
             raise SpecError(f"layer {layer.index}: a plan of {size} bytes, the peer's limit is {limits.control_bytes}")
-
-    def _plan_body(self, layer: _Layer) -> frames.Plan:
-        levels = tuple(tile.levels for tile in layer.tiles)
-        return frames.Plan(layer=layer.index, tiles=tuple(tile.key for tile in layer.tiles), levels=levels)
+        layer.checked = True
 
     def next_chunk(self, now: float) -> Chunk | None:
         if not self.ctx.ready:
@@ -403,7 +414,7 @@ class Sender:
             raise SpecError(f"layer {index}: an exact transfer needs a digest of every tile")
         layer.digests = tuple(digests)
         t.progress_at = now
-        if t.state is OutgoingState.SENDING:
+        if layer.said:
             self._emit(t, frames.End(layer=index, digests=layer.digests), now)
         for tile in layer.tiles:
             self._judge(tile)
@@ -459,7 +470,8 @@ class Sender:
             try:
                 self._check_manifest(t)
                 for layer in t.layers.values():
-                    self._check_layer(t, layer)
+                    if not layer.checked:
+                        self._check_layer(t, layer)
             except LynxError as error:
                 self.fail(t, LimitError(str(error)))
                 return
@@ -573,8 +585,23 @@ class Sender:
         """The same, of anchors."""
         return self._encoded.anchors
 
+    @property
+    def plans_wait(self) -> bool:
+        """Whether :meth:`say_plan` may have something to say."""
+        return bool(self._unsaid)
+
+    def say_plan(self) -> None:
+        """Queue the next plan. One goes with each chunk, or while there is none: all of them first would keep chunks
+        waiting for as long as both sides write and read them.
+        """
+        while self._unsaid:
+            t, layer = self._unsaid.popleft()
+            if t.state is OutgoingState.SENDING and not layer.said:
+                self._say(t, layer, self.ctx.now)
+                return
+
     def next_frame(self, *, anchors_only: bool = False) -> Chunk | None:
-        """The encoded chunk to write next."""
+        """The encoded chunk to write next, behind the control frames that this queues: its layer's plan, and one more."""
         if not self._encoded:
             return None
         chunk = self._encoded.pick(
@@ -586,6 +613,9 @@ class Sender:
             self._move(chunk, "started")
             chunk.begun = True
             chunk.attempt = chunk.tile.attempt
+            if self._unsaid:
+                self._say(chunk.tile.transfer, chunk.tile.layer, self.ctx.now)
+                self.say_plan()
         return chunk
 
     def _credit(self, chunk: Chunk) -> Fit:
@@ -712,9 +742,10 @@ class Sender:
             return
         for layer in t.layers.values():
             if not layer.plan_confirmed:
-                self._emit(t, self._plan_body(layer), now)
+                self._emit(t, layer.plan, now)
             if layer.digests is not None and not layer.end_confirmed:
                 self._emit(t, frames.End(layer=layer.index, digests=layer.digests), now)
+            layer.said = True
         if t.result is not None and not t.result_confirmed:
             self._emit(t, t.result, now)
         if t.settled > t.level:
@@ -734,6 +765,7 @@ class Sender:
         """The peer has forgotten the session: a new one begins, in which every transfer is offered again."""
         self.restarts += 1
         self.windows = [SendWindow() for _ in range(MAX_LEVELS)]
+        self._unsaid.clear()
         for t in self.transfers.values():
             self._waiting.forget(t.flow)
             self._encoded.forget(t.flow)
@@ -786,13 +818,9 @@ class Sender:
         return self.windows[chunk.level], chunk.tile.transfer.windows[chunk.level]
 
     def _start_layer(self, t: Outgoing, layer: _Layer, now: float) -> None:
-        """The receiver's wants are known: say the plan (and the end), queue the chunks that it lacks."""
-        plan = self._plan_body(layer)
-        self._emit(t, plan, now)
-        if layer.digests is not None:
-            self._emit(t, frames.End(layer=layer.index, digests=layer.digests), now)
+        """The receiver's wants are known: queue the chunks that it lacks; the plan is said before the first of them."""
         held = t.held.get(layer.index)
-        if held is None or held.plan != plan.digest() or len(held.levels) != len(layer.tiles):
+        if held is None or held.plan != layer.plan.digest() or len(held.levels) != len(layer.tiles):
             held = None  # cut otherwise than in the session that it is from: all is sent
         for tile in layer.tiles:
             tile.want = min(wanted_levels(t.wants, tile.tile, tile.levels), t.level + 1)
@@ -802,8 +830,20 @@ class Sender:
             for chunk in tile.chunks[: tile.want]:
                 self._move(chunk, "held" if chunk.level < there else "wanted")
             self._judge(tile)
+        if any(tile.received + 1 < 1 << tile.want for tile in layer.tiles):
+            self._unsaid.append((t, layer))
+        else:
+            self._say(t, layer, now)
         t.progress_at = now
         self._check_confirmed(t)
+
+    def _say(self, t: Outgoing, layer: _Layer, now: float) -> None:
+        """Send PLAN, and END if the digests are known, unless that was done before."""
+        if not layer.said:
+            layer.said = True
+            self._emit(t, layer.plan, now)
+            if layer.digests is not None:
+                self._emit(t, frames.End(layer=layer.index, digests=layer.digests), now)
 
     def _move(self, chunk: Chunk, signal: str) -> None:
         before, after = chunk.state, advance(CHUNK, chunk.state, signal)

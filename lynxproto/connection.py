@@ -355,7 +355,7 @@ class Connection:
         if not found.ready:
             return False
         waits = self._sender.anchors_wait if found is self._express() else self._sender.waits
-        return waits or bool(self._ctx.control) or self._receiver.due
+        return waits or bool(self._ctx.control) or self._receiver.due or self._sender.plans_wait
 
     def unsent(self, stripe: int = 0) -> int:
         """Bytes of frames that have begun, or come before all others, and were not given out yet."""
@@ -434,7 +434,7 @@ class Connection:
         if self.closed:
             return
         self._ctx.now = now
-        self._receiver.flush()
+        self._receiver.flush(everything=True)
         for stripe in self._ready_stripes()[:1]:  # what was said before must not be lost: a peer may wait for its ACK
             stripe.control.extend(frame for frame, _ in self._ctx.control)
         self._say_everywhere(frames.GoAway(code=code, text=text))
@@ -1056,9 +1056,15 @@ class Connection:
         else:
             chunk = self._sender.next_frame(anchors_only=stripe is self._express())
             if chunk is None:
-                return False
+                self._sender.say_plan()
+                if not self._ctx.control:
+                    return False
+                self._start_control(stripe, *self._ctx.control.popleft())
+                return True
             stripe.may_pause = chunk.level > 0 and not self._sender.anchors_wait  # else it is due though anchors wait
             stripe.paused_at = None
+            while self._ctx.control:
+                self._start_control(stripe, *self._ctx.control.popleft())
             if self._ctx.config.grease and self._ctx.grease.random() < _GREASE_RATE:
                 self._start_control(stripe, frames.grease_frame(self._ctx.grease), 0)
             parts = self._sender.frame(chunk)

@@ -53,7 +53,7 @@ _PIECE: Final = 1 << 20
 _FRAME: Final = 1 << 20
 _TOLD: Final = 20
 #: Windows of a benchmark session: a fast link is not to wait for credit.
-WINDOWS: Final = {"session_window": 64 << 20, "transfer_window": 32 << 20}
+WINDOWS: Final = {"session_window": 256 << 20, "transfer_window": 128 << 20}
 
 
 def manifest(nbytes: int, layers: int = _LAYERS) -> Any:

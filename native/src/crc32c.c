@@ -67,6 +67,7 @@ SSE static uint32_t crc_sse(uint32_t crc, const uint8_t *p, size_t n) {
         __m128i a = _mm_xor_si128(_mm_loadu_si128(q), _mm_cvtsi32_si128((int)crc));
         __m128i b = _mm_loadu_si128(q + 1), c = _mm_loadu_si128(q + 2), d = _mm_loadu_si128(q + 3);
         for (p += 64, n -= 64; n >= 64; p += 64, n -= 64) {
+            FETCH(p);
             q = (const __m128i *)p;
             a = fold(a, past, _mm_loadu_si128(q));
             b = fold(b, past, _mm_loadu_si128(q + 1));
@@ -85,7 +86,7 @@ VECTOR static uint32_t crc_vector(uint32_t crc, const uint8_t *p, size_t n) {
         begin_512(sum, crc, p);
         for (p += 256, n -= 256; n >= 256; p += 256, n -= 256) {
             for (int i = 0; i < 4; i++) {
-                _mm_prefetch((const char *)p + AHEAD + 64 * i, _MM_HINT_T0);
+                FETCH(p + 64 * i);
                 sum[i] = fold_512(sum[i], past, _mm512_loadu_si512(p + 64 * i));
             }
         }

@@ -109,7 +109,7 @@ VECTOR static void blocks_vector(lynx_sums *sums, const uint8_t *p, size_t block
     __m512i crc[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
     for (; blocks > 0; blocks--) {
         for (int n = 0; n < BLOCK / STRIPE; n++, p += STRIPE) {
-            _mm_prefetch((const char *)p + AHEAD, _MM_HINT_T0);
+            FETCH(p);
             const __m512i value = _mm512_loadu_si512(p);
             const __m512i mixed = _mm512_xor_si512(value, _mm512_loadu_si512(secret + 8 * n));
             const __m512i product = _mm512_mul_epu32(mixed, _mm512_srli_epi64(mixed, 32));
