@@ -34,7 +34,8 @@ def _check(value: Any, what: str, depth: int) -> None:
             _check(item, what, depth + 1)
     elif kind is list:
         for item in value:
-            _check(item, what, depth + 1)
+            if type(item) is not int or not 0 <= item < 1 << 64:  # what long lists are of
+                _check(item, what, depth + 1)
     elif kind is int:
         if not -(1 << 63) <= value < 1 << 64:
             raise ProtocolError(f"{what}: CBOR integer outside 64 bits")

@@ -58,7 +58,7 @@ class _Tile:
 
     tile: Tile
     layer: LayerSpec
-    spec: ChunkSpec
+    dtype: str
     codec: Codec
     words: NDArray[Any]
     last: int
@@ -75,6 +75,11 @@ class _Tile:
     kept: int = 0  # levels that the spool has
 
     @property
+    def spec(self) -> ChunkSpec:
+        """What its codec gets; words that land in place need none."""
+        return self.tile.spec(self.dtype, self.layer.head_dim(self.tile.part))
+
+    @property
     def held(self) -> int:
         """How many of its lowest levels are here, decoded or to be decoded next."""
         return self.pending[-1].level + 1 if self.pending else self.decoded + 1
@@ -83,7 +88,8 @@ class _Tile:
         """Let ``decode`` write the tile's words; an explicit token set is scattered into the destination."""
         if self.tile.tokens.is_range:
             return decode(tile_view(self.words, self.layer, self.tile))
-        words = np.empty(self.spec.shape, self.spec.word_dtype)
+        spec = self.spec
+        words = np.empty(spec.shape, spec.word_dtype)
         state = decode(words)
         head = self.tile.head_start - self.layer.head_start
         positions = np.asarray(self.tile.tokens.positions) - self.layer.token_start
@@ -188,6 +194,7 @@ class Incoming:
         _check_apart(self._words)
         self._tiles: dict[Tile, _Tile] = {}
         self._plans: dict[int, Plan] = {}
+        self._places: dict[int, tuple[Tile, ...]] = {}  # a plan's tiles, in its order
         self._behind: dict[int, list[int]] = {}  # layer -> level -> tiles that have not reached it
         self._awaited: Counter[tuple[int, int | None]] = Counter()
         self._told = -1  # levels up to this one are known to be ready
@@ -251,7 +258,7 @@ class Incoming:
 
     def _verified(self, layer: int) -> bool:
         """Whether all tiles of a layer are."""
-        tiles = [self._tiles.get(key.tile()) for key in self._plans[layer].tiles]
+        tiles = [self._tiles.get(tile) for tile in self._places[layer]]
         return all(tile is not None and tile.verified and tile.last == tile.exact for tile in tiles)
 
     async def result(self) -> Result:
@@ -317,7 +324,7 @@ class Incoming:
             return [] if self.spool is None else self.spool.held()
         layers = []
         for index, plan in self._plans.items():
-            tiles = [self._tiles.get(key.tile()) for key in plan.tiles]
+            tiles = [self._tiles.get(tile) for tile in self._places[index]]
             layers.append(HeldLayer(index, plan.digest(), bytes(tile.held if tile else 0 for tile in tiles)))
         return layers
 
@@ -344,7 +351,7 @@ class Incoming:
         plan = Plan(layer=layer.index, tiles=tuple(map(TileKey.of, event.tiles)), levels=totals)
         if plan != self._plans.get(layer.index):  # else the session is another, and its tiles are as they were
             self._tiles = {tile: state for tile, state in self._tiles.items() if tile.layer != layer.index}
-            self._plans[layer.index] = plan
+            self._plans[layer.index], self._places[layer.index] = plan, event.tiles
             self._behind[layer.index] = [0] * MAX_LEVELS
         for tile, levels, held in zip(event.tiles, event.levels, event.held, strict=True):
             if levels:
@@ -376,7 +383,7 @@ class Incoming:
         return _Tile(
             tile=tile,
             layer=layer,
-            spec=tile.spec(self.manifest.dtype, layer.head_dim(tile.part)),
+            dtype=self.manifest.dtype,
             codec=codec,
             words=self._words[tile.layer, tile.part],
             last=levels - 1,
@@ -412,8 +419,8 @@ class Incoming:
 
     def on_layer_ended(self, event: events.LayerEnded) -> None:
         """Digests of a layer's tiles."""
-        for key, digest in zip(self._plans[event.layer].tiles, event.digests, strict=True):
-            state = self._tiles.get(key.tile())
+        for tile, digest in zip(self._places[event.layer], event.digests, strict=True):
+            state = self._tiles.get(tile)
             if state is None:
                 continue
             if state.verified and state.digest == digest:  # in the session before

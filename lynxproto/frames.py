@@ -127,7 +127,7 @@ class TileKey(NamedTuple):
     @classmethod
     def from_list(cls, layer: int, value: Any, what: str) -> TileKey:
         """Decode :meth:`as_list`'s form."""
-        if type(value) is not list or not 6 <= len(value) <= 7 or any(type(x) is not int for x in value[:6]):
+        if type(value) is not list or not 6 <= len(value) <= 7 or set(map(type, value[:6])) != {int}:
             raise ProtocolError(f"{what}: a tile must be a list of 6 integers and perhaps a bitmap")
         bitmap = value[6] if len(value) == 7 else b""
         if type(bitmap) is not bytes or (len(value) == 7 and not bitmap):
