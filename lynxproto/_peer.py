@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
@@ -16,7 +16,7 @@ from lynxproto._incoming import Incoming
 from lynxproto._io import Signal, Workers
 from lynxproto._journal import Journal, reason_of
 from lynxproto._linkaware import LinkAware
-from lynxproto._options import Options
+from lynxproto._options import Options, allocate_arrays
 from lynxproto._outgoing import Outgoing
 from lynxproto.access import Principal, TransferRequest
 from lynxproto.admission import Gate, Guest
@@ -779,7 +779,10 @@ class Peer:
     async def _make(self, event: events.TransferOffered) -> Incoming:
         """Memory for the transfer, and what was kept of it."""
         options, name = self._options, self._name(event)
-        arrays = await asyncio.to_thread(options.allocate, event.manifest)
+        if options.allocate is allocate_arrays:  # it touches no memory, and a thread may have to wait for its turn
+            arrays: Mapping[Any, Any] = allocate_arrays(event.manifest)
+        else:
+            arrays = await asyncio.to_thread(options.allocate, event.manifest)
         wants = None if options.wants is None else await asyncio.to_thread(options.wants, event.manifest)
         spool: Spool | StateError | None = None
         if options.state is not None and name:

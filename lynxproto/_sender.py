@@ -239,7 +239,7 @@ class Sender:
         self.windows = [SendWindow() for _ in range(MAX_LEVELS)]
         self._waiting: ChunkQueue[Chunk] = ChunkQueue(ChunkState.WAITING)
         self._encoded: ChunkQueue[Chunk] = ChunkQueue(ChunkState.READY)
-        self._encode_share, self._send_share = Share(), Share()
+        self._encode_share, self._send_share = Share(ctx.config.residual_grace), Share(ctx.config.residual_grace)
         self._urgent: list[Flow] = []
         self._unsaid: deque[tuple[Outgoing, _Layer]] = deque()  # plans
         self._held = [0, 0]  # encoded or promised bytes: anchors, residuals
@@ -357,7 +357,7 @@ class Sender:
                 return Fit.NOTHING
             return self._credit(chunk)
 
-        chunk = self._waiting.pick(self._encode_share, self._portion(), fits, _max_size, self._urgent)
+        chunk = self._waiting.pick(self._encode_share, self._portion(), now, fits, _max_size, self._urgent)
         if chunk is None:
             return None
         self._move(chunk, "requested")
@@ -605,7 +605,13 @@ class Sender:
         if not self._encoded:
             return None
         chunk = self._encoded.pick(
-            self._send_share, self._portion(), self._credit, _size, self._urgent, anchors_only=anchors_only
+            self._send_share,
+            self._portion(),
+            self.ctx.now,
+            self._credit,
+            _size,
+            self._urgent,
+            anchors_only=anchors_only,
         )
         if chunk is not None:
             if chunk.payload is None:

@@ -166,6 +166,8 @@ class Config:
     """Sender: encoded bytes that wait for the link, for anchors and again for residuals."""
     residual_floor: float = 0.1
     """Share of the link that residuals keep while anchors saturate it."""
+    residual_grace: float = 0.1
+    """Seconds that anchors may have all of the link before that: most are gone sooner."""
     urgent_share: float = 0.5
     """The same while some transfer is urgent."""
     ping_interval: float = 5.0
@@ -202,8 +204,9 @@ class Config:
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"Config.{name} must be positive, not {getattr(self, name)!r}")
-        if not self.ack_delay >= 0:
-            raise ConfigError(f"Config.ack_delay must not be negative, not {self.ack_delay!r}")
+        for name in ("ack_delay", "residual_grace"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"Config.{name} must not be negative, not {getattr(self, name)!r}")
         for name in ("residual_floor", "urgent_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"Config.{name} must be in [0, 1), not {getattr(self, name)!r}")

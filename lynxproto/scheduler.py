@@ -59,21 +59,30 @@ C = TypeVar("C", bound=Schedulable)
 
 
 class Share:
-    """Byte accounting that gives residuals a share of a contended link, without ever giving them more."""
+    """Byte accounting that gives residuals a share of a contended link, without ever giving them more.
 
-    __slots__ = ("owed",)
+    Anchors that are gone within ``grace`` seconds have all of the link: residuals did without it for no longer than that.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("grace", "owed", "since")
+
+    def __init__(self, grace: float = 0.0) -> None:
+        self.grace = grace
         self.owed = 0.0
+        self.since: float | None = None  # since when the link has been contended
 
-    def residual_is_due(self, nbytes: int) -> bool:
+    def residual_is_due(self, nbytes: int, now: float, *, urgent: bool) -> bool:
         """Whether a residual chunk of ``nbytes`` may go before an anchor that waits."""
-        return self.owed >= nbytes
+        waited = self.since is not None and now - self.since >= self.grace
+        return self.owed >= nbytes and (urgent or waited)
 
-    def account(self, level: int, nbytes: int, share: float, *, contended: bool) -> None:
+    def account(self, level: int, nbytes: int, share: float, now: float, *, contended: bool) -> None:
         """``nbytes`` of ``level`` went; ``contended`` means that both anchors and residuals were waiting."""
+        if contended and self.since is None:
+            self.since = now
         if not contended:
             self.owed = 0.0
+            self.since = None
         elif level == 0:
             self.owed += nbytes * share / (1 - share)
         else:
@@ -238,6 +247,7 @@ class ChunkQueue(Generic[C]):
         self,
         share: Share,
         portion: float,
+        now: float,
         fits: Callable[[C], Fit],
         size: Callable[[C], int],
         urgent: Collection[Flow] = (),
@@ -257,15 +267,17 @@ class ChunkQueue(Generic[C]):
                 break
         if anchors_only or not contended:
             if anchor is not None or not anchors_only:
-                share.account(0, size(anchor) if anchor else 0, portion, contended=contended)
+                share.account(0, size(anchor) if anchor else 0, portion, now, contended=contended)
             if anchor is not None:
                 anchors.serve(anchor.flow.order, size(anchor))
             return anchor
         # The floor is for other transfers: a residual is worth nothing to one whose own anchor still waits.
         residual = self._residual(fits, urgent, behind_anchors=anchor is not None)
-        chunk = anchor if residual is None or (anchor and not share.residual_is_due(size(residual))) else residual
+        chunk = residual or anchor
+        if anchor and residual and not share.residual_is_due(size(residual), now, urgent=residual.flow.urgent):
+            chunk = anchor
         if chunk is not None:
             contended = anchor is not None and residual is not None
-            share.account(chunk.level, size(chunk), portion, contended=contended)
+            share.account(chunk.level, size(chunk), portion, now, contended=contended)
             self._classes[chunk.level].serve(chunk.flow.order, size(chunk))
         return chunk

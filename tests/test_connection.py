@@ -993,7 +993,12 @@ def order_of(world: World) -> list[Header]:
     raise AssertionError("never ends")
 
 
-WIDE = {"limits": Limits(session_window=1 << 20, transfer_window=1 << 20), "encode_ahead": 400, "grease": False}
+WIDE = {
+    "limits": Limits(session_window=1 << 20, transfer_window=1 << 20),
+    "encode_ahead": 400,
+    "grease": False,
+    "residual_grace": 0.0,
+}
 
 
 def test_classes_are_strict_and_anchors_go_by_layer_then_deadline():

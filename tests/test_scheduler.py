@@ -24,8 +24,15 @@ def always(piece: Any) -> Fit:
     return Fit.YES
 
 
-def take(queue: ChunkQueue[Piece], share: Share, fits: Any = always, portion: float = 0.1, urgent: Any = ()) -> Any:
-    piece = queue.pick(share, portion, fits, lambda p: p.size, urgent)
+def take(
+    queue: ChunkQueue[Piece],
+    share: Share,
+    fits: Any = always,
+    portion: float = 0.1,
+    urgent: Any = (),
+    now: float = 0.0,
+) -> Any:
+    piece = queue.pick(share, portion, now, fits, lambda p: p.size, urgent)
     if piece is not None:
         piece.state = ChunkState.SENDING
         if piece.level == 0:
@@ -109,3 +116,24 @@ def test_a_transfer_that_is_over_leaves_nothing() -> None:
     out = [take(queue, Share()) for _ in range(6)]
     assert {piece.flow.order for piece in out} == {1}
     assert take(queue, Share()) is None
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_anchors_have_all_of_the_link_for_a_while(urgent: bool) -> None:
+    """What waited longer than the grace gets its floor, and what it was owed; urgent residuals do not wait for it."""
+    queue: ChunkQueue[Piece] = ChunkQueue(ChunkState.READY)
+    waiting, busy = Flow(0, float("inf")), Flow(1, float("inf"))
+    waiting.urgent = urgent
+    for place in range(20):
+        queue.push(Piece(waiting, 1, (place, 0)))
+    for place in range(100):
+        busy.anchors += 1
+        queue.push(Piece(busy, 0, (place, 0)))
+    share = Share(grace=1.0)
+    pieces = [take(queue, share, now=0.05 * i, urgent=[waiting] if urgent else ()) for i in range(60)]
+    first = next(i for i, piece in enumerate(pieces) if piece.level)
+    assert first < 20 if urgent else 20 <= first <= 21
+    assert sum(piece.level for piece in pieces) in (5, 6)  # a tenth
+    while take(queue, share, now=3.0).level == 0 or busy.anchors:
+        pass
+    assert take(queue, share, now=3.0) is None or share.since is None  # anchors are gone: the next time begins anew
