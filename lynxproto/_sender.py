@@ -139,9 +139,7 @@ class _Layer:
         self.index = index
         self.tiles: list[_Tile] = []
         self.digests: tuple[bytes, ...] | None = None
-        self.plan = frames.Plan(
-            layer=index, tiles=tuple(keys), levels=tuple(codecs[key.codec].levels for key in keys)
-        )
+        self.plan = frames.Plan(layer=index, tiles=tuple(keys), levels=tuple(codecs[key.codec].levels for key in keys))
         self.bitmaps = sum(len(key.bitmap) for key in keys)  # bytes
         self.positions = sum(key.positions for key in keys) if self.bitmaps else 0
         self.start_over()
