@@ -584,30 +584,30 @@ class Receiver:
     def flush(self, *, everything: bool = False) -> None:
         """Put what changed since the last call into ACK and CREDIT frames (one each, however much changed).
 
-        Credit goes out when the peer may soon be short of it; the rest when it is time, or if ``everything`` is asked for.
+        Credit goes out when the peer may soon be short of it, the rest when it is time or ``everything`` is asked for.
         """
         if not self.ctx.ready:
             return
         self._short = False
+        confirm = everything or self._confirmation_due
         for t in self._dirty.values():
-            if t.state in (IncomingState.RECEIVING, IncomingState.COMPLETE):
-                if any(window.due for window in t.windows):
-                    limits = tuple(window.advertise() for window in t.windows)
-                    self.ctx.emit(frames.Credit(limits=limits), t.id)
+            if t.state not in (IncomingState.RECEIVING, IncomingState.COMPLETE):
+                continue
+            if confirm and t.asked:
+                self._emit_accept(t)
+                t.asked = False
+                t.changed.clear()
+            elif confirm:
+                self._emit_status(t, sorted(t.changed))
+                t.changed.clear()
+            if any(window.due for window in t.windows):
+                limits = tuple(window.advertise() for window in t.windows)
+                self.ctx.emit(frames.Credit(limits=limits), t.id)
         if any(window.due for window in self.windows):
             self._emit_session_credit()
-        if not everything and not self._confirmation_due:
-            return
-        self._flush_at = None
-        for t in self._dirty.values():
-            if t.state in (IncomingState.RECEIVING, IncomingState.COMPLETE):
-                if t.asked:
-                    self._emit_accept(t)
-                    t.asked = False
-                else:
-                    self._emit_status(t, sorted(t.changed))
-                t.changed.clear()
-        self._dirty.clear()
+        if confirm:
+            self._flush_at = None
+            self._dirty.clear()
 
     @property
     def due(self) -> bool:

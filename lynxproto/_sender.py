@@ -355,7 +355,7 @@ class Sender:
                 return Fit.NOTHING
             return self._credit(chunk)
 
-        chunk = self._waiting.pick(self._encode_share, self._portion(), now, fits, _max_size, self._urgent)
+        chunk = self._waiting.pick(self._encode_share, self._portion(), now, fits, _max_size, urgent=self._urgent)
         if chunk is None:
             return None
         self._move(chunk, "requested")
@@ -599,7 +599,7 @@ class Sender:
                 return
 
     def next_frame(self, *, anchors_only: bool = False) -> Chunk | None:
-        """The encoded chunk to write next, behind the control frames that this queues: its layer's plan, and one more."""
+        """The encoded chunk to write next, behind the plans that this queues: its layer's, and one more."""
         if not self._encoded:
             return None
         chunk = self._encoded.pick(
@@ -608,7 +608,7 @@ class Sender:
             self.ctx.now,
             self._credit,
             _size,
-            self._urgent,
+            urgent=self._urgent,
             anchors_only=anchors_only,
         )
         if chunk is not None:

@@ -61,7 +61,7 @@ C = TypeVar("C", bound=Schedulable)
 class Share:
     """Byte accounting that gives residuals a share of a contended link, without ever giving them more.
 
-    Anchors that are gone within ``grace`` seconds have all of the link: residuals did without it for no longer than that.
+    Anchors that are gone within ``grace`` seconds have all of the link: residuals lacked it for no longer than that.
     """
 
     __slots__ = ("grace", "owed", "since")
@@ -250,8 +250,8 @@ class ChunkQueue(Generic[C]):
         now: float,
         fits: Callable[[C], Fit],
         size: Callable[[C], int],
-        urgent: Collection[Flow] = (),
         *,
+        urgent: Collection[Flow] = (),
         anchors_only: bool = False,
     ) -> C | None:
         """The chunk that goes next, accounted for in ``share`` and in the fairness of its class.

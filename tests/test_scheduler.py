@@ -28,11 +28,12 @@ def take(
     queue: ChunkQueue[Piece],
     share: Share,
     fits: Any = always,
+    *,
     portion: float = 0.1,
     urgent: Any = (),
     now: float = 0.0,
 ) -> Any:
-    piece = queue.pick(share, portion, now, fits, lambda p: p.size, urgent)
+    piece = queue.pick(share, portion, now, fits, lambda p: p.size, urgent=urgent)
     if piece is not None:
         piece.state = ChunkState.SENDING
         if piece.level == 0:
