@@ -445,8 +445,7 @@ typedef struct {
     const uint8_t *at;       /* of the next octet */
     __mmask64 rows[8];       /* channels with a byte in each row, flat */
     bool folded;
-    uint32_t bits[2];        /* of the streams that were used */
-    uint8_t streams[2][FAR_BYTES];
+    _Alignas(64) uint64_t moved[ROW], far[ROW], farther[ROW]; /* D1, D2 and D3 in their places, 8 words an octet */
 } section_reader;
 
 /* Where D1 is, of a folded octet. */
@@ -466,7 +465,6 @@ INLINE bool start_section(section_reader *reader, const lynx_fold *fold, const u
     reader->fold = fold;
     reader->at = in;
     reader->folded = entry != FLAT;
-    reader->bits[0] = reader->bits[1] = 0;
     if (!reader->folded) {
         return true;
     }
@@ -474,36 +472,37 @@ INLINE bool start_section(section_reader *reader, const lynx_fold *fold, const u
     __m512i counts = _mm512_setzero_si512();
     for (int o = 0; o < octets; o++) {
         const __m512i moved = moved_of(fold, in + o * fold->folded_size, valid_tokens(tokens - 8 * o));
+        store(reader->moved + 8 * o, moved);
         counts = _mm512_add_epi8(counts, _mm512_popcnt_epi8(moved)); /* at most 64 */
     }
     const uint32_t count = (uint32_t)_mm512_reduce_add_epi64(_mm512_sad_epu8(counts, _mm512_setzero_si512()));
-    return read_streams(in + octets * fold->folded_size, entry, count, reader->streams);
+    uint8_t streams[2][FAR_BYTES];
+    if (!read_streams(in + octets * fold->folded_size, entry, count, streams)) {
+        return false;
+    }
+    uint32_t at = 0, at_farther = 0; /* all octets before any is loaded whole, for which what was stored must have settled */
+    for (int w = 0; w < 8 * octets; w++) {
+        const uint64_t moved = reader->moved[w], far = _pdep_u64(get_bits64(streams[0], at), moved);
+        reader->far[w] = far;
+        reader->farther[w] = _pdep_u64(get_bits64(streams[1], at_farther), far);
+        at += (uint32_t)_mm_popcnt_u64(moved);
+        at_farther += (uint32_t)_mm_popcnt_u64(far);
+    }
+    return true;
 }
 
-/* The next octet's planes are added to `planes`. */
-INLINE void read_octet(section_reader *reader, __m512i valid, __m512i *planes) {
+/* An octet's planes are added to `planes`. */
+INLINE void read_octet(section_reader *reader, int octet, __m512i *planes) {
     const lynx_fold *fold = reader->fold;
     const uint8_t *in = reader->at;
     if (reader->folded) {
         __m512i row[3];
-        const __m512i d1 = moved_of(fold, in, valid);
         for (int p = 0; p < 3; p++) {
             row[p] = _mm512_maskz_expand_epi8(fold->folded_rows[p], load(in));
             in += _mm_popcnt_u64(fold->folded_rows[p]);
         }
-        _Alignas(64) uint64_t moved[8], far[8], farther[8];
-        store(moved, d1);
-        IN_MEMORY(moved);
-        uint32_t at = reader->bits[0], at_farther = reader->bits[1];
-        for (int w = 0; w < 8; w++) {
-            far[w] = _pdep_u64(get_bits64(reader->streams[0], at), moved[w]);
-            at += (uint32_t)_mm_popcnt_u64(moved[w]);
-            farther[w] = _pdep_u64(get_bits64(reader->streams[1], at_farther), far[w]);
-            at_farther += (uint32_t)_mm_popcnt_u64(far[w]);
-        }
-        reader->bits[0] = at;
-        reader->bits[1] = at_farther;
-        const __m512i high = load(far), low = _mm512_or_si512(_mm512_andnot_si512(high, d1), load(farther));
+        const __m512i d1 = load(reader->moved + 8 * octet), high = load(reader->far + 8 * octet);
+        const __m512i low = _mm512_or_si512(_mm512_andnot_si512(high, d1), load(reader->farther + 8 * octet));
         /* Of what has a sign, which is plane 0: the others' signs count as ones. 0xc3 is ~(x ^ y). */
         const __m512i sign = _mm512_mask_mov_epi8(_mm512_set1_epi8(-1), fold->three, row[0]);
         const __m512i upper = _mm512_ternarylogic_epi64(high, sign, sign, 0xc3), lower = _mm512_ternarylogic_epi64(low, sign, sign, 0xc3);
@@ -543,14 +542,13 @@ static int unpack_folded(const lynx_planes *planes, const int16_t *zeros, const 
     const centres c = centres_of(planes, zeros != NULL, anchor_entry != FLAT, rest != NULL && rest_entry != FLAT);
     __m512i before = _mm512_set1_epi8(96);
     for (int first = 0; first < tokens; first += 8) {
-        const __m512i valid = valid_tokens(tokens - first);
         __m512i in_order[8], r[8];
         for (int p = 0; p < 8; p++) {
             in_order[p] = _mm512_setzero_si512();
         }
-        read_octet(&readers[0], valid, in_order);
+        read_octet(&readers[0], first / 8, in_order);
         if (rest != NULL) {
-            read_octet(&readers[1], valid, in_order);
+            read_octet(&readers[1], first / 8, in_order);
         }
         for (int p = 0; p < 8; p++) {
             r[7 - p] = in_order[p];

@@ -83,28 +83,28 @@ static inline uint32_t count_bits(const uint8_t *stream, uint32_t position, uint
 static inline uint32_t pair_stream(const uint8_t *stream, uint32_t count, uint8_t *paired) {
     const uint32_t half = (count + 1) / 2;
     uint32_t either = 0, first = 0;
+    uint64_t x[BLOCK_VALUES / 128], y[BLOCK_VALUES / 128];
     for (uint32_t i = 0; i < half; i += 64) {
-        const uint64_t x = some_bits64(stream, i, half - i), y = some_bits64(stream, half + i, half - i);
-        either += (uint32_t)POPCOUNT64(x | y);
-        first += (uint32_t)POPCOUNT64(x);
+        x[i / 64] = some_bits64(stream, i, half - i);
+        y[i / 64] = some_bits64(stream, half + i, half - i);
+        either += (uint32_t)POPCOUNT64(x[i / 64] | y[i / 64]);
+        first += (uint32_t)POPCOUNT64(x[i / 64]);
     }
     if (half + either + first >= count) {
         return count;
     }
-    for (uint32_t i = 0; i < half; i += 64) {
-        const uint64_t x = some_bits64(stream, i, half - i), y = some_bits64(stream, half + i, half - i);
-        put_bits64(paired, i, x | y);
+    const uint32_t words = (half + 63) / 64;
+    for (uint32_t w = 0; w < words; w++) {
+        store64(paired + 8 * w, x[w] | y[w]);
     }
     uint32_t at = half;
-    for (uint32_t i = 0; i < half; i += 64) {
-        const uint64_t x = some_bits64(stream, i, half - i), y = some_bits64(stream, half + i, half - i);
-        put_bits64(paired, at, COMPRESS64(x, x | y));
-        at += (uint32_t)POPCOUNT64(x | y);
+    for (uint32_t w = 0; w < words; w++) {
+        put_bits64(paired, at, COMPRESS64(x[w], x[w] | y[w]));
+        at += (uint32_t)POPCOUNT64(x[w] | y[w]);
     }
-    for (uint32_t i = 0; i < half; i += 64) {
-        const uint64_t x = some_bits64(stream, i, half - i), y = some_bits64(stream, half + i, half - i);
-        put_bits64(paired, at, COMPRESS64(y, x));
-        at += (uint32_t)POPCOUNT64(x);
+    for (uint32_t w = 0; w < words; w++) {
+        put_bits64(paired, at, COMPRESS64(y[w], x[w]));
+        at += (uint32_t)POPCOUNT64(x[w]);
     }
     return at;
 }
