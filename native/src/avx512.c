@@ -128,6 +128,10 @@ INLINE __m512i odd_quarters(__m512i a, __m512i b) {
     return _mm512_shuffle_i64x2(a, b, 0xdd);
 }
 
+/* Magnitude words that stay in the range that exponents move, whatever the exponent: from INNER on, so many. */
+#define RESCALE_INNER (RESCALE_FIRST + 1024)
+#define RESCALE_SPAN (RESCALE_COUNT - 2048)
+
 /* Words outside the range that exponents move stay; those that leave it come in again at the other end. */
 static __attribute__((noinline)) __m512i rescaled_each(__m512i word, const int16_t *shifts) {
     uint16_t words[32];
@@ -139,10 +143,9 @@ static __attribute__((noinline)) __m512i rescaled_each(__m512i word, const int16
 }
 
 INLINE __m512i rescaled_row(__m512i word, __m512i shift, const int16_t *shifts) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
-    const __m512i inner = _mm512_set1_epi16(RESCALE_FIRST + 1024), count = _mm512_set1_epi16(RESCALE_COUNT - 2048);
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), inner = _mm512_set1_epi16(RESCALE_INNER);
     const __m512i from = _mm512_sub_epi16(_mm512_and_si512(word, magnitude), inner);
-    const __mmask32 inside = _mm512_cmplt_epu16_mask(from, count); /* and so for any exponent */
+    const __mmask32 inside = _mm512_cmplt_epu16_mask(from, _mm512_set1_epi16(RESCALE_SPAN));
     if (__builtin_expect(_mm512_mask_test_epi16_mask((__mmask32)~inside, word, magnitude) != 0, 0)) {
         return rescaled_each(word, shifts);
     }
@@ -159,23 +162,43 @@ static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t strid
     }
 }
 
+/* Up to 8 rows, of which the words that do not simply move are looked for afterwards, in all at once. */
+INLINE void rescale_octet(const __m512i shift[2], const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int count,
+                          uint16_t *out) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), inner = _mm512_set1_epi16(RESCALE_INNER);
+    __m512i farthest = _mm512_setzero_si512();
+    for (int t = 0; t < count; t++) {
+        for (int i = 0; i < 2; i++) {
+            const __m512i word = load(rows + t * stride + 32 * i);
+            farthest = _mm512_max_epu16(farthest, _mm512_sub_epi16(_mm512_and_si512(word, magnitude), inner));
+            store(out + t * ROW + 32 * i, _mm512_sub_epi16(word, shift[i]));
+        }
+    }
+    if (__builtin_expect(_mm512_cmpge_epu16_mask(farthest, _mm512_set1_epi16(RESCALE_SPAN)) != 0, 0)) {
+        for (int t = 0; t < count; t++) {
+            for (int i = 0; i < 2; i++) {
+                uint16_t *at = out + t * ROW + 32 * i;
+                store(at, rescaled_row(_mm512_add_epi16(load(at), shift[i]), shift[i], shifts + 32 * i));
+            }
+        }
+    }
+}
+
 /* Of value groups, whose words are rescaled first, unless `shifts` is null. */
 INLINE void range_of_values(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                             int16_t *low, int16_t *high) {
     const __m512i none = _mm512_setzero_si512();
     const __m512i shift[2] = {shifts == NULL ? none : load(shifts), shifts == NULL ? none : load(shifts + 32)};
     for (int first = 0; first < tokens; first += 8) {
-        __m512i word[2] = {none, none}, r[8]; /* least words in the lower half, complements of the largest in the upper */
+        const int count = tokens - first < 8 ? tokens - first : 8;
+        if (shifts != NULL) {
+            rescale_octet(shift, shifts, rows + first * stride, stride, count, out + first * ROW);
+        }
+        __m512i r[8]; /* least words in the lower half, complements of the largest in the upper */
         for (int j = 0; j < 8; j++) {
-            const int t = first + j;
-            for (int i = 0; i < 2 && t < tokens; i++) { /* behind the last row that again, which may be in place */
-                word[i] = load(rows + t * stride + 32 * i);
-                if (shifts != NULL) {
-                    word[i] = rescaled_row(word[i], shift[i], shifts + 32 * i);
-                    store(out + t * ROW + 32 * i, word[i]);
-                }
-            }
-            const __m512i a = ordered16(word[0]), b = ordered16(word[1]);
+            const int t = first + (j < count ? j : count - 1);
+            const uint16_t *row = shifts == NULL ? rows + t * stride : out + t * ROW;
+            const __m512i a = ordered16(load(row)), b = ordered16(load(row + 32));
             const __m512i largest = _mm512_max_epi16(a, b);
             r[j] = FOLD(low_halves, high_halves, _mm512_min_epi16(a, b), _mm512_xor_si512(largest, _mm512_set1_epi32(-1)));
         }
@@ -224,23 +247,33 @@ static void rescale_range(const int16_t *shifts, const uint16_t *rows, ptrdiff_t
     range_of_values(shifts, rows, stride, tokens, out, low, high);
 }
 
-#define PREFETCHED 32 /* rows ahead */
+#define PREFETCHED 64 /* rows ahead */
 
+INLINE void survey_row(const uint16_t *row, const uint16_t *ahead, __m512i least[2], __m512i largest[2], __m512i negative[2]) {
+    for (int i = 0; i < 2; i++) {
+        __builtin_prefetch(ahead + 32 * i);
+        const __m512i word = load(row + 32 * i), o = ordered16(word);
+        least[i] = _mm512_min_epi16(least[i], o);
+        largest[i] = _mm512_max_epi16(largest[i], o);
+        negative[i] = _mm512_sub_epi16(negative[i], _mm512_srai_epi16(word, 15));
+    }
+}
+
+/* Both halves in turn: two streams come from memory faster than one. */
 static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
+    const int half = tokens / 2;
     __m512i least[2], largest[2], negative[2];
     for (int i = 0; i < 2; i++) {
         least[i] = _mm512_set1_epi16(INT16_MAX);
         largest[i] = _mm512_set1_epi16(INT16_MIN);
         negative[i] = _mm512_setzero_si512();
     }
-    for (int t = 0; t < tokens; t++, rows += stride) {
-        for (int i = 0; i < 2; i++) {
-            __builtin_prefetch(rows + 32 * i + PREFETCHED * stride);
-            const __m512i word = load(rows + 32 * i), o = ordered16(word);
-            least[i] = _mm512_min_epi16(least[i], o);
-            largest[i] = _mm512_max_epi16(largest[i], o);
-            negative[i] = _mm512_sub_epi16(negative[i], _mm512_srai_epi16(word, 15));
-        }
+    for (int t = 0; t < half; t++, rows += stride) {
+        survey_row(rows, rows + PREFETCHED * stride, least, largest, negative);
+        survey_row(rows + half * stride, rows + (half + PREFETCHED) * stride, least, largest, negative);
+    }
+    if (tokens % 2 != 0) {
+        survey_row(rows + half * stride, rows, least, largest, negative);
     }
     for (int i = 0; i < 2; i++) {
         store(low + 32 * i, least[i]);
