@@ -13,7 +13,7 @@ from threading import Lock
 from lynxproto.errors import StreamClosedError, TransportError
 from lynxproto.transports._socket import SocketStream
 from lynxproto.transports.abc import Address, ByteStream, Listener, Setup, Transport
-from lynxproto.transports.tcp import LOCAL_BYTES
+from lynxproto.transports.tcp import UNIX_BYTES
 
 __all__ = ["MemoryTransport", "connect_memory", "listen_memory", "memory_pair"]
 
@@ -24,7 +24,7 @@ _listeners: dict[str, _MemoryListener] = {}
 def _socketpair() -> tuple[socket.socket, socket.socket]:
     pair = socket.socketpair()
     for sock in pair:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BYTES)
     return pair
 
 
