@@ -12,7 +12,6 @@ After any call, the shell takes the events (:meth:`Connection.next_event`), asks
 
 from __future__ import annotations
 
-import hmac
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,24 +19,23 @@ from enum import IntEnum
 from random import Random, SystemRandom
 from typing import Any, Final
 
-from lynxproto import _cbor, frames
+from lynxproto import frames
 from lynxproto._context import Backoff, Context, Land, Lend, Peer
+from lynxproto._handshake import Handshake, PeerRefusal, as_refusal, hello_session
 from lynxproto._receiver import Receiver
 from lynxproto._sender import Chunk, Sender
 from lynxproto._stripe import HANDSHAKE_TYPES, FrameReader, Stripe, Target
 from lynxproto.chunk import Tile
-from lynxproto.config import Config, Limits, Secret
+from lynxproto.config import Config, Limits
 from lynxproto.counters import Counters
-from lynxproto.digest import Sums, crc32c
+from lynxproto.digest import Sums
 from lynxproto.errors import (
-    AuthenticationError,
     ConnectionClosedError,
     CorruptFrameError,
     DeadlineError,
     ErrorCode,
     ExpiredSecretError,
     ForbiddenError,
-    LimitError,
     LocalError,
     NotFoundError,
     PeerError,
@@ -60,7 +58,7 @@ from lynxproto.events import (
 )
 from lynxproto.frames import HEADER_SIZE, MAX_HELLO, VERSION, FrameType, Header
 from lynxproto.manifest import FetchKey, Manifest, Want, check_wants
-from lynxproto.state import SESSION, STRIPE, IncomingState, SessionState, StripeState, advance
+from lynxproto.state import SESSION, STRIPE, IncomingState, SessionState, advance
 from lynxproto.windows import Budget
 
 __all__ = ["ChunkRequest", "Connection", "News", "hello_session"]
@@ -83,43 +81,6 @@ class ChunkRequest:
     transfer: int
     tile: Tile
     level: int
-
-
-def hello_session(data: bytes | bytearray | memoryview) -> bytes | None:
-    """For a listener: which session the first bytes of a new byte stream ask for.
-
-    Returns None while ``data`` is too short to tell, ``b""`` for a new session (make a new Connection), or the
-    16-byte id of the session to join (find the Connection by ``Connection.session``; refuse if there is none).
-    Then call ``open_stripe`` and feed the same bytes to ``receive_data``. Joining is authenticated there.
-
-    Raises :class:`~lynxproto.errors.ProtocolError` for anything that is not a HELLO of at most 16 KiB.
-    """
-    if len(data) < HEADER_SIZE:
-        return None
-    header = Header.unpack(memoryview(data)[:HEADER_SIZE])
-    if header.type != FrameType.HELLO or header.payload_length > MAX_HELLO or header.extension_length:
-        raise ProtocolError("the first frame is not a HELLO of at most 16 KiB")
-    payload = memoryview(data)[HEADER_SIZE : HEADER_SIZE + header.payload_length]
-    if payload.nbytes < header.payload_length:
-        return None
-    if crc32c(payload) != header.payload_crc:
-        raise CorruptFrameError("HELLO: payload CRC32C is wrong")
-    session = _cbor.loads(payload, "HELLO").data("session", 0, 16)
-    if len(session) not in (0, 16):
-        raise ProtocolError("HELLO: a session id has 16 bytes")
-    return bytes(session)
-
-
-class _PeerRefusal(ProtocolError):
-    """ERROR or GOAWAY in a handshake."""
-
-
-def _as_refusal(error: ProtocolError) -> RemoteError:
-    """A refusal as the shell sees it: the class that the peer's code stands for."""
-    for kind in (AuthenticationError, ExpiredSecretError, VersionError, LimitError):
-        if error.code is kind.code:
-            return kind(str(error))
-    return PeerError(str(error), error.code)
 
 
 @dataclass(slots=True)
@@ -176,16 +137,13 @@ class Connection:
     ) -> None:
         if unix_offset is None and any(s.not_before or s.not_after for s in config.secrets):
             raise LocalError("secrets that expire need unix_offset")
-        self._unix_offset = unix_offset or 0.0
-        self._principal = ""
         self._ctx = ctx = Context(config, random or SystemRandom(), Random(None if random is None else random.random()))
         ctx.stripe_alive = self._is_alive
         ctx.take_over = self._take_over
         ctx.land, ctx.lend = land, lend
         self._client = client
         self._state = SessionState.CONNECTING
-        self._session: bytes | None = None
-        self._token = b""
+        self._handshake = Handshake(ctx, client=client, unix_offset=unix_offset or 0.0)
         self._stripes: dict[int, Stripe] = {}
         self._next_stripe = 0
         self._sender = Sender(ctx)
@@ -207,12 +165,12 @@ class Connection:
     @property
     def session(self) -> bytes | None:
         """The 16-byte session id; None until the handshake of the first stripe told it."""
-        return self._session
+        return self._handshake.session
 
     @property
     def principal(self) -> str:
         """Whose shared secret the peer proved to know (:attr:`Secret.owner`); empty if there is none."""
-        return self._principal
+        return self._handshake.principal
 
     @property
     def closed(self) -> bool:
@@ -711,7 +669,10 @@ class Connection:
         elif stripe.ready:
             self._dispatch(stripe, header, frames.parse_body(header, payload, self._ctx.config.limits))
         else:
-            self._handshake(stripe, frames.parse_body(header, payload, self._ctx.config.limits), bytes(payload))
+            body = frames.parse_body(header, payload, self._ctx.config.limits)
+            hello = self._handshake.receive(stripe, body, bytes(payload))
+            if hello is not None:
+                self._stripe_ready(stripe, hello)
 
     # --- stripes: handshake
 
@@ -721,140 +682,15 @@ class Connection:
             return
         for stripe in self._stripes.values():
             others = any(other.my_hello and not other.closed for other in self._stripes.values())
-            if not stripe.my_hello and not stripe.closed and (self._session is not None or not others):
+            if not stripe.my_hello and not stripe.closed and (self._handshake.session is not None or not others):
+                alive = tuple(other.number for other in self._stripes.values() if not other.closed)
                 try:
-                    stripe.secret = self._valid_secret()
+                    self._handshake.greet(stripe, alive)
                 except ExpiredSecretError as error:
                     self._drop_stripe(stripe, error)
                     if not self._ready_stripes():
                         self._fail(error, tell=False)
                     return
-                self._say_hello(stripe)
-
-    def _valid_secret(self) -> Secret | None:
-        """The client's secret: the first that is valid now; None if there are none."""
-        expired: ExpiredSecretError | None = None
-        for secret in self._ctx.config.accepted_secrets:
-            try:
-                secret.check(self._ctx.now + self._unix_offset)
-            except ExpiredSecretError as error:
-                expired = expired or error
-            else:
-                return secret
-        if expired is not None:
-            raise expired
-        return None
-
-    def _named_secret(self, name: str) -> Secret | None:
-        """The server's secret that the client means. Raises :class:`~lynxproto.errors.AuthenticationError`."""
-        secrets = self._ctx.config.accepted_secrets
-        for secret in secrets:
-            if secret.id == name:
-                secret.check(self._ctx.now + self._unix_offset)
-                return secret
-        if secrets or name:
-            what = f"the secret {name!r} is" if name else "a secret without an id is"
-            raise AuthenticationError(f"{what} not accepted here; both sides need the same one (Config.secrets)")
-        return None
-
-    def _say_hello(self, stripe: Stripe, *, token: bytes = b"") -> None:
-        config = self._ctx.config
-        hello = frames.Hello(
-            versions=(VERSION, VERSION),
-            nonce=self._ctx.random.randbytes(32),
-            stripe=stripe.number,
-            name=config.name,
-            lease=config.lease,
-            limits=config.limits,
-            codecs=config.codecs,
-            features=config.features,
-            session=self._session or b"",
-            token=token,
-            alive=tuple(other.number for other in self._stripes.values() if not other.closed) if self._client else (),
-            secret=stripe.secret.id if self._client and stripe.secret else "",
-        )
-        frame = self._ctx.encode(hello)
-        stripe.my_hello = frame[HEADER_SIZE:]
-        stripe.control.append(frame)
-
-    def _proof(self, stripe: Stripe, *, of_client: bool) -> bytes:
-        """HMAC-SHA256 (RFC 2104) over both HELLOs, keyed by the shared secret and, when joining, the join token."""
-        token = self._token if stripe.joins else b""
-        key = hmac.digest(stripe.secret.key if stripe.secret else b"", b"lynxproto 1 key" + token, "sha256")
-        assert stripe.peer_hello is not None
-        mine, theirs = stripe.my_hello, stripe.peer_hello
-        client, server = (mine, theirs) if self._client else (theirs, mine)
-        role = b"lynxproto 1 client" if of_client else b"lynxproto 1 server"
-        return hmac.digest(key, role + len(client).to_bytes(4, "little") + client + server, "sha256")
-
-    def _handshake(self, stripe: Stripe, body: frames.Body, payload: bytes) -> None:
-        if isinstance(body, frames.Error | frames.GoAway):
-            raise _PeerRefusal(f"the peer refused the handshake: {body.text or body.code.name}", body.code)
-        if isinstance(body, frames.Hello) and stripe.state is StripeState.HELLO:
-            stripe.hello, stripe.peer_hello = body, payload
-            low, high = body.versions
-            if not low <= VERSION <= high:
-                raise VersionError(
-                    f"the peer speaks versions {low} to {high}, this side {VERSION}; install the same lynxproto on both"
-                )
-            if self._client:
-                self._on_server_hello(stripe, body)
-            else:
-                self._on_client_hello(stripe, body)
-            stripe.state = advance(STRIPE, stripe.state, "hello")
-        elif isinstance(body, frames.HelloAck) and stripe.state is StripeState.PROOF:
-            stripe.peer_proof = payload
-            self._on_proof(stripe, body)
-        else:
-            text = f"{type(body).__name__} in state {stripe.state.value!r} of the handshake"
-            raise ProtocolError(text, ErrorCode.STATE)
-
-    def _on_server_hello(self, stripe: Stripe, hello: frames.Hello) -> None:
-        stripe.joins = self._session is not None
-        if hello.stripe != stripe.number or len(hello.session) != 16:
-            raise ProtocolError("HELLO: the server answered for another stripe, or without a session")
-        if stripe.joins and hello.session != self._session:
-            raise ProtocolError("HELLO: the server answered for another session")
-        if not stripe.joins and len(hello.token) != 32:
-            raise ProtocolError("HELLO: the server gave no join token")
-
-    def _on_client_hello(self, stripe: Stripe, hello: frames.Hello) -> None:
-        stripe.secret = self._named_secret(hello.secret)
-        stripe.joins = bool(hello.session)
-        if stripe.joins and hello.session != self._session:
-            raise ProtocolError("no such session here; it may have timed out", ErrorCode.NOT_FOUND)
-        if not stripe.joins:
-            if self._session is not None:
-                raise ProtocolError("a HELLO for a new session on an existing one", ErrorCode.STATE)
-            self._session = self._ctx.random.randbytes(16)
-            self._token = self._ctx.random.randbytes(32)
-        stripe.number = hello.stripe
-        self._say_hello(stripe, token=b"" if stripe.joins else self._token)
-        proof = self._proof(stripe, of_client=False)
-        stripe.control.append(self._ctx.encode(frames.HelloAck(version=VERSION, mac=proof)))
-
-    def _on_proof(self, stripe: Stripe, body: frames.HelloAck) -> None:
-        hello = stripe.hello
-        assert hello is not None
-        if body.version != VERSION:
-            raise VersionError(f"the peer chose version {body.version}, this side speaks {VERSION}")
-        if not hmac.compare_digest(body.mac, self._proof(stripe, of_client=not self._client)):
-            raise AuthenticationError("the peer did not prove that it knows the secret; is Config.secret the same?")
-        principal = stripe.secret.owner if stripe.secret else ""
-        if not stripe.joins:
-            self._principal = principal
-        elif not self._client and principal != self._principal:
-            raise AuthenticationError(f"the session belongs to {self._principal!r}, this stripe to {principal!r}")
-        limit = self._ctx.config.limits.stripes
-        if not self._client and len(self._ready_stripes()) - len(self._given_up(stripe, hello)) >= limit:
-            raise ProtocolError(f"more than {limit} stripes", ErrorCode.LIMIT)
-        if self._client:
-            proof = self._proof(stripe, of_client=True)
-            stripe.control.append(self._ctx.encode(frames.HelloAck(version=VERSION, mac=proof)))
-            if not stripe.joins:
-                self._session, self._token = hello.session, hello.token
-        stripe.state = advance(STRIPE, stripe.state, "proof")
-        self._stripe_ready(stripe, hello)
 
     def _given_up(self, stripe: Stripe, hello: frames.Hello) -> list[Stripe]:
         """The stripes that the client has lost, as it says in the HELLO of a later one."""
@@ -863,6 +699,10 @@ class Connection:
 
     def _stripe_ready(self, stripe: Stripe, hello: frames.Hello) -> None:
         ctx = self._ctx
+        limit = ctx.config.limits.stripes
+        if not self._client and len(self._ready_stripes()) - len(self._given_up(stripe, hello)) >= limit:
+            raise ProtocolError(f"more than {limit} stripes", ErrorCode.LIMIT)
+        stripe.state = advance(STRIPE, stripe.state, "proof")
         if not self._client:
             for other in self._given_up(stripe, hello):
                 self._drop_stripe(other, ConnectionClosedError("the client says that it lost this stripe"))
@@ -871,13 +711,13 @@ class Connection:
         ctx.ready = True
         self._alone_since = None
         if was is SessionState.CONNECTING:
-            assert self._session is not None
+            assert self.session is not None
             ctx.peer = Peer(hello.name, hello.limits, hello.codecs, hello.features, hello.lease)
             for window in self._sender.windows:
                 window.raise_limit(hello.limits.session_window)
             ctx.events.append(
                 HandshakeCompleted(
-                    session=self._session,
+                    session=self.session,
                     peer_name=hello.name,
                     version=VERSION,
                     codecs=hello.codecs,
@@ -908,8 +748,8 @@ class Connection:
                 self._fail(error, tell=True)
             return
         # Nobody is known in a handshake: a stranger may cost this stripe, not a session that stands.
-        refused = isinstance(error, _PeerRefusal)
-        shown = _as_refusal(error) if refused else error
+        refused = isinstance(error, PeerRefusal)
+        shown = as_refusal(error) if refused else error
         self._drop_stripe(stripe, shown)
         if not refused:
             stripe.control.append(self._ctx.encode(frames.Error(code=error.code, text=str(error))))
@@ -924,7 +764,7 @@ class Connection:
     def _start_over(self, error: RemoteError) -> None:
         """The server has forgotten the session: begin another, and offer in it what this side was sending."""
         self._state = advance(SESSION, self._state, "forgotten")
-        self._session, self._token = None, b""
+        self._handshake.forget()
         for other in self._stripes.values():
             if not other.closed:  # it asks for the session that is gone
                 self._drop_stripe(other, error)

@@ -576,7 +576,8 @@ def test_a_stranger_cannot_join_nor_hurt_a_session():
     world = World()
     world.settle()
     thief = Connection(small_config(), client=True)
-    thief._session, thief._token = world.server.connection.session, b"guess" * 6  # saw the id, not the token
+    thief._handshake.session = world.server.connection.session  # it saw the id, not the token
+    thief._handshake._token = b"guess" * 6
     at_thief, at_server = thief.open_stripe(0.0), world.server.connection.open_stripe(0.0)
     for _ in range(3):
         for part in thief.data_to_send(0.0, at_thief):
