@@ -178,17 +178,11 @@ static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride
     }
 }
 
-/* Write the bytes of 32 channels that `compress` selects, 16 at a time; later stores cover what earlier ones overrun. */
-INLINE void compress(__m256i v, const uint8_t *shuffle, const uint8_t *rank, uint8_t *out) {
-    const __m256i packed = _mm256_shuffle_epi8(v, load(shuffle));
-    _mm_storeu_si128((__m128i *)(out + rank[0]), _mm256_castsi256_si128(packed));
-    _mm_storeu_si128((__m128i *)(out + rank[1]), _mm256_extracti128_si256(packed, 1));
-}
-
 static void shuffles(lynx_planes *planes) {
     const uint64_t order = 0x0706050403020100ull, ones = 0x0101010101010101ull;
-    for (int p = 0; p < 8; p++) {
-        const uint64_t masks[2] = {planes->in_anchor[p], planes->used & ~planes->in_anchor[p]};
+    for (int p = 0; p <= FOLDED_REST; p++) {
+        const uint64_t two = planes->in_anchor[1] & ~planes->in_anchor[2], anchor = p == FOLDED_REST ? ~two : planes->in_anchor[p];
+        const uint64_t masks[2] = {anchor, planes->used & ~anchor};
         uint8_t *const expand_by[2] = {planes->anchor_expand[p], planes->rest_expand[p]};
         uint8_t *const compress_by[2] = {planes->anchor_compress[p], planes->rest_compress[p]};
         uint8_t *const ranks[2] = {planes->anchor_rank[p], planes->rest_rank[p]};
@@ -417,10 +411,8 @@ const lynx_kernels lynx_avx2 = {
     .pack = pack,
     .unpack = unpack,
     .check = check,
-    .centre = lynx_avx2_centre,
-    .uncentre = lynx_avx2_uncentre,
-    .fold = lynx_avx2_fold,
-    .unfold = lynx_avx2_unfold,
+    .pack_folded = lynx_avx2_pack_folded,
+    .unpack_folded = lynx_avx2_unpack_folded,
     .rescale = rescale,
     .dequantise = dequantise,
     .place = lynx_avx2_place,

@@ -50,6 +50,13 @@ INLINE __m256i expand(const uint8_t *in, const uint8_t *shuffle, const uint8_t *
     return _mm256_shuffle_epi8(_mm256_set_m128i(second, first), load(shuffle));
 }
 
+/* Write the bytes of 32 channels that `compress` selects, 16 at a time; later stores cover what earlier ones overrun. */
+INLINE void compress(__m256i v, const uint8_t *shuffle, const uint8_t *rank, uint8_t *out) {
+    const __m256i packed = _mm256_shuffle_epi8(v, load(shuffle));
+    _mm_storeu_si128((__m128i *)(out + rank[0]), _mm256_castsi256_si128(packed));
+    _mm_storeu_si128((__m128i *)(out + rank[1]), _mm256_extracti128_si256(packed, 1));
+}
+
 /* Words that are not zero, with `shift` added. */
 INLINE __m256i shifted(__m256i words, __m256i shift) {
     const __m256i zero = _mm256_cmpeq_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0x7fff)), _mm256_setzero_si256());
@@ -104,10 +111,10 @@ INLINE __m256i codes_minus_offset(int part, const uint8_t *codes, int i, const l
 bool lynx_avx2_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
                      const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts,
                      const lynx_stretch *rows, ptrdiff_t stride, lynx_tail *tail);
-void lynx_avx2_centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred);
-void lynx_avx2_uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest, uint8_t *codes);
-uint32_t lynx_avx2_fold(const lynx_fold *how, const uint8_t *flat, int tokens, uint8_t *folded);
-bool lynx_avx2_unfold(const lynx_fold *how, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat);
+void lynx_avx2_pack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *anchor,
+                           uint8_t *rest, uint32_t entries[2]);
+int lynx_avx2_unpack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *anchor, uint32_t anchor_entry,
+                            const uint8_t *rest, uint32_t rest_entry, int tokens, uint8_t *codes);
 void lynx_avx2_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                     int channels, const lynx_params *params, lynx_streams *streams);
 int lynx_avx2_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,

@@ -1,151 +1,418 @@
-/* Folding for AVX2: codes around their centres, and the prefix code of their top planes. */
+/* Folding for AVX2, from codes to a section's bytes and back; spec/codec-hq.md, "Folding". Both sections at once: a channel folds in
+ * one of them.
+ *
+ * Distances from centres are made in two steps. What depends on the token before, or on where zero lies, is taken away from
+ * codes; what is left is a matter of planes, of 8 tokens at a time: a sign is plane 0 as it is, of channels of 3 bits and more
+ * the complement (so that a centre can be added without another constant), and the two bits of 2-bit key channels are one
+ * permutation, its mirror image an exclusive or. */
 #include "isa.h"
 
 #if defined(__x86_64__)
 #include "avx2.h"
 
-INLINE const uint8_t *load_row(uint64_t mask, const uint8_t *in, uint8_t *row) {
-    if (mask == ~0ull) {
-        memcpy(row, in, ROW);
-        return in + ROW;
-    }
-    for (int w = 0; w < ROW / 8; w++, row += 8) {
-        store64(row, _pdep_u64(load64(in), byte_mask(mask, w)));
-        in += _mm_popcnt_u32((uint32_t)(mask >> 8 * w & 255));
-    }
-    return in;
-}
-
-/* May write 8 bytes beyond, where the next row or nothing is. */
-INLINE uint8_t *store_row(uint64_t mask, const uint8_t *row, uint8_t *out) {
-    if (mask == ~0ull) {
-        memcpy(out, row, ROW);
-        return out + ROW;
-    }
-    for (int w = 0; w < ROW / 8; w++, row += 8) {
-        store64(out, _pext_u64(load64(row), byte_mask(mask, w)));
-        out += _mm_popcnt_u32((uint32_t)(mask >> 8 * w & 255));
-    }
-    return out;
-}
-
-#define FOLD_ROWS
-#define FOLD_CENTRES
 #define COMPRESS64 _pext_u64
 #define EXPAND64 _pdep_u64
 #define POPCOUNT64 __builtin_popcountll
+#define FOLD_AT_ONCE
 #include "fold.h"
+#include "ranks.h"
 
-/* Half of what the centres of a row's channels are made of: by zero points and biases, or by the codes before. */
-typedef struct {
-    __m256i three, two, one; /* channels that fold so */
-    __m256i bias;            /* of value channels, plus 32 */
-    bool values, any_two, any_one;
-} centres;
+enum { KEYS, VALUES, NARROW_VALUES }; /* values of 2 bits are narrow */
 
-INLINE __m256i channels_of(uint64_t mask, int half) {
-    return _mm256_set_epi64x((long long)byte_mask(mask, 4 * half + 3), (long long)byte_mask(mask, 4 * half + 2),
-                             (long long)byte_mask(mask, 4 * half + 1), (long long)byte_mask(mask, 4 * half));
+INLINE int kind_of(const lynx_planes *planes, const int16_t *zeros) {
+    return zeros == NULL ? KEYS : planes->fold[0].two == 0 ? VALUES : NARROW_VALUES;
 }
 
-INLINE centres centres_of(const lynx_planes *planes, int half, bool values, bool anchor, bool rest) {
-    const uint64_t three = (anchor ? planes->fold[0].three : 0) | (rest ? planes->fold[1].three : 0);
-    const uint64_t two = anchor ? planes->fold[0].two : 0, one = rest ? planes->fold[1].two : 0;
+/* --- centres -------------------------------------------------------------------------------------------------- */
+
+/* Half of a row's channels that fold, as bytes of 255. */
+typedef struct {
+    __m256i three, two, one; /* 3 bits and more, or 0; 2; 1 */
+    __m256i bias;            /* of value channels, plus 32 */
+} half_folds;
+
+INLINE __m256i channels_of(uint64_t mask, int half) {
+    return bytes_of((uint32_t)(mask >> 32 * half));
+}
+
+INLINE half_folds folds_of(const lynx_planes *planes, int half, bool anchor, bool rest) {
+    const lynx_fold *fold = planes->fold;
+    const uint64_t first = anchor ? fold[0].three | fold[0].two : 0, second = rest ? fold[1].three | fold[1].two : 0;
     const __m256i bias = _mm256_packs_epi16(load(planes->bias + 32 * half), load(planes->bias + 32 * half + 16));
-    return (centres){channels_of(three, half), channels_of(two, half), channels_of(one, half),
-                     _mm256_add_epi8(_mm256_permute4x64_epi64(bias, 0xd8), _mm256_set1_epi8(32)), values, two != 0, one != 0};
+    return (half_folds){.three = channels_of((fold[0].three & first) | (fold[1].three & second), half),
+                        .two = channels_of(fold[0].two & first, half),
+                        .one = channels_of(fold[1].two & second, half),
+                        .bias = _mm256_add_epi8(in_order(bias), _mm256_set1_epi8(32))};
 }
 
 INLINE __m256i saturated(int x) {
     return _mm256_set1_epi8((char)(x < 0 ? 0 : x > 255 ? 255 : x));
 }
 
-/* As in avx512.c, for 32 channels. */
-INLINE __m256i from_middle(const centres *c, int zero, __m256i before) {
-    __m256i centre;
-    if (c->values) {
-        const __m256i sum = _mm256_adds_epu8(saturated(zero + 12), c->bias);
-        centre = _mm256_max_epu8(_mm256_subs_epu8(sum, _mm256_set1_epi8(28)), _mm256_set1_epi8(32));
-    } else {
-        const __m256i top = _mm256_and_si256(_mm256_srli_epi16(before, 5), _mm256_set1_epi8(7));
-        const __m256i half = _mm256_add_epi8(_mm256_avg_epu8(top, _mm256_setzero_si256()), _mm256_set1_epi8(2));
-        centre = _mm256_slli_epi16(half, 5);
+/* Centres * 32, in channels that fold so. Sums are worked out in bytes: where they saturate, the centre does too. */
+INLINE __m256i centre_of(int kind, const half_folds *f, int zero, __m256i before) {
+    const __m256i top = _mm256_and_si256(f->three, _mm256_set1_epi8((char)0xe0));
+    if (kind == KEYS) { /* half way from the middle to the code before: (before / 32 + 1) / 2 + 2 */
+        return _mm256_and_si256(_mm256_avg_epu8(before, _mm256_set1_epi8((char)159)), top);
     }
-    return _mm256_xor_si256(_mm256_and_si256(centre, _mm256_set1_epi8((char)0xe0)), _mm256_set1_epi8((char)0x80));
+    const __m256i sum = _mm256_subs_epu8(_mm256_adds_epu8(saturated(zero + 12), f->bias), _mm256_set1_epi8(28));
+    return _mm256_and_si256(_mm256_max_epu8(sum, _mm256_set1_epi8(32)), top);
 }
 
-/* `table`: 8 entries by the code before, or 32 by zero. */
-INLINE __m256i replaced_two(const centres *c, __m256i code, int zero, __m256i before, const uint8_t table[2][32]) {
-    const __m256i top = _mm256_and_si256(_mm256_srli_epi16(code, 6), _mm256_set1_epi8(3));
-    __m256i place;
-    if (c->values) {
-        const __m256i sum = _mm256_adds_epu8(saturated(zero), c->bias);
-        const __m256i least = _mm256_max_epu8(_mm256_subs_epu8(sum, _mm256_set1_epi8(32)), _mm256_set1_epi8(32));
-        const __m256i at = _mm256_min_epu8(least, _mm256_set1_epi8((char)223));
-        const __m256i row = _mm256_and_si256(_mm256_srli_epi16(at, 3), _mm256_set1_epi8(0x1c));
-        const __m256i index = _mm256_or_si256(row, top);
-        const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table[1]));
-        const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(table[1] + 16)));
-        place = _mm256_blendv_epi8(_mm256_shuffle_epi8(low, index), _mm256_shuffle_epi8(high, index), _mm256_slli_epi16(index, 3));
-    } else {
-        const __m256i half = _mm256_and_si256(_mm256_srli_epi16(before, 5), _mm256_set1_epi8(4));
-        const __m256i by_code = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table[0]));
-        place = _mm256_shuffle_epi8(by_code, _mm256_or_si256(half, top));
+/* Of 2-bit key channels: both bits where the code before is of the upper half. */
+INLINE __m256i mirror_of(const half_folds *f, __m256i before) {
+    const __m256i both = _mm256_and_si256(f->two, _mm256_set1_epi8((char)0xc0));
+    return _mm256_and_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), before), both);
+}
+
+/* Values' codes with their two top bits replaced by what a table has for them and for zero: in [0, 64), [64, 96), [96, 128), and
+ * mirrored, from row 1 on. */
+INLINE __m256i replaced_two(const half_folds *f, __m256i code, int zero, const uint8_t table[32]) {
+    const __m256i sum = _mm256_adds_epu8(saturated(zero), f->bias);
+    const __m256i least = _mm256_max_epu8(_mm256_subs_epu8(sum, _mm256_set1_epi8(32)), _mm256_set1_epi8(32));
+    const __m256i at = _mm256_min_epu8(least, _mm256_set1_epi8((char)223));
+    const __m256i row = _mm256_and_si256(_mm256_srli_epi16(at, 3), _mm256_set1_epi8(0x1c));
+    const __m256i index = _mm256_or_si256(row, _mm256_and_si256(_mm256_srli_epi16(code, 6), _mm256_set1_epi8(3)));
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(table + 16)));
+    const __m256i place = _mm256_blendv_epi8(_mm256_shuffle_epi8(low, index), _mm256_shuffle_epi8(high, index), _mm256_slli_epi16(index, 3));
+    const __m256i replaced = _mm256_or_si256(_mm256_and_si256(code, _mm256_set1_epi8(63)), _mm256_slli_epi16(place, 6));
+    return _mm256_blendv_epi8(code, replaced, f->two);
+}
+
+INLINE __m256i centred(int kind, const half_folds *f, __m256i code, int zero, __m256i before) {
+    static const uint8_t PLACES[32] = {0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 2, 0, 1, 3, 3, 1, 0, 2, 3, 2, 0, 1, 3, 2, 1, 0};
+    if (kind == NARROW_VALUES) {
+        return replaced_two(f, code, zero, PLACES);
     }
-    return _mm256_or_si256(_mm256_and_si256(code, _mm256_set1_epi8(63)), _mm256_slli_epi16(place, 6));
+    const __m256i out = _mm256_sub_epi8(code, centre_of(kind, f, zero, before));
+    return kind == KEYS ? _mm256_xor_si256(out, mirror_of(f, before)) : out;
 }
 
-INLINE __m256i replaced_one(__m256i code, __m256i channels) {
-    const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), code); /* codes of 128 and more */
-    return _mm256_xor_si256(code, _mm256_and_si256(_mm256_andnot_si256(upper, channels), _mm256_set1_epi8(0x60)));
+INLINE __m256i uncentred(int kind, const half_folds *f, __m256i code, int zero, __m256i before) {
+    static const uint8_t TOPS[32] = {0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 1, 2, 0, 3, 2, 1, 3, 0, 2, 3, 1, 0, 3, 2, 1, 0};
+    if (kind == NARROW_VALUES) {
+        return replaced_two(f, code, zero, TOPS);
+    }
+    const __m256i out = _mm256_add_epi8(code, centre_of(kind, f, zero, before));
+    return kind == KEYS ? _mm256_xor_si256(out, mirror_of(f, before)) : out;
 }
 
-static const uint8_t PLACES[2][32] = {
-    {2, 0, 1, 3, 3, 1, 0, 2},
-    {0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 2, 0, 1, 3, 3, 1, 0, 2, 3, 2, 0, 1, 3, 2, 1, 0}};
-static const uint8_t TOPS[2][32] = {
-    {1, 2, 0, 3, 2, 1, 3, 0},
-    {0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 1, 2, 0, 3, 2, 1, 3, 0, 2, 3, 1, 0, 3, 2, 1, 0}};
+/* --- rows of sections ----------------------------------------------------------------------------------------- */
 
-void lynx_avx2_centre(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *centred) {
-    for (int half = 0; half < 2; half++) {
-        const centres c = centres_of(planes, half, zeros != NULL, true, true);
-        __m256i before = _mm256_set1_epi8(FIRST_BEFORE);
-        for (int t = 0; t < tokens; t++) {
-            const __m256i code = load(codes + t * ROW + 32 * half);
-            const int zero = zeros == NULL ? 0 : zeros[t];
-            __m256i out = _mm256_sub_epi8(code, _mm256_and_si256(from_middle(&c, zero, before), c.three));
-            out = c.any_one ? replaced_one(out, c.one) : out;
-            out = c.any_two ? _mm256_blendv_epi8(out, replaced_two(&c, code, zero, before, PLACES), c.two) : out;
-            store(centred + t * ROW + 32 * half, out);
-            before = code;
+/* A plane's bytes in each octet of a section. */
+typedef struct {
+    const uint8_t *expand, *compress, *rank; /* of lynx_planes; not used where all channels or none have the plane */
+    int at, count;
+} plane_row;
+
+/* `folded`: of plane 1 the place of D1, and of plane 2 what does not fold. Returns the bytes of an octet. */
+INLINE int rows_of(const lynx_planes *planes, int section, bool folded, plane_row rows[8]) {
+    int at = 0;
+    for (int p = 0; p < 8; p++) {
+        const bool anchor = section == ANCHOR_SECTION;
+        int which = p; /* plane whose channels these are: D1 is there for those that have plane 2 in the anchor */
+        which = folded && anchor && p == 1 ? 2 : which;
+        which = folded && !anchor && p == 2 ? FOLDED_REST : which;
+        const int count = folded && anchor && p == 2     ? 0
+                          : anchor                       ? planes->anchor_count[which]
+                          : which == FOLDED_REST         ? planes->anchor_count[1] - planes->anchor_count[2]
+                                                         : planes->channels - planes->anchor_count[which];
+        rows[p] = anchor ? (plane_row){planes->anchor_expand[which], planes->anchor_compress[which], planes->anchor_rank[which], at, count}
+                         : (plane_row){planes->rest_expand[which], planes->rest_compress[which], planes->rest_rank[which], at, count};
+        at += count;
+    }
+    return at;
+}
+
+INLINE __m256i read_row(const plane_row *row, const uint8_t *octet, int half) {
+    if (row->count == 0) {
+        return _mm256_setzero_si256();
+    }
+    const uint8_t *in = octet + row->at;
+    return row->count == ROW ? load(in + 32 * half) : expand(in, row->expand + 32 * half, row->rank + 2 * half);
+}
+
+/* In ascending order: what is written too much will be covered. */
+INLINE void write_row(const plane_row *row, uint8_t *octet, const __m256i halves[2]) {
+    uint8_t *out = octet + row->at;
+    for (int half = 0; half < 2 && row->count != 0; half++) {
+        if (row->count == ROW) {
+            store(out + 32 * half, halves[half]);
+        } else {
+            compress(halves[half], row->compress + 32 * half, row->rank + 2 * half, out);
         }
     }
-    memset(centred + tokens * ROW, 0, (size_t)(-tokens & 7) * ROW);
 }
 
-void lynx_avx2_uncentre(const lynx_planes *planes, const int16_t *zeros, int tokens, bool anchor, bool rest,
-                     uint8_t *codes) {
+INLINE __m256i valid_tokens(int tokens) {
+    return _mm256_set1_epi8((char)((1u << (tokens < 8 ? tokens : 8)) - 1));
+}
+
+/* --- decoder -------------------------------------------------------------------------------------------------- */
+
+#define WORDS (BLOCK_VALUES / 64) /* of 8 channels, 8 tokens each */
+
+typedef struct {
+    const uint8_t *at; /* of the next octet */
+    bool folded;
+    int size; /* of an octet */
+    plane_row rows[8];
+    _Alignas(32) uint64_t moved[WORDS], far[WORDS], farther[WORDS]; /* D1; D2, D3 where their bits belong; if folded */
+} section_reader;
+
+INLINE uint64_t bits_for(const uint8_t *stream, uint32_t at, uint32_t count) {
+    return __builtin_expect(count <= 57, 1) ? load64(stream + (at >> 3)) >> (at & 7) : get_bits64(stream, at);
+}
+
+static bool start_section(section_reader *reader, const lynx_planes *planes, int section, const uint8_t *in, uint32_t entry,
+                          int tokens) {
+    const lynx_fold *fold = &planes->fold[section];
+    reader->at = in;
+    reader->folded = entry != FLAT;
+    reader->size = rows_of(planes, section, reader->folded, reader->rows);
+    if (!reader->folded) {
+        return true;
+    }
+    const int octets = (tokens + 7) / 8;
     for (int half = 0; half < 2; half++) {
-        const centres c = centres_of(planes, half, zeros != NULL, anchor, rest);
+        const __m256i two = channels_of(section == ANCHOR_SECTION ? fold->two : 0, half);
+        const __m256i rest = channels_of((fold->three | fold->two), half);
+        for (int o = 0; o < octets; o++, in += reader->size) {
+            const __m256i first = read_row(&reader->rows[0], in, half), second = read_row(&reader->rows[1], in, half);
+            const __m256i moved = _mm256_or_si256(_mm256_and_si256(first, two), _mm256_and_si256(second, rest));
+            store(reader->moved + 8 * o + 4 * half, _mm256_and_si256(moved, valid_tokens(tokens - 8 * o)));
+        }
+        in = reader->at;
+    }
+    const int words = 8 * octets;
+    uint32_t count = 0;
+    for (int w = 0; w < words; w++) {
+        count += (uint32_t)_mm_popcnt_u64(reader->moved[w]);
+    }
+    uint8_t streams[2][FAR_BYTES];
+    if (!read_streams(in + octets * reader->size, entry, count, streams)) {
+        return false;
+    }
+    uint32_t at = 0, at_farther = 0;
+    for (int w = 0; w < words; w++) {
+        const uint64_t moved = reader->moved[w];
+        const uint32_t near = (uint32_t)_mm_popcnt_u64(moved);
+        const uint64_t far = _pdep_u64(bits_for(streams[0], at, near), moved);
+        const uint32_t more = (uint32_t)_mm_popcnt_u64(far);
+        reader->far[w] = far;
+        reader->farther[w] = _pdep_u64(bits_for(streams[1], at_farther, more), far);
+        at += near;
+        at_farther += more;
+    }
+    return true;
+}
+
+/* The first three planes of half an octet from what a section or both have of them, and their distances. */
+INLINE void unfold_planes(int kind, const half_folds *f, const section_reader *readers, int sections, int octet, int half,
+                          __m256i planes[3]) {
+    __m256i moved = _mm256_setzero_si256(), far = moved, farther = moved;
+    for (int i = 0; i < sections; i++) {
+        if (readers[i].folded) {
+            const int at = 8 * octet + 4 * half;
+            moved = _mm256_or_si256(moved, load(readers[i].moved + at));
+            far = _mm256_or_si256(far, load(readers[i].far + at));
+            farther = _mm256_or_si256(farther, load(readers[i].farther + at));
+        }
+    }
+    const __m256i near = _mm256_or_si256(_mm256_andnot_si256(far, moved), farther); /* the lower bit of a distance */
+    if (kind == NARROW_VALUES) {
+        planes[0] = far;
+        planes[1] = near;
+        return;
+    }
+    const __m256i less = _mm256_andnot_si256(planes[0], _mm256_or_si256(f->three, f->one));
+    const __m256i high = _mm256_xor_si256(far, less), low = _mm256_xor_si256(near, less);
+    planes[0] = _mm256_xor_si256(_mm256_andnot_si256(f->two, planes[0]), f->three);
+    planes[0] = _mm256_or_si256(planes[0], _mm256_and_si256(low, f->two));
+    planes[1] = _mm256_or_si256(planes[1], _mm256_xor_si256(high, _mm256_andnot_si256(low, f->two)));
+    planes[2] = _mm256_or_si256(planes[2], _mm256_andnot_si256(f->two, low));
+}
+
+INLINE void unpack_as(int kind, const lynx_planes *planes, const int16_t *zeros, section_reader *readers, int sections, int tokens,
+                      uint8_t *codes) {
+    for (int half = 0; half < 2; half++) {
+        const half_folds f = folds_of(planes, half, readers[0].folded, sections == 2 && readers[1].folded);
         __m256i before = _mm256_set1_epi8(FIRST_BEFORE);
-        for (int t = 0; t < tokens; t++) {
-            const __m256i code = load(codes + t * ROW + 32 * half);
-            const int zero = zeros == NULL ? 0 : zeros[t];
-            __m256i out = _mm256_add_epi8(code, _mm256_and_si256(from_middle(&c, zero, before), c.three));
-            out = c.any_one ? replaced_one(out, c.one) : out;
-            before = c.any_two ? _mm256_blendv_epi8(out, replaced_two(&c, code, zero, before, TOPS), c.two) : out;
-            store(codes + t * ROW + 32 * half, before);
+        for (int first = 0; first < tokens; first += 8) {
+            __m256i plane[8], r[8];
+            for (int p = 0; p < 8; p++) {
+                const bool distance = p == 1; /* not a plane where a section is folded */
+                __m256i v = _mm256_setzero_si256();
+                for (int i = 0; i < sections; i++) {
+                    if (!(distance && readers[i].folded)) {
+                        v = _mm256_or_si256(v, read_row(&readers[i].rows[p], readers[i].at + first / 8 * readers[i].size, half));
+                    }
+                }
+                plane[p] = v;
+            }
+            unfold_planes(kind, &f, readers, sections, first / 8, half, plane);
+            for (int p = 0; p < 8; p++) {
+                r[7 - p] = plane[p];
+            }
+            transpose(r, false);
+            for (int t = 0; t < 8; t++) {
+                before = uncentred(kind, &f, r[t], kind == KEYS ? 0 : zeros[first + t], before);
+                store(codes + (first + t) * ROW + 32 * half, before);
+            }
         }
     }
 }
 
-uint32_t lynx_avx2_fold(const lynx_fold *how, const uint8_t *flat, int tokens, uint8_t *folded) {
-    return fold(how, flat, tokens, folded);
+int lynx_avx2_unpack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *anchor, uint32_t anchor_entry,
+                            const uint8_t *rest, uint32_t rest_entry, int tokens, uint8_t *codes) {
+    section_reader readers[2];
+    if (!start_section(&readers[0], planes, ANCHOR_SECTION, anchor, anchor_entry, tokens)) {
+        return IN_ANCHOR;
+    }
+    if (rest != NULL && !start_section(&readers[1], planes, REST_SECTION, rest, rest_entry, tokens)) {
+        return IN_REST;
+    }
+    const int sections = rest == NULL ? 1 : 2;
+    switch (kind_of(planes, zeros)) {
+    case KEYS:
+        unpack_as(KEYS, planes, zeros, readers, sections, tokens, codes);
+        break;
+    case VALUES:
+        unpack_as(VALUES, planes, zeros, readers, sections, tokens, codes);
+        break;
+    default:
+        unpack_as(NARROW_VALUES, planes, zeros, readers, sections, tokens, codes);
+    }
+    return -1;
 }
 
-bool lynx_avx2_unfold(const lynx_fold *how, const uint8_t *folded, uint32_t entry, int tokens, uint8_t *flat) {
-    return unfold(how, folded, entry, tokens, flat);
+/* --- encoder -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    uint8_t *at; /* of the next octet; null: not made */
+    int size;
+    uint64_t folds; /* channels */
+    plane_row rows[8];
+    bit_writer streams[2]; /* D2, D3 */
+    uint8_t bytes[2][FAR_BYTES];
+} section_writer;
+
+static void start_writer(section_writer *writer, const lynx_planes *planes, int section, uint8_t *out) {
+    writer->at = out;
+    writer->size = rows_of(planes, section, true, writer->rows);
+    writer->folds = planes->fold[section].three | planes->fold[section].two;
+    for (int i = 0; i < 2; i++) {
+        writer->streams[i] = (bit_writer){writer->bytes[i], 0, 0};
+    }
+}
+
+/* The bits of a word that `mask` selects. */
+INLINE void put_selected(bit_writer *out, uint64_t word, uint64_t mask) {
+    const uint32_t count = (uint32_t)_mm_popcnt_u64(mask);
+    if (__builtin_expect(count <= 56, 1)) {
+        put(out, _pext_u64(word, mask), count);
+    } else {
+        put(out, _pext_u64(word, mask & UINT32_MAX), (uint32_t)_mm_popcnt_u64(mask & UINT32_MAX));
+        put(out, _pext_u64(word, mask & ~(uint64_t)UINT32_MAX), (uint32_t)_mm_popcnt_u64(mask >> 32));
+    }
+}
+
+/* Distances from the first three planes of half an octet: D1, and D2 and D3 where they are sent. Plane 0 is made what is sent. */
+INLINE void fold_planes(int kind, const half_folds *f, __m256i valid, __m256i planes[8], __m256i *moved, __m256i *far,
+                        __m256i *farther) {
+    __m256i high = planes[0], low = planes[1];
+    if (kind != NARROW_VALUES) {
+        const __m256i with_sign = _mm256_or_si256(f->three, f->one);
+        const __m256i less = _mm256_and_si256(_mm256_xor_si256(planes[0], f->one), with_sign);
+        high = _mm256_xor_si256(_mm256_xor_si256(planes[1], less), _mm256_andnot_si256(planes[0], f->two));
+        low = _mm256_xor_si256(_mm256_andnot_si256(f->two, planes[2]), less);
+        low = _mm256_or_si256(low, _mm256_and_si256(planes[0], f->two));
+    }
+    *far = _mm256_and_si256(high, valid);
+    *farther = _mm256_and_si256(low, valid);
+    *moved = _mm256_or_si256(*far, *farther);
+    const __m256i first = _mm256_andnot_si256(f->two, _mm256_xor_si256(planes[0], f->three));
+    planes[0] = _mm256_or_si256(_mm256_and_si256(first, valid), _mm256_and_si256(*moved, f->two));
+}
+
+/* An octet's D2 and D3 of a section, of which the planes are in `words`: D1, then D2 and D3 of all channels. */
+INLINE void put_octet(section_writer *out, uint64_t words[3][8]) {
+    bit_writer far = out->streams[0], farther = out->streams[1];
+    for (int w = 0; w < 8; w++) {
+        const uint64_t folds = byte_mask(out->folds, w);
+        if (folds != 0) {
+            put_selected(&far, words[1][w], words[0][w] & folds);
+            put_selected(&farther, words[2][w], words[1][w] & folds);
+        }
+    }
+    out->streams[0] = far;
+    out->streams[1] = farther;
+}
+
+INLINE void pack_as(int kind, const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens,
+                    section_writer *writers) {
+    half_folds f[2];
+    __m256i before[2];
+    for (int half = 0; half < 2; half++) {
+        f[half] = folds_of(planes, half, writers[0].at != NULL, writers[1].at != NULL);
+        before[half] = _mm256_set1_epi8(FIRST_BEFORE);
+    }
+    for (int first = 0; first < tokens; first += 8, codes += 8 * ROW) {
+        __m256i plane[8][2], moved[2];
+        _Alignas(32) uint64_t words[3][8];
+        for (int half = 0; half < 2; half++) {
+            __m256i r[8], in[8], far, farther;
+            for (int t = 0; t < 8; t++) {
+                const __m256i code = load(codes + t * ROW + 32 * half);
+                r[t] = centred(kind, &f[half], code, kind == KEYS ? 0 : zeros[first + t], before[half]);
+                before[half] = code;
+            }
+            transpose(r, false);
+            for (int p = 0; p < 8; p++) {
+                in[p] = r[7 - p];
+            }
+            fold_planes(kind, &f[half], valid_tokens(tokens - first), in, &moved[half], &far, &farther);
+            store(words[0] + 4 * half, moved[half]);
+            store(words[1] + 4 * half, far);
+            store(words[2] + 4 * half, farther);
+            for (int p = 0; p < 8; p++) {
+                plane[p][half] = in[p];
+            }
+        }
+        for (int i = 0; i < 2; i++) {
+            section_writer *out = &writers[i];
+            if (out->at != NULL) {
+                put_octet(out, words);
+                for (int p = 0; p < 8; p++) {
+                    write_row(&out->rows[p], out->at, p == 1 ? moved : plane[p]);
+                }
+                out->at += out->size;
+            }
+        }
+    }
+}
+
+void lynx_avx2_pack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *anchor,
+                           uint8_t *rest, uint32_t entries[2]) {
+    section_writer writers[2];
+    start_writer(&writers[0], planes, ANCHOR_SECTION, anchor);
+    start_writer(&writers[1], planes, REST_SECTION, rest);
+    switch (kind_of(planes, zeros)) {
+    case KEYS:
+        pack_as(KEYS, planes, zeros, codes, tokens, writers);
+        break;
+    case VALUES:
+        pack_as(VALUES, planes, zeros, codes, tokens, writers);
+        break;
+    default:
+        pack_as(NARROW_VALUES, planes, zeros, codes, tokens, writers);
+    }
+    for (int i = 0; i < 2; i++) {
+        section_writer *made = &writers[i];
+        const uint32_t bits[2] = {position(&made->streams[0], made->bytes[0]), position(&made->streams[1], made->bytes[1])};
+        entries[i] = made->at == NULL ? FLAT : write_streams(made->bytes, bits, made->at);
+    }
 }
 
 AVX2_END

@@ -82,7 +82,7 @@ INLINE __m512i uncentred_row(const centres *c, __m512i code, int zero, __m512i b
     return c->two == 0 ? out : _mm512_mask_mov_epi8(out, c->two, replaced_two(c, code, zero, before, by_code, by_zero));
 }
 
-#define FOLD_CENTRES
+#define FOLD_AT_ONCE
 #define COMPRESS64 _pext_u64
 #define EXPAND64 _pdep_u64
 #define POPCOUNT64 __builtin_popcountll

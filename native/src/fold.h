@@ -12,7 +12,7 @@ static inline uint64_t fold_valid(int tokens) {
     return 0x0101010101010101ull * ((1u << (tokens < 8 ? tokens : 8)) - 1);
 }
 
-#ifndef FOLD_ROWS /* an instruction set may bring its own */
+#ifndef FOLD_AT_ONCE /* with planes and centres, as some instruction sets do it; only the streams are needed then */
 
 /* A row's bytes to the places of their channels, with zeros elsewhere; and the reverse, which writes no byte more. Both
  * return the row's end. */
@@ -178,6 +178,11 @@ static inline bool read_streams(const uint8_t *in, uint32_t entry, uint32_t coun
     return left == 0;
 }
 
+/* The code before a block's first token, as centres go. */
+#define FIRST_BEFORE 96
+
+#ifndef FOLD_AT_ONCE
+
 static inline uint32_t fold(const lynx_fold *fold, const uint8_t *flat, int tokens, uint8_t *folded) {
     uint8_t streams[2][FAR_BYTES]; /* D2, D3 */
     memset(streams, 0, sizeof streams);
@@ -269,9 +274,6 @@ static inline bool unfold(const lynx_fold *fold, const uint8_t *folded, uint32_t
     return true;
 }
 
-/* The code before a block's first token, as centres go. */
-#define FIRST_BEFORE 96
-
 /* A channel's top three bits as distance from a centre that lies half way between the middle and the code before. */
 static inline int key_centre(int before) {
     return 2 + (((before >> 5) + 1) >> 1);
@@ -315,8 +317,6 @@ static inline int value_top(int place, int cell) {
     return cell < 3 ? (int)(VALUE_TOPS >> (8 * cell + 2 * place)) & 3
                     : 3 - ((int)(VALUE_TOPS >> (8 * (5 - cell) + 2 * place)) & 3);
 }
-
-#ifndef FOLD_CENTRES
 
 /* 255 for channels of a mask. */
 static inline void mask_bytes(uint64_t mask, uint8_t *bytes) {

@@ -26,6 +26,7 @@ typedef struct {
     int flat_size, folded_size; /* bytes of an octet */
 } lynx_fold;
 
+#define FOLDED_REST 8 /* counts as a plane below */
 enum { ANCHOR_SECTION = 0, REST_SECTION = 1 };
 /* Sections, in faults. */
 enum { IN_PARAMS = 0, IN_REST = 1, IN_RANKS = 2, IN_ANCHOR = 3 };
@@ -48,13 +49,14 @@ typedef struct {
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
     lynx_fold fold[2];           /* of the anchor section, of the rest section */
     int16_t bias[ROW];           /* how far a value channel's centre lies from the token's, in codes */
-    /* What follows is there if an instruction set has `shuffles`, and the planes are not uniform. */
-    uint8_t anchor_rank[8][4]; /* how many channels of plane p come before channel 16 q */
-    uint8_t rest_rank[8][4];
+    /* What follows is there if an instruction set has `shuffles`, and the planes are not uniform. Of the rest section
+     * FOLDED_REST is plane 2 of channels of 2 bits: what is left of it when folded. */
+    uint8_t anchor_rank[9][4]; /* how many channels of plane p come before channel 16 q */
+    uint8_t rest_rank[9][4];
     /* Byte shuffles of lanes of 16 channels; 0x80 = none. Expanding: the place of a channel's byte among those of
      * its lane. Compressing: the channel whose byte comes at a place. */
-    uint8_t anchor_expand[8][ROW], anchor_compress[8][ROW];
-    uint8_t rest_expand[8][ROW], rest_compress[8][ROW];
+    uint8_t anchor_expand[9][ROW], anchor_compress[9][ROW];
+    uint8_t rest_expand[9][ROW], rest_compress[9][ROW];
 } lynx_planes;
 
 /* Parameters of the 64 groups of a block, as the kernels want them. Unused groups have zeros. */
