@@ -45,17 +45,22 @@ INLINE half_folds folds_of(const lynx_planes *planes, int half, bool anchor, boo
                         .bias = _mm256_add_epi8(in_order(bias), _mm256_set1_epi8(32))};
 }
 
-INLINE __m256i saturated(int x) {
-    return _mm256_set1_epi8((char)(x < 0 ? 0 : x > 255 ? 255 : x));
+/* Where zero lies for each token, in bytes, and for centres 12 further: where they saturate, what is made of them does too. */
+INLINE void saturate(int kind, const int16_t *zeros, uint8_t *out) {
+    const __m256i more = _mm256_set1_epi16(kind == VALUES ? 12 : 0);
+    for (int t = 0; t < ROW && kind != KEYS; t += 32) {
+        const __m256i a = _mm256_adds_epi16(load(zeros + t), more), b = _mm256_adds_epi16(load(zeros + t + 16), more);
+        store(out + t, in_order(_mm256_packus_epi16(a, b)));
+    }
 }
 
-/* Centres * 32, in channels that fold so. Sums are worked out in bytes: where they saturate, the centre does too. */
-INLINE __m256i centre_of(int kind, const half_folds *f, int zero, __m256i before) {
+/* Centres * 32, in channels that fold so. */
+INLINE __m256i centre_of(int kind, const half_folds *f, uint8_t zero, __m256i before) {
     const __m256i top = _mm256_and_si256(f->three, _mm256_set1_epi8((char)0xe0));
     if (kind == KEYS) { /* half way from the middle to the code before: (before / 32 + 1) / 2 + 2 */
         return _mm256_and_si256(_mm256_avg_epu8(before, _mm256_set1_epi8((char)159)), top);
     }
-    const __m256i sum = _mm256_subs_epu8(_mm256_adds_epu8(saturated(zero + 12), f->bias), _mm256_set1_epi8(28));
+    const __m256i sum = _mm256_subs_epu8(_mm256_adds_epu8(_mm256_set1_epi8((char)zero), f->bias), _mm256_set1_epi8(28));
     return _mm256_and_si256(_mm256_max_epu8(sum, _mm256_set1_epi8(32)), top);
 }
 
@@ -67,8 +72,8 @@ INLINE __m256i mirror_of(const half_folds *f, __m256i before) {
 
 /* Values' codes with their two top bits replaced by what a table has for them and for zero: in [0, 64), [64, 96), [96, 128), and
  * mirrored, from row 1 on. */
-INLINE __m256i replaced_two(const half_folds *f, __m256i code, int zero, const uint8_t table[32]) {
-    const __m256i sum = _mm256_adds_epu8(saturated(zero), f->bias);
+INLINE __m256i replaced_two(const half_folds *f, __m256i code, uint8_t zero, const uint8_t table[32]) {
+    const __m256i sum = _mm256_adds_epu8(_mm256_set1_epi8((char)zero), f->bias);
     const __m256i least = _mm256_max_epu8(_mm256_subs_epu8(sum, _mm256_set1_epi8(32)), _mm256_set1_epi8(32));
     const __m256i at = _mm256_min_epu8(least, _mm256_set1_epi8((char)223));
     const __m256i row = _mm256_and_si256(_mm256_srli_epi16(at, 3), _mm256_set1_epi8(0x1c));
@@ -80,7 +85,7 @@ INLINE __m256i replaced_two(const half_folds *f, __m256i code, int zero, const u
     return _mm256_blendv_epi8(code, replaced, f->two);
 }
 
-INLINE __m256i centred(int kind, const half_folds *f, __m256i code, int zero, __m256i before) {
+INLINE __m256i centred(int kind, const half_folds *f, __m256i code, uint8_t zero, __m256i before) {
     static const uint8_t PLACES[32] = {0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 2, 0, 1, 3, 3, 1, 0, 2, 3, 2, 0, 1, 3, 2, 1, 0};
     if (kind == NARROW_VALUES) {
         return replaced_two(f, code, zero, PLACES);
@@ -89,7 +94,7 @@ INLINE __m256i centred(int kind, const half_folds *f, __m256i code, int zero, __
     return kind == KEYS ? _mm256_xor_si256(out, mirror_of(f, before)) : out;
 }
 
-INLINE __m256i uncentred(int kind, const half_folds *f, __m256i code, int zero, __m256i before) {
+INLINE __m256i uncentred(int kind, const half_folds *f, __m256i code, uint8_t zero, __m256i before) {
     static const uint8_t TOPS[32] = {0, 0, 0, 0, 0, 1, 2, 3, 1, 0, 2, 3, 1, 2, 0, 3, 2, 1, 3, 0, 2, 3, 1, 0, 3, 2, 1, 0};
     if (kind == NARROW_VALUES) {
         return replaced_two(f, code, zero, TOPS);
@@ -161,10 +166,6 @@ typedef struct {
     _Alignas(32) uint64_t moved[WORDS], far[WORDS], farther[WORDS]; /* D1; D2, D3 where their bits belong; if folded */
 } section_reader;
 
-INLINE uint64_t bits_for(const uint8_t *stream, uint32_t at, uint32_t count) {
-    return __builtin_expect(count <= 57, 1) ? load64(stream + (at >> 3)) >> (at & 7) : get_bits64(stream, at);
-}
-
 static bool start_section(section_reader *reader, const lynx_planes *planes, int section, const uint8_t *in, uint32_t entry,
                           int tokens) {
     const lynx_fold *fold = &planes->fold[section];
@@ -190,18 +191,19 @@ static bool start_section(section_reader *reader, const lynx_planes *planes, int
     for (int w = 0; w < words; w++) {
         count += (uint32_t)_mm_popcnt_u64(reader->moved[w]);
     }
-    uint8_t streams[2][FAR_BYTES];
-    if (!read_streams(in + octets * reader->size, entry, count, streams)) {
+    uint8_t unpaired[2][FAR_BYTES];
+    const uint8_t *streams[2];
+    if (!read_streams(in + octets * reader->size, entry, count, unpaired, streams)) {
         return false;
     }
     uint32_t at = 0, at_farther = 0;
     for (int w = 0; w < words; w++) {
         const uint64_t moved = reader->moved[w];
         const uint32_t near = (uint32_t)_mm_popcnt_u64(moved);
-        const uint64_t far = _pdep_u64(bits_for(streams[0], at, near), moved);
+        const uint64_t far = _pdep_u64(get_few_bits64(streams[0], at, near), moved);
         const uint32_t more = (uint32_t)_mm_popcnt_u64(far);
         reader->far[w] = far;
-        reader->farther[w] = _pdep_u64(bits_for(streams[1], at_farther, more), far);
+        reader->farther[w] = _pdep_u64(get_few_bits64(streams[1], at_farther, more), far);
         at += near;
         at_farther += more;
     }
@@ -234,14 +236,17 @@ INLINE void unfold_planes(int kind, const half_folds *f, const section_reader *r
     planes[2] = _mm256_or_si256(planes[2], _mm256_andnot_si256(f->two, low));
 }
 
-INLINE void unpack_as(int kind, const lynx_planes *planes, const int16_t *zeros, section_reader *readers, int sections, int tokens,
-                      uint8_t *codes) {
+/* `upper`: there are no planes but the first four. */
+INLINE void unpack_as(int kind, bool upper, const lynx_planes *planes, const int16_t *zeros, section_reader *readers, int sections,
+                      int tokens, uint8_t *codes) {
+    uint8_t zero[ROW];
+    saturate(kind, zeros, zero);
     for (int half = 0; half < 2; half++) {
         const half_folds f = folds_of(planes, half, readers[0].folded, sections == 2 && readers[1].folded);
         __m256i before = _mm256_set1_epi8(FIRST_BEFORE);
         for (int first = 0; first < tokens; first += 8) {
             __m256i plane[8], r[8];
-            for (int p = 0; p < 8; p++) {
+            for (int p = 0; p < (upper ? 4 : 8); p++) {
                 const bool distance = p == 1; /* not a plane where a section is folded */
                 __m256i v = _mm256_setzero_si256();
                 for (int i = 0; i < sections; i++) {
@@ -252,12 +257,12 @@ INLINE void unpack_as(int kind, const lynx_planes *planes, const int16_t *zeros,
                 plane[p] = v;
             }
             unfold_planes(kind, &f, readers, sections, first / 8, half, plane);
-            for (int p = 0; p < 8; p++) {
+            for (int p = 0; p < (upper ? 4 : 8); p++) {
                 r[7 - p] = plane[p];
             }
-            transpose(r, false);
+            transpose(r, upper);
             for (int t = 0; t < 8; t++) {
-                before = uncentred(kind, &f, r[t], kind == KEYS ? 0 : zeros[first + t], before);
+                before = uncentred(kind, &f, r[t], kind == KEYS ? 0 : zero[first + t], before);
                 store(codes + (first + t) * ROW + 32 * half, before);
             }
         }
@@ -276,13 +281,17 @@ int lynx_avx2_unpack_folded(const lynx_planes *planes, const int16_t *zeros, con
     const int sections = rest == NULL ? 1 : 2;
     switch (kind_of(planes, zeros)) {
     case KEYS:
-        unpack_as(KEYS, planes, zeros, readers, sections, tokens, codes);
+        unpack_as(KEYS, false, planes, zeros, readers, sections, tokens, codes);
         break;
     case VALUES:
-        unpack_as(VALUES, planes, zeros, readers, sections, tokens, codes);
+        if (sections == 1 && planes->anchor_count[4] == 0) {
+            unpack_as(VALUES, true, planes, zeros, readers, 1, tokens, codes);
+        } else {
+            unpack_as(VALUES, false, planes, zeros, readers, sections, tokens, codes);
+        }
         break;
     default:
-        unpack_as(NARROW_VALUES, planes, zeros, readers, sections, tokens, codes);
+        unpack_as(NARROW_VALUES, false, planes, zeros, readers, sections, tokens, codes);
     }
     return -1;
 }
@@ -352,6 +361,8 @@ INLINE void put_octet(section_writer *out, uint64_t words[3][8]) {
 
 INLINE void pack_as(int kind, const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens,
                     section_writer *writers) {
+    uint8_t zero[ROW];
+    saturate(kind, zeros, zero);
     half_folds f[2];
     __m256i before[2];
     for (int half = 0; half < 2; half++) {
@@ -365,7 +376,7 @@ INLINE void pack_as(int kind, const lynx_planes *planes, const int16_t *zeros, c
             __m256i r[8], in[8], far, farther;
             for (int t = 0; t < 8; t++) {
                 const __m256i code = load(codes + t * ROW + 32 * half);
-                r[t] = centred(kind, &f[half], code, kind == KEYS ? 0 : zeros[first + t], before[half]);
+                r[t] = centred(kind, &f[half], code, kind == KEYS ? 0 : zero[first + t], before[half]);
                 before[half] = code;
             }
             transpose(r, false);

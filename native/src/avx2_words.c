@@ -217,8 +217,8 @@ INLINE bool words_as(int part, const lynx_planes *planes, const lynx_params *par
 }
 
 /* Values of 3 bits: a token has 8 words, of which one register holds the lower bytes, then the upper ones. */
-INLINE void words_by_table(const lynx_params *params, const uint8_t *anchor, int tokens, const int16_t *shifts,
-                           row_writer *out) {
+INLINE void words_by_table(const lynx_params *params, const uint8_t *anchor, const uint8_t *codes, int tokens,
+                           const int16_t *shifts, row_writer *out) {
     float less_of[ROW];
     lift(params, less_of);
     const __m256 step = _mm256_setr_ps(LIFT, LIFT + 32, LIFT + 64, LIFT + 96, LIFT + 128, LIFT + 160, LIFT + 192, LIFT + 224);
@@ -231,9 +231,16 @@ INLINE void words_by_table(const lynx_params *params, const uint8_t *anchor, int
         const int count = tokens - first < 8 ? tokens - first : 8;
         __m256i r[2][8], tables[8];
         for (int half = 0; half < 2; half++) {
-            __m256i *v = r[half];
-            for (int p = 0; p < 3; p++) { /* so that unpacking leaves words in order */
-                v[2 - p] = _mm256_permute4x64_epi64(load(anchor + p * ROW + 32 * half), 0xd8);
+            __m256i *v = r[half]; /* in such an order that unpacking leaves words in theirs */
+            for (int t = 0; t < 8 && codes != NULL; t++) {
+                const __m256i code = in_order(load(codes + (first + t) * ROW + 32 * half));
+                v[t] = _mm256_and_si256(_mm256_srli_epi16(code, 5), _mm256_set1_epi8(7));
+            }
+            if (codes != NULL) {
+                continue;
+            }
+            for (int p = 0; p < 3; p++) {
+                v[2 - p] = in_order(load(anchor + p * ROW + 32 * half));
             }
             v[3] = _mm256_setzero_si256();
             SWAP(v[0], v[2], 2, 0x33);
@@ -276,8 +283,12 @@ bool lynx_avx2_place(int part, const lynx_planes *planes, const lynx_params *par
     row_writer out;
     write_rows(&out, rows, stride, tail);
     bool good = true;
-    if (part == LYNX_VALUE && codes == NULL && !full && planes->widths[0] == 3) {
-        words_by_table(params, anchor, tokens, shifts, &out);
+    if (part == LYNX_VALUE && !full && planes->widths[0] == 3) {
+        if (codes == NULL) {
+            words_by_table(params, anchor, NULL, tokens, shifts, &out);
+        } else {
+            words_by_table(params, NULL, codes, tokens, shifts, &out);
+        }
     } else if (part == LYNX_KEY) {
         good = words_as(LYNX_KEY, planes, params, anchor, rest, codes, full, tokens, NULL, &out);
     } else {

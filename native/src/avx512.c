@@ -509,8 +509,9 @@ INLINE bool start_section(section_reader *reader, const lynx_fold *fold, const u
         counts = _mm512_add_epi8(counts, _mm512_popcnt_epi8(moved)); /* at most 64 */
     }
     const uint32_t count = (uint32_t)_mm512_reduce_add_epi64(_mm512_sad_epu8(counts, _mm512_setzero_si512()));
-    uint8_t streams[2][FAR_BYTES];
-    if (!read_streams(in + octets * fold->folded_size, entry, count, streams)) {
+    uint8_t unpaired[2][FAR_BYTES];
+    const uint8_t *streams[2];
+    if (!read_streams(in + octets * fold->folded_size, entry, count, unpaired, streams)) {
         return false;
     }
     uint32_t at = 0, at_farther = 0; /* all octets before any is loaded whole, for which what was stored must have settled */

@@ -5,6 +5,7 @@
 #define LYNX_FOLD_H
 
 #include "isa.h"
+#include "ranks.h"
 #include "words.h"
 
 /* Bits of an octet that are values, in each byte. */
@@ -70,72 +71,78 @@ static inline uint64_t some_bits64(const uint8_t *stream, uint32_t position, uin
     return left < 64 ? bits & ((1ull << left) - 1) : bits;
 }
 
-static inline uint32_t count_bits(const uint8_t *stream, uint32_t position, uint32_t count) {
-    uint32_t ones = 0;
-    for (uint32_t i = 0; i < count; i += 64) {
-        ones += (uint32_t)POPCOUNT64(some_bits64(stream, position + i, count - i));
-    }
-    return ones;
+/* The same for `count` bits that are used; others may be anything. */
+static inline uint64_t get_few_bits64(const uint8_t *stream, uint32_t position, uint32_t count) {
+    return __builtin_expect(count <= 57, 1) ? load64(stream + (position >> 3)) >> (position & 7) : get_bits64(stream, position);
 }
 
-/* The stream in pairs, if that takes fewer bits: returns how many, or `count`. `stream` has zeros behind, and so will
- * `paired`, of which what is not written must be zeros. */
+/* Of the first `count` bits, those that are 1. */
+static inline uint32_t count_bits(const uint8_t *stream, uint32_t count) {
+    uint32_t ones = 0;
+    for (; count >= 64; stream += 8, count -= 64) {
+        ones += (uint32_t)POPCOUNT64(load64(stream));
+    }
+    return ones + (uint32_t)POPCOUNT64(load64(stream) & ((1ull << count) - 1));
+}
+
+/* The stream in pairs, if that takes fewer bits: returns how many, or `count`. Up to 16 bytes beyond the stream are read, and
+ * may be anything. */
 static inline uint32_t pair_stream(const uint8_t *stream, uint32_t count, uint8_t *paired) {
-    const uint32_t half = (count + 1) / 2;
-    uint32_t either = 0, first = 0;
+    const uint32_t half = (count + 1) / 2, words = (half + 63) / 64;
     uint64_t x[BLOCK_VALUES / 128], y[BLOCK_VALUES / 128];
-    for (uint32_t i = 0; i < half; i += 64) {
-        x[i / 64] = some_bits64(stream, i, half - i);
-        y[i / 64] = some_bits64(stream, half + i, half - i);
-        either += (uint32_t)POPCOUNT64(x[i / 64] | y[i / 64]);
-        first += (uint32_t)POPCOUNT64(x[i / 64]);
+    uint32_t either = 0, first = 0;
+    for (uint32_t w = 0; w < words; w++) {
+        x[w] = some_bits64(stream, 64 * w, half - 64 * w);
+        y[w] = some_bits64(stream, half + 64 * w, count - half - 64 * w);
+        either += (uint32_t)POPCOUNT64(x[w] | y[w]);
+        first += (uint32_t)POPCOUNT64(x[w]);
     }
     if (half + either + first >= count) {
         return count;
     }
-    const uint32_t words = (half + 63) / 64;
+    bit_writer out = {paired, 0, 0};
     for (uint32_t w = 0; w < words; w++) {
-        store64(paired + 8 * w, x[w] | y[w]);
-    }
-    uint32_t at = half;
-    for (uint32_t w = 0; w < words; w++) {
-        put_bits64(paired, at, COMPRESS64(x[w], x[w] | y[w]));
-        at += (uint32_t)POPCOUNT64(x[w] | y[w]);
+        put64(&out, x[w] | y[w], half - 64 * w < 64 ? half - 64 * w : 64);
     }
     for (uint32_t w = 0; w < words; w++) {
-        put_bits64(paired, at, COMPRESS64(y[w], x[w]));
-        at += (uint32_t)POPCOUNT64(x[w]);
+        put64(&out, COMPRESS64(x[w], x[w] | y[w]), (uint32_t)POPCOUNT64(x[w] | y[w]));
     }
-    return at;
+    for (uint32_t w = 0; w < words; w++) {
+        put64(&out, COMPRESS64(y[w], x[w]), (uint32_t)POPCOUNT64(x[w]));
+    }
+    return position(&out, paired);
 }
 
-/* The reverse. Returns the bits that the pairs take; more than `limit` if there are not so many. */
+/* The reverse. Returns the bits that the pairs take; more than `limit` if there are not so many, and nothing is read from there
+ * on, but up to 16 bytes. What is behind the stream's end is not defined. */
 static inline uint32_t unpair_stream(const uint8_t *paired, uint32_t limit, uint32_t count, uint8_t *stream) {
-    const uint32_t half = (count + 1) / 2;
+    const uint32_t half = (count + 1) / 2, shift = half & 63;
     if (half > limit) {
         return half;
     }
-    uint32_t x_at = half, y_at = half + count_bits(paired, 0, half);
-    if (y_at > limit) {
-        return y_at;
-    }
-    const uint32_t size = y_at + count_bits(paired, x_at, y_at - half);
-    if (size > limit) {
-        return size;
-    }
-    uint64_t second[BLOCK_VALUES / 128];
+    uint64_t x = 0, second[BLOCK_VALUES / 128];
+    uint32_t x_at = half, y_at = half + count_bits(paired, half);
     for (uint32_t i = 0; i < half; i += 64) {
-        const uint64_t either = some_bits64(paired, i, half - i);
-        const uint64_t x = EXPAND64(get_bits64(paired, x_at), either);
-        second[i / 64] = (either & ~x) | EXPAND64(get_bits64(paired, y_at), x);
-        x_at += (uint32_t)POPCOUNT64(either);
-        y_at += (uint32_t)POPCOUNT64(x);
+        if (y_at > limit) { /* x_at is no further */
+            return y_at;
+        }
+        const uint64_t whole = load64(paired + i / 8), either = half - i < 64 ? whole & ((1ull << shift) - 1) : whole;
+        const uint32_t some = (uint32_t)POPCOUNT64(either);
+        x = EXPAND64(get_few_bits64(paired, x_at, some), either);
+        const uint32_t both = (uint32_t)POPCOUNT64(x);
+        second[i / 64] = (either & ~x) | EXPAND64(get_few_bits64(paired, y_at, both), x);
+        x_at += some;
+        y_at += both;
         store64(stream + i / 8, x);
     }
-    for (uint32_t i = 0; i < half; i += 64) {
-        put_bits64(stream, half + i, second[i / 64]);
+    stream += half / 64 * 8;
+    uint64_t before = shift == 0 ? 0 : x; /* bits of the word that the second half begins in */
+    for (uint32_t i = 0; i < half; i += 64, stream += 8) {
+        store64(stream, before | second[i / 64] << shift);
+        before = second[i / 64] >> 1 >> (63 - shift);
     }
-    return size;
+    store64(stream, before);
+    return y_at;
 }
 
 #define FAR_BYTES (BLOCK_VALUES / 8 + SLACK) /* of a stream D2 or D3 */
@@ -144,7 +151,7 @@ static inline uint32_t unpair_stream(const uint8_t *paired, uint32_t limit, uint
 static inline uint32_t write_streams(uint8_t streams[2][FAR_BYTES], const uint32_t bits[2], uint8_t *out) {
     uint32_t entry = 0;
     for (int i = 0; i < 2; i++) {
-        uint8_t paired[FAR_BYTES] = {0};
+        uint8_t paired[FAR_BYTES];
         const uint32_t count = pair_stream(streams[i], bits[i], paired), size = (count + 7) / 8;
         memcpy(out, count < bits[i] ? paired : streams[i], size);
         out += size;
@@ -153,27 +160,21 @@ static inline uint32_t write_streams(uint8_t streams[2][FAR_BYTES], const uint32
     return entry;
 }
 
-/* Read D2, of `count` bits, and D3, with zeros behind; false if that does not take what the entry says. Sizes are checked before
- * anything is read. */
-static inline bool read_streams(const uint8_t *in, uint32_t entry, uint32_t count, uint8_t streams[2][FAR_BYTES]) {
+/* Where D2, of `count` bits, and D3 are, in `in` or taken out of pairs; false if they do not take what the entry says. Sizes are
+ * checked before anything is read, but the bytes just behind. */
+static inline bool read_streams(const uint8_t *in, uint32_t entry, uint32_t count, uint8_t unpaired[2][FAR_BYTES],
+                                const uint8_t *streams[2]) {
     uint32_t left = 8 * (entry & FOLD_SIZE);
     for (int i = 0; i < 2; i++) {
-        uint32_t bits = count;
-        if (entry & (uint32_t)FOLD_PAIRED << i) {
-            memset(streams[i], 0, sizeof streams[i]);
-            bits = unpair_stream(in, left, count, streams[i]);
-        }
-        const uint32_t size = (bits + 7) / 8;
+        const bool paired = (entry & (uint32_t)FOLD_PAIRED << i) != 0;
+        const uint32_t bits = paired ? unpair_stream(in, left, count, unpaired[i]) : count, size = (bits + 7) / 8;
         if (8 * size > left) {
             return false;
         }
-        if (!(entry & (uint32_t)FOLD_PAIRED << i)) {
-            memcpy(streams[i], in, size);
-            memset(streams[i] + size, 0, SLACK);
-        }
+        streams[i] = paired ? unpaired[i] : in;
         in += size;
         left -= 8 * size;
-        count = count_bits(streams[i], 0, count);
+        count = i == 0 ? count_bits(streams[0], count) : 0;
     }
     return left == 0;
 }
@@ -236,8 +237,9 @@ static inline bool unfold(const lynx_fold *fold, const uint8_t *folded, uint32_t
             count += (uint32_t)POPCOUNT64(moved_of[o][w]);
         }
     }
-    uint8_t streams[2][FAR_BYTES];
-    if (!read_streams(folded + octets * fold->folded_size, entry, count, streams)) {
+    uint8_t unpaired[2][FAR_BYTES];
+    const uint8_t *streams[2];
+    if (!read_streams(folded + octets * fold->folded_size, entry, count, unpaired, streams)) {
         return false;
     }
     uint32_t at[2] = {0, 0};

@@ -1,4 +1,4 @@
-/* What the kernels of level 2 share: writing streams A and B, and zero cells, whose words follow in W and X. */
+/* Writing streams of bits; and what the kernels of level 2 share: zero cells, whose words follow in W and X. */
 #ifndef LYNX_RANKS_H
 #define LYNX_RANKS_H
 
@@ -17,6 +17,15 @@ static inline void put(bit_writer *out, uint64_t value, uint32_t bits) { /* at m
     store64(out->at, out->pending);
     out->at += out->filled >> 3;
     out->pending >>= out->filled & ~7u;
+    out->filled &= 7;
+}
+
+static inline void put64(bit_writer *out, uint64_t value, uint32_t bits) { /* at most 64 */
+    const uint64_t all = out->pending | value << out->filled, over = value >> 1 >> (63 - out->filled);
+    store64(out->at, all);
+    out->filled += bits;
+    out->pending = out->filled < 64 ? all >> (out->filled & ~7u) : over;
+    out->at += out->filled >> 3;
     out->filled &= 7;
 }
 
