@@ -291,19 +291,19 @@ static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8
 }
 
 static bool check(int part, const uint8_t *codes, int tokens, const lynx_planes *planes) {
-    _Alignas(32) uint8_t valid[ROW];
-    for (int c = 0; c < ROW; c++) {
-        valid[c] = c < planes->channels ? 255 : 0;
-    }
-    __m256i bad = _mm256_setzero_si256();
-    for (int t = 0; t < tokens; t++) {
-        for (int half = 0; half < ROW; half += 32) {
-            const __m256i code = load(codes + t * ROW + half);
-            const __m256i low = part == LYNX_KEY ? load(planes->low + half) : _mm256_set1_epi8((char)planes->low[t]);
-            const __m256i high = part == LYNX_KEY ? load(planes->high + half) : _mm256_set1_epi8((char)planes->high[t]);
-            const __m256i out = _mm256_or_si256(_mm256_subs_epu8(low, code), _mm256_subs_epu8(code, high));
-            bad = _mm256_or_si256(bad, _mm256_and_si256(out, load(valid + half)));
+    (void)part; /* value groups are all alike: their limits go for channels too */
+    __m256i least[2] = {load(codes), load(codes + 32)}, most[2] = {least[0], least[1]}, bad = _mm256_setzero_si256();
+    for (int t = 1; t < tokens; t++) {
+        for (int half = 0; half < 2; half++) {
+            const __m256i code = load(codes + t * ROW + 32 * half);
+            least[half] = _mm256_min_epu8(least[half], code);
+            most[half] = _mm256_max_epu8(most[half], code);
         }
+    }
+    for (int half = 0; half < 2; half++) {
+        const __m256i low = load(planes->low + 32 * half), high = load(planes->high + 32 * half);
+        const __m256i out = _mm256_or_si256(_mm256_subs_epu8(low, least[half]), _mm256_subs_epu8(most[half], high));
+        bad = _mm256_or_si256(bad, _mm256_and_si256(out, bytes_of((uint32_t)(planes->used >> 32 * half))));
     }
     return _mm256_testz_si256(bad, bad);
 }

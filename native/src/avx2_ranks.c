@@ -1,4 +1,5 @@
-/* Level 2 for AVX2. */
+/* Level 2 for AVX2: bfloat16 with scales that encoders choose, an octet of rows at once; float16 and other scales, which only
+ * hostile payloads have, by halves of rows. */
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -30,11 +31,11 @@ INLINE void cells(int dtype, __m256i k, __m256 scale1, __m256 scale2, __m256i *l
 
 /* 2^floor(log2 n) - 1 of each byte n. */
 INLINE __m256i width_mask8(__m256i n) {
-    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i nibble = _mm256_set1_epi8(15); /* that there are bits above does not matter for the lower one */
     const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 1, 1, 3, 3, 3, 3, 7, 7, 7, 7, 7, 7, 7, 7));
     const __m256i high = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 15, 31, 31, 63, 63, 63, 63, 127, 127, 127, 127, 127, 127, 127, 127));
-    return _mm256_max_epu8(_mm256_shuffle_epi8(low, _mm256_and_si256(n, nibble)),
+    return _mm256_max_epu8(_mm256_shuffle_epi8(low, n),
                            _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(n, 4), nibble)));
 }
 
@@ -93,15 +94,16 @@ INLINE uint32_t get_flagged(const uint8_t *stream, uint32_t *bits, uint32_t flag
     return values;
 }
 
-/* Four at once without a branch; rows with more are rare. */
-INLINE void add_zeros(zero_list *list, uint64_t zeros, int token) {
-    uint16_t *at = list->at + list->count;
-    list->count += (uint32_t)_mm_popcnt_u64(zeros);
+/* Zero cells of a row, token * 64 + channel, to the end of a zero_list, and its new end. Three without a branch; rows with more
+ * are rare. */
+INLINE uint16_t *add_zeros(uint16_t *end, uint64_t zeros, int token) {
+    uint16_t *const next = end + _mm_popcnt_u64(zeros);
     do {
-        for (int i = 0; i < 4; i++, zeros &= zeros - 1) {
-            *at++ = (uint16_t)(ROW * token + (int)(_tzcnt_u64(zeros) & 63));
+        for (int i = 0; i < 3; i++, zeros &= zeros - 1) {
+            *end++ = (uint16_t)(ROW * token + (int)_tzcnt_u64(zeros));
         }
     } while (__builtin_expect(zeros != 0, 0));
+    return next;
 }
 
 /* What rank and unrank need of 32 channels of a row: integers and cells. */
@@ -110,70 +112,18 @@ typedef struct {
     uint32_t zeros;
 } half_row;
 
-/* Of scales that encoders choose: their products with twice LIFT and one more fit in binary32 (avx512_ranks.c). Of 16 channels each,
- * first of even ones, then of odd ones; or, of values, of tokens. */
-typedef struct {
-    _Alignas(32) float scale[ROW], lower[ROW], upper[ROW];
-    bool tame;
-} cell_scales;
-
-static void start_cells(int part, int dtype, const lynx_params *params, cell_scales *l) {
-    bool tame = dtype == LYNX_BFLOAT16;
-    for (int g = 0; g < ROW; g++) {
-        tame &= params->s[g] <= MOST_PLACED && params->s[g] % SCALE_UNIT == 0;
-    }
-    l->tame = tame;
-    if (!tame) {
-        unpack_order(params->scale, l->scale);
-        return;
-    }
-    for (int g = 0; g < ROW; g++) {
-        const int at = part == LYNX_KEY ? g / 16 * 16 + g % 2 * 8 + g % 16 / 2 : g;
-        const float half = params->scale[g] * 0.5f;
-        const int twice = -2 * (LIFT + params->offset[g]);
-        l->scale[at] = params->scale[g];
-        l->lower[at] = (float)(twice - 1) * half;
-        l->upper[at] = (float)(twice + 1) * half;
-    }
-}
-
-/* Ends of the cells of 16 channels, least in magnitude first, with the integers' signs, and their counts; 1 in zero cells. */
-INLINE __m256i tame_cells(int part, const uint8_t *codes, int token, int at, const cell_scales *l, __m256i *low, __m256i *count) {
-    const __m256i magic = _mm256_set1_epi32(0x47000000);
-    const __m256i code = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + at))), 8);
-    const __m256i lifted[2] = {_mm256_blend_epi16(code, magic, 0xaa), _mm256_or_si256(_mm256_srli_epi32(code, 16), magic)};
-    __m256i lower[2], upper[2];
-    for (int i = 0; i < 2; i++) {
-        const bool key = part == LYNX_KEY;
-        const __m256 scale = key ? _mm256_load_ps(l->scale + at + 8 * i) : _mm256_set1_ps(l->scale[token]);
-        const __m256 less = key ? _mm256_load_ps(l->lower + at + 8 * i) : _mm256_set1_ps(l->lower[token]);
-        const __m256 more = key ? _mm256_load_ps(l->upper + at + 8 * i) : _mm256_set1_ps(l->upper[token]);
-        lower[i] = number(lifted[i], scale, less, 0xffff);
-        upper[i] = number(lifted[i], scale, more, 0xffff);
-    }
-    const __m256i first = _mm256_blend_epi16(_mm256_srli_epi32(lower[0], 16), lower[1], 0xaa);
-    const __m256i second = _mm256_blend_epi16(_mm256_srli_epi32(upper[0], 16), upper[1], 0xaa);
-    const __m256i n = _mm256_abs_epi16(_mm256_sub_epi16(second, first)), zero = _mm256_cmpeq_epi16(n, _mm256_set1_epi16(INT16_MIN));
-    *low = _mm256_min_epu16(first, second);
-    *count = _mm256_blendv_epi8(n, _mm256_set1_epi16(1), zero);
-    return zero;
-}
-
-/* `low` has the signs of tame cells; of others those of k count. */
-INLINE half_row half_row_of(int part, int dtype, bool tame, const uint8_t *codes, int token, int half, const cell_scales *l,
+/* `scales`: of key channels, in unpacking order. */
+INLINE half_row half_row_of(int part, int dtype, const uint8_t *codes, int token, int half, const float *scales,
                             const lynx_params *params) {
     half_row row;
     __m256i zero[2];
+    const __m256 of_token = _mm256_set1_ps(params->scale[token]);
     for (int i = 0; i < 2; i++) {
         const int at = 2 * half + i;
-        if (tame) {
-            zero[i] = tame_cells(part, codes + token * ROW, token, 16 * at, l, &row.low[i], &row.count[i]);
-            continue;
-        }
-        const __m256 of_token = _mm256_set1_ps(params->scale[token]);
+        const bool key = part == LYNX_KEY;
         row.k[i] = codes_minus_offset(part, codes + token * ROW, at, params, _mm256_set1_epi16(params->offset[token]));
-        cells(dtype, row.k[i], part == LYNX_KEY ? _mm256_load_ps(l->scale + 16 * at) : of_token,
-              part == LYNX_KEY ? _mm256_load_ps(l->scale + 16 * at + 8) : of_token, &row.low[i], &row.count[i], &zero[i]);
+        cells(dtype, row.k[i], key ? _mm256_loadu_ps(scales + 16 * at) : of_token,
+              key ? _mm256_loadu_ps(scales + 16 * at + 8) : of_token, &row.low[i], &row.count[i], &zero[i]);
     }
     row.zeros = bits_of16(zero[0], zero[1]);
     return row;
@@ -185,23 +135,25 @@ INLINE __m256i kept_channels(int channels, int half) {
     return bytes_of(n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1);
 }
 
-INLINE void rank_as(int part, int dtype, bool tame, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
-                    int channels, const lynx_params *params, const cell_scales *scales, lynx_streams *streams) {
+INLINE void rank_any(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, int channels,
+                     const lynx_params *params, lynx_streams *streams) {
+    float scales[ROW];
+    unpack_order(params->scale, scales);
     const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
     const __m256i magnitude_bits = _mm256_set1_epi16(0x7fff);
     zero_list all_zeros;
-    all_zeros.count = 0;
+    uint16_t *end = all_zeros.at;
     bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
     for (int t = 0; t < tokens; t++) {
         const uint16_t *row = rows + t * stride;
         uint64_t zeros = 0;
         for (int half = 0; half < 2; half++) {
-            const half_row in = half_row_of(part, dtype, tame, codes, t, half, scales, params);
+            const half_row in = half_row_of(part, dtype, codes, t, half, scales, params);
             zeros |= (uint64_t)(in.zeros & bits_of(keep[half])) << 32 * half;
             __m256i r[2];
             for (int i = 0; i < 2; i++) {
                 const __m256i word = load(row + 32 * half + 16 * i);
-                r[i] = _mm256_sub_epi16(tame ? word : _mm256_and_si256(word, magnitude_bits), in.low[i]);
+                r[i] = _mm256_sub_epi16(_mm256_and_si256(word, magnitude_bits), in.low[i]);
             }
             uint32_t flagged, above; /* ranks of which B holds a bit, and the bit */
             if (dtype == LYNX_BFLOAT16) {
@@ -227,25 +179,28 @@ INLINE void rank_as(int part, int dtype, bool tame, const uint16_t *rows, ptrdif
             flagged &= bits_of(keep[half]);
             put(&b, _pext_u32(above, flagged), (uint32_t)_mm_popcnt_u32(flagged));
         }
-        add_zeros(&all_zeros, zeros, t);
+        end = add_zeros(end, zeros, t);
     }
     streams->a_bits = position(&a, streams->a);
     streams->b_bits = position(&b, streams->b);
+    all_zeros.count = (uint32_t)(end - all_zeros.at);
     rank_zeros(part, dtype, &all_zeros, rows, stride, params, streams);
 }
 
-INLINE int unrank_as(int part, int dtype, bool tame, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                     const cell_scales *scales, lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
+INLINE int unrank_any(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                      lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
+    float scales[ROW];
+    unpack_order(params->scale, scales);
     const __m256i keep[2] = {kept_channels(channels, 0), kept_channels(channels, 1)};
     zero_list all_zeros;
-    all_zeros.count = 0;
+    uint16_t *end = all_zeros.at;
     uint32_t a_bits = 0, b_bits = 0;
     __m256i empty = _mm256_setzero_si256();
     for (int t = 0; t < tokens; t++) {
         uint16_t *row = rows[t];
         uint64_t zeros = 0;
         for (int half = 0; half < 2; half++) {
-            const half_row in = half_row_of(part, dtype, tame, codes, t, half, scales, params);
+            const half_row in = half_row_of(part, dtype, codes, t, half, scales, params);
             zeros |= (uint64_t)(in.zeros & bits_of(keep[half])) << 32 * half;
             __m256i ranks[2];
             if (dtype == LYNX_BFLOAT16) {
@@ -278,51 +233,265 @@ INLINE int unrank_as(int part, int dtype, bool tame, const uint8_t *codes, int t
                 }
             }
             for (int i = 0; i < 2; i++) {
-                __m256i word = _mm256_add_epi16(in.low[i], ranks[i]);
-                if (!tame) {
-                    word = _mm256_or_si256(word, _mm256_and_si256(in.k[i], _mm256_set1_epi16(INT16_MIN)));
-                }
+                const __m256i sign = _mm256_and_si256(in.k[i], _mm256_set1_epi16(INT16_MIN));
+                const __m256i word = _mm256_or_si256(_mm256_add_epi16(in.low[i], ranks[i]), sign);
                 const __m256i shift = shifts == NULL ? _mm256_setzero_si256() : load(shifts + 32 * half + 16 * i);
                 store(row + 32 * half + 16 * i, _mm256_add_epi16(word, shift));
             }
         }
-        add_zeros(&all_zeros, zeros, t);
+        end = add_zeros(end, zeros, t);
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
+    all_zeros.count = (uint32_t)(end - all_zeros.at);
     const bool good = unrank_zeros(part, dtype, &all_zeros, shifts, rows, params, streams);
     return good && _mm256_testz_si256(empty, empty) ? LYNX_OK : LYNX_ERR_RANK;
+}
+
+/* --- scales that encoders choose ------------------------------------------------------------------------------- */
+
+/* A register of 16-bit lanes has channels 0..7 and 16..23 of half a row, or 8..15 and 24..31: what bytes in their order unpack to,
+ * and what packs to that. Of 32-bit lanes a register has the even or the odd ones of these. */
+
+/* Scales, and what takes (2 (LIFT + offset) + 1) / 2 scales away, or one scale less, as in avx512_ranks.c: of channels in the order
+ * of lanes, or, of values, of tokens. */
+typedef struct {
+    _Alignas(32) float scale[ROW], lower[ROW], upper[ROW];
+    __m256i none[2]; /* 1 in channels that there are none of, */
+    __m256i keep[2]; /* 255 in others */
+    bool whole;      /* all are there */
+} cell_scales;
+
+/* False if binary32 does not hold all products. */
+static bool start_cells(int part, int channels, const lynx_params *params, cell_scales *l) {
+    uint32_t wild = 0;
+    for (int g = 0; g < ROW; g++) {
+        const uint32_t s = params->s[g];
+        wild |= (s % SCALE_UNIT) | (MOST_PLACED - s) >> 31;
+    }
+    float lower[ROW], upper[ROW];
+    for (int g = 0; g < ROW; g++) {
+        const float half = params->scale[g] * 0.5f;
+        const int twice = -2 * (LIFT + params->offset[g]);
+        lower[g] = (float)(twice - 1) * half;
+        upper[g] = (float)(twice + 1) * half;
+    }
+    for (int g = 0; g < ROW; g++) {
+        const int lane = g / 32 * 32 + g % 16 / 8 * 16 + g % 2 * 8 + g % 32 / 16 * 4 + g % 8 / 2, at = part == LYNX_KEY ? lane : g;
+        l->scale[at] = params->scale[g];
+        l->lower[at] = lower[g];
+        l->upper[at] = upper[g];
+    }
+    l->whole = channels == ROW;
+    for (int half = 0; half < 2; half++) {
+        l->keep[half] = kept_channels(channels, half);
+        l->none[half] = _mm256_andnot_si256(l->keep[half], _mm256_set1_epi8(1));
+    }
+    return wild == 0;
+}
+
+/* Cells of half a row: their least words by magnitude, with the integers' signs; how many words they have, 1 in zero cells; which
+ * those are. */
+typedef struct {
+    __m256i low[2], count;
+    uint32_t zeros;
+} half_cells;
+
+INLINE half_cells cells_of_half(int part, const uint8_t *codes, int token, int half, const cell_scales *l) {
+    const __m256i code = load(codes + token * ROW + 32 * half), magic = _mm256_set1_epi32(0x47000000);
+    half_cells cells;
+    __m256i n[2];
+    for (int i = 0; i < 2; i++) {
+        __m256i lower[2], upper[2];
+        for (int odd = 0; odd < 2; odd++) {
+            const int c = 8 * i + odd, at = 32 * half + 16 * i + 8 * odd;
+            const __m256i pick = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, (char)c, -1, -1, -1, (char)(c + 2), -1, -1, -1, (char)(c + 4), -1, -1, -1, (char)(c + 6), -1, -1));
+            const __m256i lifted = _mm256_or_si256(_mm256_shuffle_epi8(code, pick), magic);
+            const bool key = part == LYNX_KEY;
+            const __m256 scale = key ? _mm256_load_ps(l->scale + at) : _mm256_set1_ps(l->scale[token]);
+            lower[odd] = number(lifted, scale, key ? _mm256_load_ps(l->lower + at) : _mm256_set1_ps(l->lower[token]), 0xffff);
+            upper[odd] = number(lifted, scale, key ? _mm256_load_ps(l->upper + at) : _mm256_set1_ps(l->upper[token]), 0xffff);
+        }
+        /* Ends of cells as words with signs: of negative integers in reverse order, of 0 with either. */
+        const __m256i first = _mm256_blend_epi16(_mm256_srli_epi32(lower[0], 16), lower[1], 0xaa);
+        const __m256i second = _mm256_blend_epi16(_mm256_srli_epi32(upper[0], 16), upper[1], 0xaa);
+        cells.low[i] = _mm256_min_epu16(first, second);
+        n[i] = _mm256_abs_epi16(_mm256_sub_epi16(second, first)); /* -32768 of 0 */
+    }
+    const __m256i zero = _mm256_cmpgt_epi8(_mm256_setzero_si256(), _mm256_packs_epi16(n[0], n[1]));
+    cells.count = _mm256_sub_epi8(_mm256_packus_epi16(n[0], n[1]), zero);
+    cells.zeros = bits_of(zero);
+    if (!l->whole) {
+        cells.count = _mm256_or_si256(_mm256_and_si256(cells.count, l->keep[half]), l->none[half]);
+        cells.zeros &= bits_of(l->keep[half]);
+    }
+    return cells;
+}
+
+/* Ranks of which B holds a bit: those whose lower bits are below the words that there are beyond a power of two, or none: -1. */
+INLINE uint64_t flagged_of(const __m256i extra[2], const __m256i field[2]) {
+    return bits_of(_mm256_cmpgt_epi8(extra[0], field[0])) | (uint64_t)bits_of(_mm256_cmpgt_epi8(extra[1], field[1])) << 32;
+}
+
+INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, const lynx_params *params,
+                    const cell_scales *l, lynx_streams *streams) {
+    bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
+    zero_list all_zeros;
+    uint16_t *end = all_zeros.at;
+    for (int first = 0; first < tokens; first += 8) {
+        const int count = tokens - first < 8 ? tokens - first : 8;
+        _Alignas(32) uint64_t fields[8 * 8], masks[8 * 8];
+        for (int t = 0; t < count; t++) {
+            const uint16_t *row = rows + (first + t) * stride;
+            __m256i field[2], extra[2];
+            uint64_t zeros = 0, same = 0;
+            for (int half = 0; half < 2; half++) {
+                const half_cells in = cells_of_half(part, codes, first + t, half, l);
+                __m256i r[2];
+                for (int i = 0; i < 2; i++) {
+                    const __m128i low = _mm_loadu_si128((const __m128i *)(row + 32 * half + 8 * i));
+                    const __m128i high = _mm_loadu_si128((const __m128i *)(row + 32 * half + 16 + 8 * i));
+                    r[i] = _mm256_sub_epi16(_mm256_set_m128i(high, low), in.low[i]);
+                }
+                const __m256i rank = _mm256_packus_epi16(r[0], r[1]), mask = width_mask8(in.count);
+                field[half] = _mm256_and_si256(rank, mask);
+                extra[half] = _mm256_sub_epi8(in.count, _mm256_sub_epi8(mask, _mm256_set1_epi8(-1)));
+                store(fields + 8 * t + 4 * half, field[half]);
+                store(masks + 8 * t + 4 * half, mask);
+                same |= (uint64_t)bits_of(_mm256_cmpeq_epi8(field[half], rank)) << 32 * half;
+                zeros |= (uint64_t)in.zeros << 32 * half;
+            }
+            const uint64_t flagged = flagged_of(extra, field);
+            put64(&b, _pext_u64(~same, flagged), (uint32_t)_mm_popcnt_u64(flagged));
+            end = add_zeros(end, zeros, first + t);
+        }
+        for (int w = 0; w < 8 * count; w += 2) { /* two lanes at once where they fit, which is nearly always */
+            const uint64_t low = _pext_u64(fields[w], masks[w]), high = _pext_u64(fields[w + 1], masks[w + 1]);
+            const uint32_t bits = (uint32_t)_mm_popcnt_u64(masks[w]), more = (uint32_t)_mm_popcnt_u64(masks[w + 1]);
+            if (__builtin_expect(bits + more <= 56, 1)) {
+                put(&a, low | high << bits, bits + more);
+            } else {
+                put(&a, low, bits);
+                put(&a, high, more);
+            }
+        }
+    }
+    streams->a_bits = position(&a, streams->a);
+    streams->b_bits = position(&b, streams->b);
+    all_zeros.count = (uint32_t)(end - all_zeros.at);
+    rank_zeros(part, LYNX_BFLOAT16, &all_zeros, rows, stride, params, streams);
+}
+
+/* Fields of two lanes: of one piece of the stream, where they fit, as they were put. Returns where they end. */
+INLINE uint32_t get_pair(const uint8_t *stream, uint32_t at, const uint64_t *masks, uint64_t *fields) {
+    const uint32_t bits = (uint32_t)_mm_popcnt_u64(masks[0]), end = at + bits + (uint32_t)_mm_popcnt_u64(masks[1]);
+    const uint64_t first = load64(stream + (at >> 3)) >> (at & 7);
+    uint64_t second = first >> bits; /* at most 56 */
+    if (__builtin_expect(end - at > 57, 0)) {
+        second = load64(stream + ((at + bits) >> 3)) >> ((at + bits) & 7);
+    }
+    fields[0] = _pdep_u64(first, masks[0]);
+    fields[1] = _pdep_u64(second, masks[1]);
+    return end;
+}
+
+INLINE int unrank_as(int part, const uint8_t *codes, int tokens, const lynx_params *params, const cell_scales *l,
+                     lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
+    zero_list all_zeros;
+    uint16_t *end = all_zeros.at;
+    uint32_t a_bits = 0, b_bits = 0;
+    const __m256i pick = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    __m256i least = _mm256_set1_epi8(-1), shift[2][2];
+    for (int half = 0; half < 2; half++) {
+        for (int i = 0; i < 2; i++) {
+            const int16_t *at = shifts + 32 * half + 8 * i;
+            shift[half][i] = shifts == NULL ? _mm256_setzero_si256()
+                                            : _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(at + 16)), _mm_loadu_si128((const __m128i *)at));
+        }
+    }
+    for (int first = 0; first < tokens; first += 8) {
+        const int count = tokens - first < 8 ? tokens - first : 8;
+        _Alignas(32) uint64_t fields[8 * 8], masks[8 * 8];
+        uint64_t *field_of = fields;
+        __m256i low[8][2][2], extra[8][2], more[8][2];
+        for (int t = 0; t < count; t++) {
+            uint64_t zeros = 0;
+            if (first + 8 + t < tokens) {
+                __builtin_prefetch(rows[first + 8 + t], 1);
+                __builtin_prefetch(rows[first + 8 + t] + 32, 1);
+            }
+            for (int half = 0; half < 2; half++) {
+                const half_cells in = cells_of_half(part, codes, first + t, half, l);
+                const __m256i mask = width_mask8(in.count);
+                least = _mm256_min_epu8(least, in.count);
+                store(masks + 8 * t + 4 * half, mask);
+                more[t][half] = _mm256_sub_epi8(mask, _mm256_set1_epi8(-1));
+                extra[t][half] = _mm256_sub_epi8(in.count, more[t][half]);
+                for (int i = 0; i < 2; i++) {
+                    low[t][half][i] = part == LYNX_KEY ? in.low[i] : _mm256_add_epi16(in.low[i], shift[half][i]);
+                }
+                zeros |= (uint64_t)in.zeros << 32 * half;
+            }
+            end = add_zeros(end, zeros, first + t);
+        }
+        for (const uint64_t *mask = masks, *const last = masks + 8 * count; mask < last; mask += 4, field_of += 4) {
+            a_bits = get_pair(streams->a, a_bits, mask, field_of);
+            a_bits = get_pair(streams->a, a_bits, mask + 2, field_of + 2);
+        }
+        for (int t = 0; t < count; t++) {
+            const __m256i field[2] = {load(fields + 8 * t), load(fields + 8 * t + 4)};
+            const uint64_t flagged = flagged_of(extra[t], field);
+            const uint32_t flags_here = (uint32_t)_mm_popcnt_u64(flagged);
+            uint64_t above = _pdep_u64(get_few_bits64(streams->more, b_bits, flags_here), flagged);
+            b_bits += flags_here;
+            IN_MEMORY(above);
+            const __m256i flags = _mm256_set1_epi64x((long long)above);
+            for (int half = 0; half < 2; half++) {
+                const __m256i spread = _mm256_shuffle_epi8(flags, _mm256_add_epi8(pick, _mm256_set1_epi8((char)(4 * half))));
+                const __m256i high = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit), more[t][half]);
+                const __m256i rank = _mm256_add_epi8(field[half], high);
+                const __m256i a = _mm256_add_epi16(low[t][half][0], _mm256_unpacklo_epi8(rank, _mm256_setzero_si256()));
+                const __m256i b = _mm256_add_epi16(low[t][half][1], _mm256_unpackhi_epi8(rank, _mm256_setzero_si256()));
+                store(rows[first + t] + 32 * half, _mm256_permute2x128_si256(a, b, 0x20));
+                store(rows[first + t] + 32 * half + 16, _mm256_permute2x128_si256(a, b, 0x31));
+            }
+        }
+    }
+    streams->a_bits = a_bits;
+    streams->b_bits = b_bits;
+    all_zeros.count = (uint32_t)(end - all_zeros.at);
+    const bool empty = bits_of(_mm256_cmpeq_epi8(least, _mm256_setzero_si256())) != 0;
+    return unrank_zeros(part, LYNX_BFLOAT16, &all_zeros, shifts, rows, params, streams) && !empty ? LYNX_OK : LYNX_ERR_RANK;
 }
 
 void lynx_avx2_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
                  int channels, const lynx_params *params, lynx_streams *streams) {
     cell_scales l;
-    start_cells(part, dtype, params, &l);
     if (dtype == LYNX_FLOAT16) {
-        rank_as(part, LYNX_FLOAT16, false, rows, stride, codes, tokens, channels, params, &l, streams);
-    } else if (!l.tame) {
-        rank_as(part, LYNX_BFLOAT16, false, rows, stride, codes, tokens, channels, params, &l, streams);
+        rank_any(part, LYNX_FLOAT16, rows, stride, codes, tokens, channels, params, streams);
+    } else if (!start_cells(part, channels, params, &l)) {
+        rank_any(part, LYNX_BFLOAT16, rows, stride, codes, tokens, channels, params, streams);
     } else if (part == LYNX_KEY) {
-        rank_as(LYNX_KEY, LYNX_BFLOAT16, true, rows, stride, codes, tokens, channels, params, &l, streams);
+        rank_as(LYNX_KEY, rows, stride, codes, tokens, params, &l, streams);
     } else {
-        rank_as(LYNX_VALUE, LYNX_BFLOAT16, true, rows, stride, codes, tokens, channels, params, &l, streams);
+        rank_as(LYNX_VALUE, rows, stride, codes, tokens, params, &l, streams);
     }
 }
 
 int lynx_avx2_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
                   lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     cell_scales l;
-    start_cells(part, dtype, params, &l);
     if (dtype == LYNX_FLOAT16) {
-        return unrank_as(part, LYNX_FLOAT16, false, codes, tokens, channels, params, &l, streams, NULL, rows);
+        return unrank_any(part, LYNX_FLOAT16, codes, tokens, channels, params, streams, NULL, rows);
     }
-    if (!l.tame) {
-        return unrank_as(part, LYNX_BFLOAT16, false, codes, tokens, channels, params, &l, streams, shifts, rows);
+    if (!start_cells(part, channels, params, &l)) {
+        return unrank_any(part, LYNX_BFLOAT16, codes, tokens, channels, params, streams, shifts, rows);
     }
     if (part == LYNX_KEY) {
-        return unrank_as(LYNX_KEY, LYNX_BFLOAT16, true, codes, tokens, channels, params, &l, streams, NULL, rows);
+        return unrank_as(LYNX_KEY, codes, tokens, params, &l, streams, NULL, rows);
     }
-    return unrank_as(LYNX_VALUE, LYNX_BFLOAT16, true, codes, tokens, channels, params, &l, streams, shifts, rows);
+    return unrank_as(LYNX_VALUE, codes, tokens, params, &l, streams, shifts, rows);
 }
 
 /* ceil(log2) of the largest cell of an integer of magnitude a: at most 512 / (2a + 1) + 1 words, 214 for a = 1. A zero

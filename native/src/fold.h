@@ -59,21 +59,10 @@ static inline void put_bits64(uint8_t *stream, uint32_t position, uint64_t value
     p[8] = (uint8_t)(value >> 1 >> (63 - shift));
 }
 
-static inline uint64_t get_bits64(const uint8_t *stream, uint32_t position) {
-    const uint8_t *p = stream + (position >> 3);
-    const int shift = position & 7;
-    return load64(p) >> shift | (uint64_t)p[8] << 1 << (63 - shift);
-}
-
 /* 64 bits, or the `left` that there are. */
 static inline uint64_t some_bits64(const uint8_t *stream, uint32_t position, uint32_t left) {
     const uint64_t bits = get_bits64(stream, position);
     return left < 64 ? bits & ((1ull << left) - 1) : bits;
-}
-
-/* The same for `count` bits that are used; others may be anything. */
-static inline uint64_t get_few_bits64(const uint8_t *stream, uint32_t position, uint32_t count) {
-    return __builtin_expect(count <= 57, 1) ? load64(stream + (position >> 3)) >> (position & 7) : get_bits64(stream, position);
 }
 
 /* Of the first `count` bits, those that are 1. */

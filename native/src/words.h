@@ -148,6 +148,17 @@ static inline uint32_t get_bits(const uint8_t *stream, uint32_t position, int wi
     return (uint32_t)(load64(stream + (position >> 3)) >> (position & 7)) & ((1u << width) - 1);
 }
 
+static inline uint64_t get_bits64(const uint8_t *stream, uint32_t position) {
+    const uint8_t *p = stream + (position >> 3);
+    const int shift = position & 7;
+    return load64(p) >> shift | (uint64_t)p[8] << 1 << (63 - shift);
+}
+
+/* The same for `count` bits; those above may be anything. */
+static inline uint64_t get_few_bits64(const uint8_t *stream, uint32_t position, uint32_t count) {
+    return __builtin_expect(count <= 57, 1) ? load64(stream + (position >> 3)) >> (position & 7) : get_bits64(stream, position);
+}
+
 #define ZERO_WORD 2046   /* stream W: the word is +0 or -0 */
 #define ZERO_ESCAPE 2047 /* stream W: the word is in stream X */
 
