@@ -64,24 +64,35 @@ def require_ucxx() -> Any:
 class Operation:
     """A send or receive. Keep it until it is :attr:`done`: UCX uses its buffer, and its memory."""
 
-    __slots__ = ("_buffer", "bell", "state")
+    __slots__ = ("_state", "bell", "buffer")
 
     def __init__(self, buffer: Any) -> None:
-        self.state = ffi.new("lynx_ucx_operation *")
-        self._buffer = buffer
+        self.buffer = buffer
+        self._state = ffi.new("lynx_ucx_operation *")
         self.bell: Any = None
         """What wakes those who wait for it."""
 
     @property
+    def state(self) -> Any:
+        """As UCX sees it."""
+        return self._state
+
+    @property
     def done(self) -> bool:
         """Whether it is over."""
-        over: bool = self.state.status != _IN_PROGRESS
+        over: bool = self._state.status != _IN_PROGRESS
         return over
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its message."""
+        nbytes: int = self._state.nbytes
+        return nbytes
 
     @property
     def error(self) -> str | None:
         """Why it failed, once it is over."""
-        status = self.state.status
+        status = self._state.status
         return None if status == 0 else _status_text(status)
 
 
@@ -177,6 +188,18 @@ class Worker:
         state = ffi.NULL if operation is None else operation.state
         outcome: int = lib.lynx_ucx_poll(self.calls, state, self._found, quiet_ns, most_ns)
         return outcome
+
+    def poll_for(self, tag: int, buffer: memoryview, quiet_ns: int, most_ns: int) -> tuple[int, Operation]:
+        """The same, but if the first message that comes has this tag and fits, it is received into ``buffer``.
+
+        So does the operation, whose size is 0 if there was no such message.
+        """
+        data = ffi.from_buffer(buffer, require_writable=True)
+        operation = Operation(data)
+        outcome: int = lib.lynx_ucx_next(
+            self.calls, operation.state, tag, data, len(data), self._found, quiet_ns, most_ns
+        )
+        return outcome, operation
 
     def found(self) -> Message:
         """The message that :meth:`poll` found last."""

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 from lynxproto.errors import ConfigError, StreamClosedError, TransportError
-from lynxproto.transports._ucxx import BUSY, FOUND, QUIET, Endpoint, Message, Operation, Worker, require_ucxx
+from lynxproto.transports._ucxx import BUSY, FOUND, OVER, QUIET, Endpoint, Message, Operation, Worker, require_ucxx
 from lynxproto.transports.abc import Address, ByteStream, Credentials, Listener, Setup, Transport
 from lynxproto.transports.tcp import connect_tcp, listen_tcp
 from lynxproto.transports.tls import TLSListener, TLSStream
@@ -223,9 +223,29 @@ class _LoopWorker:
             self._scheduled.cancel()
             self._scheduled = None
 
+    def complete(self, operation: Operation) -> bool:
+        """Poll until ``operation`` is over; False if it is time to do something else, or to sleep."""
+        while self._poll(operation, self._polls_ns) == FOUND and not operation.done and not self._woke:
+            pass
+        return operation.done
+
+    def expect(self, tag: int, buffer: memoryview) -> Operation | None:
+        """Poll for the next message: what receives it into ``buffer``, if it has ``tag`` and fits."""
+        outcome, operation = self.ucx.poll_for(tag, buffer, self._polls_ns, _SLICE_NS)
+        received = operation.nbytes > 0
+        if received and outcome != OVER:
+            self._under_way.add(operation)
+        self._after(outcome)
+        return operation if received else None
+
     def _poll(self, operation: Operation | None = None, quiet_ns: int = 0) -> int:
-        self._woke = self._alone = False
         outcome = self.ucx.poll(operation, quiet_ns, _SLICE_NS)
+        self._after(outcome)
+        return outcome
+
+    def _after(self, outcome: int) -> None:
+        """What is to be done after progress."""
+        self._woke = self._alone = False
         self._polled_at = monotonic_ns()
         if outcome == FOUND:
             message = self.ucx.found()
@@ -240,7 +260,6 @@ class _LoopWorker:
                 if over.bell is not None:
                     self.ring(over.bell)
         self.listen()
-        return outcome
 
 
 class UCXStream(ByteStream):
@@ -359,7 +378,7 @@ class UCXStream(ByteStream):
         return self._endpoint
 
     async def _begin(self) -> None:
-        """Of each call."""
+        """Of each call: set up, and let other tasks have their turn if that is due."""
         if self._endpoint is None:
             await self.set_up()
         if monotonic_ns() - self._worker.turned_ns > _TURN_NS:
@@ -378,7 +397,7 @@ class UCXStream(ByteStream):
     async def _finish(self, operations: Sequence[Operation]) -> None:
         """Wait for operations on the caller's buffers. If one fails all end, and this raises."""
         for operation in operations:
-            if not operation.done:
+            if not operation.done and not self._worker.complete(operation):
                 await self._over(operation)
         for operation in operations:
             if (error := operation.error) is not None:
@@ -410,32 +429,42 @@ class UCXStream(ByteStream):
 
     async def receive_into(self, buffer: memoryview) -> int:
         """See :meth:`ByteStream.receive_into`. Cancelling it may break the stream."""
-        await self._begin()
-        if self._rest.nbytes:
-            return self._take_rest(buffer)
-        message = await self._next()
-        if message is None:
-            return 0
-        if message.nbytes > buffer.nbytes:
-            return await self._receive_more(message, buffer)
-        return await self._receive_all(message, buffer, None)
+        return await self._receive(buffer, None)
 
     async def receive_summed(self, sums: Sums) -> int:
         """See :meth:`ByteStream.receive_summed`."""
+        return await self._receive(sums.data[sums.there :], sums)
+
+    async def _receive(self, buffer: memoryview, sums: Sums | None) -> int:
         await self._begin()
-        buffer = sums.data[sums.there :]
         if not self._rest.nbytes:
+            if not self._inbox and not self._ended and not self._cut:
+                operation = self._worker.expect(self._mine | _DATA, buffer[:BODY_BYTES])
+                if operation is not None:
+                    self._held += operation.nbytes + _COST
+                    return await self._receive_all(operation, buffer, sums)
+                self._check()
             message = await self._next()
             if message is None:
                 return 0
-            if message.nbytes <= buffer.nbytes:
-                return await self._receive_all(message, buffer, sums)
-            await self._receive_more(message, memoryview(b""))
-        count = self._take_rest(buffer)
-        sums.add(sums.there + count)
+            operation = self._land(message, buffer)
+            if operation is not None:
+                return await self._receive_all(operation, buffer, sums)
+            await self._receive_rest(message)
+        count = min(buffer.nbytes, self._rest.nbytes)
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        if sums is not None:
+            sums.add(sums.there + count)
         return count
 
-    async def _receive_more(self, message: Message, buffer: memoryview) -> int:
+    def _land(self, message: Message, buffer: memoryview) -> Operation | None:
+        """Receive ``message`` into ``buffer`` if it fits."""
+        if message.nbytes > buffer.nbytes:
+            return None
+        return self._worker.start(self._worker.ucx.receive(message, buffer[: message.nbytes]))
+
+    async def _receive_rest(self, message: Message) -> None:
         """A message longer than the caller's buffer: into memory of the stream's own, from which it is read later."""
         if self._spare is None:
             self._spare = bytearray(BODY_BYTES)
@@ -443,34 +472,36 @@ class UCXStream(ByteStream):
         await self._finish((self._worker.start(self._worker.ucx.receive(message, rest)),))
         self._count(message.nbytes)
         self._rest = rest
-        return self._take_rest(buffer)
 
-    async def _receive_all(self, message: Message | None, buffer: memoryview, sums: Sums | None) -> int:
-        """``message``, and what has come after it as long as it fits: the sender need not wait for us in between."""
+    async def _receive_all(self, first: Operation, buffer: memoryview, sums: Sums | None) -> int:
+        """What ``first`` receives, and what has come after it as long as it fits: the sender need not wait for us."""
         start = 0 if sums is None else sums.there
-        under_way: deque[tuple[Operation, int]] = deque()
-        asked = there = 0
-        while True:
-            while message is not None:
-                operation = self._worker.ucx.receive(message, buffer[asked : asked + message.nbytes])
-                under_way.append((self._worker.start(operation), message.nbytes))
-                asked += message.nbytes
-                message = self._fitting(buffer.nbytes - asked)
+        under_way = deque((first,))
+        asked, there = first.nbytes, 0
+        while under_way:
+            while self._inbox and (following := self._fitting(buffer[asked:])) is not None:
+                under_way.append(following)
+                asked += following.nbytes
             if sums is not None:
                 sums.add(start + there)
-            if not under_way:
-                return there
-            operation, nbytes = under_way.popleft()
+            operation = under_way.popleft()
             await self._finish((operation,))
-            self._count(nbytes)
-            there += nbytes
-            message = self._fitting(buffer.nbytes - asked)
+            self._count(operation.nbytes)
+            there += operation.nbytes
+            if not under_way and self._inbox and (following := self._fitting(buffer[asked:])) is not None:
+                under_way.append(following)
+                asked += following.nbytes
+        if sums is not None:
+            sums.add(start + there)
+        return there
 
-    def _fitting(self, room: int) -> Message | None:
-        """Take the next message if it has come and fits."""
-        if self._inbox and (message := self._inbox[0]) is not None and message.nbytes <= room and not self._cut:
-            return self._inbox.popleft()
-        return None
+    def _fitting(self, buffer: memoryview) -> Operation | None:
+        """Receive the next message, if it has come and fits."""
+        message = self._inbox[0]
+        operation = None if message is None or self._cut else self._land(message, buffer)
+        if operation is not None:
+            self._inbox.popleft()
+        return operation
 
     async def _next(self) -> Message | None:
         """The next message of the stream; None at its end."""
@@ -483,12 +514,6 @@ class UCXStream(ByteStream):
         message = None if self._ended else self._inbox.popleft()
         self._ended = message is None
         return message
-
-    def _take_rest(self, buffer: memoryview) -> int:
-        count = min(buffer.nbytes, self._rest.nbytes)
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
 
     def _count(self, nbytes: int) -> None:
         """So much of the stream has been read: tell the peer now and then."""
@@ -506,7 +531,10 @@ class UCXStream(ByteStream):
         operations: list[Operation] = []
         try:
             for data in _messages(buffers):
-                await self._reserve(data.nbytes + _COST)
+                cost = data.nbytes + _COST
+                if self._unconfirmed + cost > WINDOW:
+                    await self._allow(cost)
+                self._unconfirmed += cost
                 operations.append(self._worker.start(self._usable().send(data, self._theirs | _DATA)))
         except asyncio.CancelledError:
             self._break_off()
@@ -522,15 +550,11 @@ class UCXStream(ByteStream):
             operation = self._worker.start(self._usable().send(memoryview(b""), self._theirs | _END))
             await self._finish((operation,))
 
-    async def _reserve(self, cost: int) -> None:
+    async def _allow(self, cost: int) -> None:
         """Return when so much more may be under way."""
-        if self._unconfirmed + cost > WINDOW:
-            await self._worker.until(
-                lambda: self._unconfirmed + cost <= WINDOW or self._cut or self._closed, self._allowed
-            )
-            if self._cut or self._closed:
-                await self._failed("the peer hung up")
-        self._unconfirmed += cost
+        await self._worker.until(lambda: self._unconfirmed + cost <= WINDOW or self._cut or self._closed, self._allowed)
+        if self._cut or self._closed:
+            await self._failed("the peer hung up")
 
     async def aclose(self) -> None:
         """See :meth:`ByteStream.aclose`."""

@@ -59,8 +59,8 @@ static void received(void *request, ucs_status status, const ucp_tag_recv_info *
     over(operation, request, status);
 }
 
-static void begin(const lynx_ucx *ucx, lynx_ucx_operation *operation) {
-    *operation = (lynx_ucx_operation){.status = IN_PROGRESS, .ucx = ucx};
+static void begin(const lynx_ucx *ucx, size_t nbytes, lynx_ucx_operation *operation) {
+    *operation = (lynx_ucx_operation){.status = IN_PROGRESS, .nbytes = nbytes, .ucx = ucx};
 }
 
 /* What a call returned: NULL, over; an error; or a request, which has a callback. */
@@ -79,7 +79,7 @@ void lynx_ucx_send(
         .user_data = operation,
         .memory_type = HOST_MEMORY,
     };
-    begin(ucx, operation);
+    begin(ucx, nbytes, operation);
     settle(operation, ((send_function *)ucx->ucp_tag_send_nbx)(endpoint, data, nbytes, tag, &param));
 }
 
@@ -90,7 +90,7 @@ void lynx_ucx_receive(const lynx_ucx *ucx, void *message, void *data, size_t nby
         .user_data = operation,
         .memory_type = HOST_MEMORY,
     };
-    begin(ucx, operation);
+    begin(ucx, nbytes, operation);
     settle(operation, ((receive_function *)ucx->ucp_tag_msg_recv_nbx)(ucx->worker, data, nbytes, message, &param));
 }
 
@@ -100,8 +100,15 @@ static uint64_t now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-int lynx_ucx_poll(const lynx_ucx *ucx, const lynx_ucx_operation *operation, lynx_ucx_message *found, uint64_t quiet_ns,
-    uint64_t most_ns) {
+/* `expected`: a message with this tag and at most so many bytes is received into `data` by `operation`; NULL: none is. */
+typedef struct {
+    uint64_t tag;
+    void *data;
+    size_t most;
+} expectation;
+
+static int poll_for(const lynx_ucx *ucx, lynx_ucx_operation *operation, const expectation *expected,
+    lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns) {
     progress_function *const progress = (progress_function *)ucx->ucp_worker_progress;
     probe_function *const probe = (probe_function *)ucx->ucp_tag_probe_nb;
     uint64_t began = 0, moved = 0;
@@ -110,10 +117,14 @@ int lynx_ucx_poll(const lynx_ucx *ucx, const lynx_ucx_operation *operation, lynx
         ucp_tag_recv_info info;
         void *const message = probe(ucx->worker, 0, 0, 1, &info);
         if (message != NULL) {
-            *found = (lynx_ucx_message){.handle = message, .tag = info.sender_tag, .nbytes = info.length};
-            return LYNX_UCX_FOUND;
+            if (expected == NULL || info.sender_tag != expected->tag || info.length - 1 >= expected->most) {
+                *found = (lynx_ucx_message){.handle = message, .tag = info.sender_tag, .nbytes = info.length};
+                return LYNX_UCX_FOUND;
+            }
+            lynx_ucx_receive(ucx, message, expected->data, info.length, operation);
+            expected = NULL;
         }
-        if (operation != NULL && operation->status != IN_PROGRESS)
+        if (expected == NULL && operation != NULL && operation->status != IN_PROGRESS)
             return LYNX_UCX_OVER;
         if (quiet_ns == 0 && events == 0)
             return LYNX_UCX_QUIET;
@@ -129,6 +140,18 @@ int lynx_ucx_poll(const lynx_ucx *ucx, const lynx_ucx_operation *operation, lynx
     }
 }
 
+int lynx_ucx_poll(
+    const lynx_ucx *ucx, lynx_ucx_operation *operation, lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns) {
+    return poll_for(ucx, operation, NULL, found, quiet_ns, most_ns);
+}
+
+int lynx_ucx_next(const lynx_ucx *ucx, lynx_ucx_operation *operation, uint64_t tag, void *data, size_t most,
+    lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns) {
+    const expectation expected = {.tag = tag, .data = data, .most = most};
+    operation->nbytes = 0;
+    return poll_for(ucx, operation, &expected, found, quiet_ns, most_ns);
+}
+
 void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_operation *operation) {
     const ucp_request_param param = {
         .op_attr_mask = FIELD_CALLBACK | FIELD_USER_DATA | FIELD_FLAGS,
@@ -136,6 +159,6 @@ void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_opera
         .callback.send = sent,
         .user_data = operation,
     };
-    begin(ucx, operation);
+    begin(ucx, 0, operation);
     settle(operation, ((close_function *)ucx->ucp_ep_close_nbx)(endpoint, &param));
 }

@@ -26,6 +26,7 @@ typedef struct {
 /* A send or receive: 1 while it is under way, then 0 or UCX's (negative) error. Must outlive it. */
 typedef struct {
     volatile int status;
+    size_t nbytes;
     const lynx_ucx *ucx;
 } lynx_ucx_operation;
 
@@ -45,8 +46,13 @@ void lynx_ucx_receive(const lynx_ucx *ucx, void *message, void *data, size_t nby
 
 /* Makes progress until `operation` (or NULL) is over, a message comes (into `found`), nothing has happened for `quiet_ns`,
  * or `most_ns` are over; at least once. */
-int lynx_ucx_poll(const lynx_ucx *ucx, const lynx_ucx_operation *operation, lynx_ucx_message *found, uint64_t quiet_ns,
-    uint64_t most_ns);
+int lynx_ucx_poll(
+    const lynx_ucx *ucx, lynx_ucx_operation *operation, lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns);
+
+/* The same, but the first message, if it has this tag and 1 to `most` bytes, is not returned: `operation` becomes its
+ * receiving, to `data`. Its size tells, which is 0 until then. */
+int lynx_ucx_next(const lynx_ucx *ucx, lynx_ucx_operation *operation, uint64_t tag, void *data, size_t most,
+    lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns);
 
 /* Closes an endpoint at once; what is under way on it ends. */
 void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_operation *operation);
