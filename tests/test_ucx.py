@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import struct
@@ -102,6 +103,34 @@ def test_a_peer_killed_while_it_sends() -> None:
                     pass
             except TransportError:
                 pass
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+def test_sends_of_any_size_while_the_peer_is_slow() -> None:
+    """Long and short messages in one call, many windows' worth; the stream keeps the order and to the window."""
+
+    async def main() -> None:
+        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+            dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
+            async with await listener.accept() as server:
+                await server.send([])
+                async with await dialling as client:
+                    sizes = [1, 8191, 8192, 8193, 5 << 20, 100, 4096, 4097, 12 << 20, 700_000] + [2000] * 6000
+                    data = np.random.default_rng(1).bytes(sum(sizes))
+                    view, buffers = memoryview(data), []
+                    for size in sizes:
+                        buffers.append(view[:size])
+                        view = view[size:]
+                    sending = asyncio.ensure_future(client.send(buffers))
+                    target, there = memoryview(bytearray(len(data))), 0
+                    rooms = itertools.cycle((3, 9000, 70_000, 600_000, 9 << 20))
+                    while there < len(data):
+                        there += await server.receive_into(target[there : there + next(rooms)])
+                    await sending
+                    assert target == data
 
     run(main())
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 from lynxproto.codecs._library import ffi, lib
 from lynxproto.errors import MissingDependencyError, TransportError
 
-__all__ = ["BUSY", "FOUND", "OVER", "QUIET", "Endpoint", "Message", "Operation", "Worker", "require_ucxx"]
+__all__ = ["BUSY", "FOUND", "LONG", "OVER", "QUIET", "Endpoint", "Message", "Operation", "Worker", "require_ucxx"]
 
 #: Settings of UCX other than its defaults, unless the environment has them.
 _CONFIG: Final = {
@@ -29,9 +29,9 @@ _CONFIG: Final = {
     # TCP in pieces of 8 KiB, UCX's default, is half as fast, and copies at the sender.
     "TCP_TX_SEG_SIZE": "64k",
     "TCP_RX_SEG_SIZE": "64k",
-    # Longer messages stay with the sender until the receiver says where they are to go.
-    "RNDV_THRESH": "8k",
 }
+#: Messages of so many bytes stay with the sender until the receiver says where they are to go.
+LONG: Final = 8 << 10
 
 #: What :meth:`Worker.poll` returns.
 QUIET: Final[int] = lib.LYNX_UCX_QUIET
@@ -62,37 +62,34 @@ def require_ucxx() -> Any:
 
 
 class Operation:
-    """A send or receive. Keep it until it is :attr:`done`: UCX uses its buffer, and its memory."""
+    """A send or receive. Keep it until it is :attr:`done`: UCX uses its buffer and itself. Then it can be another."""
 
-    __slots__ = ("_state", "bell", "buffer")
+    __slots__ = ("bell", "buffer", "state")
 
-    def __init__(self, buffer: Any) -> None:
-        self.buffer = buffer
-        self._state = ffi.new("lynx_ucx_operation *")
+    def __init__(self) -> None:
+        self.buffer: Any = None
+        """Lent to UCX; to be let go of when it is done."""
+        self.state = ffi.new("lynx_ucx_operation *")
+        """As UCX sees it."""
         self.bell: Any = None
         """What wakes those who wait for it."""
 
     @property
-    def state(self) -> Any:
-        """As UCX sees it."""
-        return self._state
-
-    @property
     def done(self) -> bool:
         """Whether it is over."""
-        over: bool = self._state.status != _IN_PROGRESS
+        over: bool = self.state.status != _IN_PROGRESS
         return over
 
     @property
     def nbytes(self) -> int:
         """Bytes of its message."""
-        nbytes: int = self._state.nbytes
+        nbytes: int = self.state.nbytes
         return nbytes
 
     @property
     def error(self) -> str | None:
         """Why it failed, once it is over."""
-        status = self._state.status
+        status = self.state.status
         return None if status == 0 else _status_text(status)
 
 
@@ -110,20 +107,20 @@ class Message:
 class Endpoint:
     """The way to one peer."""
 
-    __slots__ = ("_calls", "_closed", "_endpoint", "_handle", "_worker")
+    __slots__ = ("_calls", "_closed", "_endpoint", "_worker", "handle")
 
     def __init__(self, worker: Worker, endpoint: Any) -> None:
         self._worker = worker
         self._calls = worker.calls
         self._endpoint = endpoint
-        self._handle = ffi.cast("void *", endpoint.handle)
+        self.handle = ffi.cast("void *", endpoint.handle)
         self._closed = False
 
     def send(self, buffer: memoryview, tag: int) -> Operation:
         """Send ``buffer`` as one message. Not after :meth:`close`."""
-        data = ffi.from_buffer(buffer)
-        operation = Operation(data)
-        lib.lynx_ucx_send(self._calls, self._handle, data, len(data), tag, operation.state)
+        operation = Operation()
+        data = operation.buffer = ffi.from_buffer(buffer)
+        lib.lynx_ucx_send(self._calls, self.handle, data, len(data), tag, operation.state)
         return operation
 
     def close(self) -> None:
@@ -133,8 +130,8 @@ class Endpoint:
         self._closed = True
         self._endpoint.close_blocking()
         if self._endpoint.handle:  # ucxx leaves one open whose peer has failed
-            operation = Operation(None)
-            lib.lynx_ucx_close_endpoint(self._calls, self._handle, operation.state)
+            operation = Operation()
+            lib.lynx_ucx_close_endpoint(self._calls, self.handle, operation.state)
             while not operation.done:
                 self._worker.progress()
 
@@ -148,6 +145,7 @@ class Worker:
 
         self._api = libucxx
         config = {key: value for key, value in _CONFIG.items() if f"UCX_{key}" not in os.environ}
+        config["RNDV_THRESH"] = str(LONG)
         context = libucxx.UCXContext(config, (libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
         self._worker = libucxx.UCXWorker(context, False, False)
         self._worker.init_blocking_progress_mode()
@@ -160,7 +158,6 @@ class Worker:
         self.calls.worker = ffi.cast("void *", self._worker.handle)
         for name in _CALLS:
             setattr(self.calls, name, ctypes.cast(getattr(ucp, name), ctypes.c_void_p).value)
-        self._found = ffi.new("lynx_ucx_message *")
 
     def connect(self, address: bytes) -> Endpoint:
         """An endpoint to the worker with this address. Raises :class:`~lynxproto.errors.TransportError`."""
@@ -174,36 +171,44 @@ class Worker:
 
     def receive(self, message: Message, buffer: memoryview) -> Operation:
         """Receive ``message`` into ``buffer``. What does not fit is lost, and an error."""
-        data = ffi.from_buffer(buffer, require_writable=True)
-        operation = Operation(data)
+        operation = Operation()
+        data = operation.buffer = ffi.from_buffer(buffer, require_writable=True)
         lib.lynx_ucx_receive(self.calls, message.handle, data, len(data), operation.state)
         return operation
 
-    def poll(self, operation: Operation | None = None, quiet_ns: int = 0, most_ns: int = 0) -> int:
+    def bound(self, quiet_ns: int, most_ns: int) -> None:
+        """How long to poll: until nothing has happened for ``quiet_ns`` (0: just once), or ``most_ns`` are over."""
+        self.calls.quiet_ns, self.calls.most_ns = quiet_ns, most_ns
+
+    def poll(self, operation: Operation | None = None) -> int:
         """Make progress, without Python's lock, until one of these:
 
         a message comes (:data:`FOUND`: take it from :meth:`found`), ``operation`` is over (:data:`OVER`), nothing has
-        happened for ``quiet_ns`` (:data:`QUIET`), or ``most_ns`` are over (:data:`BUSY`).
+        happened for a while (:data:`QUIET`), or it is time for other things (:data:`BUSY`).
         """
         state = ffi.NULL if operation is None else operation.state
-        outcome: int = lib.lynx_ucx_poll(self.calls, state, self._found, quiet_ns, most_ns)
+        outcome: int = lib.lynx_ucx_poll(self.calls, state)
         return outcome
 
-    def poll_for(self, tag: int, buffer: memoryview, quiet_ns: int, most_ns: int) -> tuple[int, Operation]:
-        """The same, but if the first message that comes has this tag and fits, it is received into ``buffer``.
+    def send_poll(self, operation: Operation, endpoint: Endpoint, buffer: memoryview, tag: int) -> int:
+        """:meth:`Endpoint.send` as ``operation``, and :meth:`poll` until it is over."""
+        data = operation.buffer = ffi.from_buffer(buffer)
+        outcome: int = lib.lynx_ucx_send_poll(self.calls, endpoint.handle, data, len(data), tag, operation.state)
+        return outcome
 
-        So does the operation, whose size is 0 if there was no such message.
+    def receive_poll(self, operation: Operation, tag: int, buffer: memoryview) -> int:
+        """:meth:`poll`, but if the first message that comes has this tag and fits, ``operation`` receives it.
+
+        So does the poll then; the operation's size is 0 if there was no such message.
         """
-        data = ffi.from_buffer(buffer, require_writable=True)
-        operation = Operation(data)
-        outcome: int = lib.lynx_ucx_next(
-            self.calls, operation.state, tag, data, len(data), self._found, quiet_ns, most_ns
-        )
-        return outcome, operation
+        data = operation.buffer = ffi.from_buffer(buffer, require_writable=True)
+        outcome: int = lib.lynx_ucx_receive_poll(self.calls, tag, data, len(data), operation.state)
+        return outcome
 
     def found(self) -> Message:
-        """The message that :meth:`poll` found last."""
-        return Message(self._found.handle, self._found.tag, self._found.nbytes)
+        """The message that was found last."""
+        found = self.calls.found
+        return Message(found.handle, found.tag, found.nbytes)
 
     def arm(self) -> bool:
         """Get ready to wait for the descriptor; False if there is progress to make first."""

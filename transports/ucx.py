@@ -11,7 +11,7 @@ the tag say what a message is:
 | kind | length | message |
 |---|---|---|
 | 0 | 1 to 512 KiB | bytes of the stream |
-| 1 | 0 | this side has read another mebibyte of what came, each message counted with 512 bytes more |
+| 1 | 0 | this side has read another mebibyte of messages below 8 KiB, each counted with 512 bytes more |
 | 2 | 0 | the stream ends here |
 """
 
@@ -29,7 +29,18 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 from lynxproto.errors import ConfigError, StreamClosedError, TransportError
-from lynxproto.transports._ucxx import BUSY, FOUND, OVER, QUIET, Endpoint, Message, Operation, Worker, require_ucxx
+from lynxproto.transports._ucxx import (
+    BUSY,
+    FOUND,
+    LONG,
+    OVER,
+    QUIET,
+    Endpoint,
+    Message,
+    Operation,
+    Worker,
+    require_ucxx,
+)
 from lynxproto.transports.abc import Address, ByteStream, Credentials, Listener, Setup, Transport
 from lynxproto.transports.tcp import connect_tcp, listen_tcp
 from lynxproto.transports.tls import TLSListener, TLSStream
@@ -45,7 +56,8 @@ BODY_BYTES: Final = 512 << 10
 _JOINED: Final = 4 << 10
 #: What a message counts beside its bytes.
 _COST: Final = 512
-#: Bytes, so counted, that may be under way without the peer's confirmation that it read them.
+#: Bytes, so counted, that may be under way: messages of LONG bytes until they are sent, which is when the peer has
+#: named their place; shorter ones, which UCX may hold for the peer, until it confirms that it read them.
 WINDOW: Final = 4 << 20
 _CONFIRMED: Final = WINDOW // 4
 #: A stream's tag is its random number and what the message is.
@@ -62,7 +74,7 @@ _LAST_ROUNDS: Final = 100
 #: What it did not end: memory that it might still write to must never be anything else.
 _ABANDONED: Final[list[Operation]] = []
 #: Nanoseconds of polling, and of calls that need not wait, after which they get it.
-_SLICE_NS: Final = 100_000
+_SLICE_NS: Final = 500_000
 _TURN_NS: Final = 1_000_000
 
 #: Microseconds without anything happening for which a stream polls before it sleeps.
@@ -113,14 +125,16 @@ class _LoopWorker:
     def __init__(self) -> None:
         self._spin_ns = _spin_ns()
         self._polls_ns = self._spin_ns
-        self._polled_at = 0
+        self._slept_at = 0
         self.ucx = Worker()
+        self.ucx.bound(self._polls_ns, _SLICE_NS)
         self.turned_ns = 0
         """When other tasks of the loop had their last turn."""
         self._loop = asyncio.get_running_loop()
         self._users = 0
         self._streams: dict[int, UCXStream] = {}
         self._under_way: set[Operation] = set()
+        self._free: list[Operation] = []
         self._woke = self._alone = False
         self._scheduled: asyncio.Handle | None = None
         self._loop.add_reader(self.ucx.fileno, self._awake)
@@ -149,7 +163,9 @@ class _LoopWorker:
 
     def start(self, operation: Operation) -> Operation:
         """Hold on to ``operation`` and its buffer until it is over."""
-        if not operation.done:
+        if operation.done:
+            operation.buffer = None
+        else:
             self._under_way.add(operation)
         return operation
 
@@ -169,7 +185,7 @@ class _LoopWorker:
     async def until(self, ready: Callable[[], bool], bell: _Bell, operation: Operation | None = None) -> None:
         """Return once ``ready()``: because ``operation``, whose bell it is, is over, or somebody rings."""
         while not ready():
-            while (outcome := self._poll(operation, self._polls_ns)) != QUIET:
+            while (outcome := self._poll(operation)) != QUIET:
                 if ready():
                     return
                 if self._woke or outcome == BUSY:
@@ -184,7 +200,7 @@ class _LoopWorker:
 
     def nudge(self) -> None:
         """Make what progress there is to make now."""
-        while self._poll() != QUIET:
+        while self._poll_once() != QUIET:
             pass
 
     def settle(self) -> None:
@@ -192,16 +208,13 @@ class _LoopWorker:
         for _ in range(_LAST_ROUNDS):
             if not self._under_way:
                 break
-            self._poll()
-
-    def listen(self) -> None:
-        """Listen to UCX's descriptor when the loop's other tasks have had their turn."""
-        if self._scheduled is None:
-            self._scheduled = self._loop.call_soon(self._progress)
+            self._poll_once()
 
     def _awake(self) -> None:
-        """Something happened while the loop slept."""
-        self._polls_ns = self._spin_ns if monotonic_ns() - self._polled_at < _SHORT * self._spin_ns else 0
+        """Something happened while the loop slept, or was busy."""
+        if self._scheduled is None:
+            self._polls_ns = self._spin_ns if monotonic_ns() - self._slept_at < _SHORT * self._spin_ns else 0
+            self.ucx.bound(self._polls_ns, _SLICE_NS)
         self._progress()
 
     def _progress(self) -> None:
@@ -209,13 +222,14 @@ class _LoopWorker:
         self._unschedule()
         self.turned_ns = monotonic_ns()
         alone, self._alone = self._alone, False
-        while (outcome := self._poll(None, self._polls_ns if alone else 0)) == FOUND and not self._woke:
+        while (outcome := self._poll() if alone else self._poll_once()) == FOUND and not self._woke:
             pass
         if outcome != QUIET or self._woke:
             return
         if not alone and self._polls_ns:
             self._alone = True
         elif self.ucx.arm():
+            self._slept_at = monotonic_ns()
             self._unschedule()
 
     def _unschedule(self) -> None:
@@ -225,28 +239,52 @@ class _LoopWorker:
 
     def complete(self, operation: Operation) -> bool:
         """Poll until ``operation`` is over; False if it is time to do something else, or to sleep."""
-        while self._poll(operation, self._polls_ns) == FOUND and not operation.done and not self._woke:
+        while self._poll(operation) == FOUND and not operation.done and not self._woke:
             pass
         return operation.done
 
-    def expect(self, tag: int, buffer: memoryview) -> Operation | None:
-        """Poll for the next message: what receives it into ``buffer``, if it has ``tag`` and fits."""
-        outcome, operation = self.ucx.poll_for(tag, buffer, self._polls_ns, _SLICE_NS)
-        received = operation.nbytes > 0
-        if received and outcome != OVER:
-            self._under_way.add(operation)
+    def send(self, endpoint: Endpoint, buffer: memoryview, tag: int) -> Operation:
+        """Send, and poll until that is over or it is time to do something else."""
+        operation = self._free.pop() if self._free else Operation()
+        outcome = self.ucx.send_poll(operation, endpoint, buffer, tag)
+        if outcome != OVER:
+            self.start(operation)
         self._after(outcome)
-        return operation if received else None
+        return operation
 
-    def _poll(self, operation: Operation | None = None, quiet_ns: int = 0) -> int:
-        outcome = self.ucx.poll(operation, quiet_ns, _SLICE_NS)
+    def receive(self, tag: int, buffer: memoryview) -> Operation | None:
+        """Poll for the next message, and if it has ``tag`` and fits into ``buffer`` receive it: what does, or None."""
+        operation = self._free.pop() if self._free else Operation()
+        outcome = self.ucx.receive_poll(operation, tag, buffer)
+        begun = outcome == OVER or operation.nbytes > 0
+        if begun and outcome != OVER:
+            self.start(operation)
+        self._after(outcome)
+        if begun:
+            return operation
+        self.free(operation)
+        return None
+
+    def free(self, operation: Operation) -> None:
+        """An operation that is over, or never began, is free to be another."""
+        operation.buffer = operation.bell = None
+        self._free.append(operation)
+
+    def _poll_once(self) -> int:
+        self.ucx.bound(0, _SLICE_NS)
+        try:
+            return self._poll()
+        finally:
+            self.ucx.bound(self._polls_ns, _SLICE_NS)
+
+    def _poll(self, operation: Operation | None = None) -> int:
+        outcome = self.ucx.poll(operation)
         self._after(outcome)
         return outcome
 
     def _after(self, outcome: int) -> None:
         """What is to be done after progress."""
         self._woke = self._alone = False
-        self._polled_at = monotonic_ns()
         if outcome == FOUND:
             message = self.ucx.found()
             stream = self._streams.get(message.tag & ~_KIND)
@@ -257,9 +295,11 @@ class _LoopWorker:
         if self._under_way:
             for over in [one for one in self._under_way if one.done]:
                 self._under_way.discard(over)
+                over.buffer = None
                 if over.bell is not None:
                     self.ring(over.bell)
-        self.listen()
+        if self._scheduled is None:
+            self._scheduled = self._loop.call_soon(self._progress)
 
 
 class UCXStream(ByteStream):
@@ -378,12 +418,11 @@ class UCXStream(ByteStream):
         return self._endpoint
 
     async def _begin(self) -> None:
-        """Of each call: set up, and let other tasks have their turn if that is due."""
+        """Of a call, if it is the first, or other tasks of the loop have waited for long."""
         if self._endpoint is None:
             await self.set_up()
-        if monotonic_ns() - self._worker.turned_ns > _TURN_NS:
-            await self._worker.take_turns()
-            self._check()
+        await self._worker.take_turns()
+        self._check()
 
     async def _over(self, operation: Operation) -> None:
         """Wait for ``operation`` on the caller's buffer. Cancelled, it breaks the stream, which ends all of them."""
@@ -427,22 +466,23 @@ class UCXStream(ByteStream):
             self._break_off("a message that cannot be")
         self._worker.ring(self._coming)
 
-    async def receive_into(self, buffer: memoryview) -> int:
-        """See :meth:`ByteStream.receive_into`. Cancelling it may break the stream."""
-        return await self._receive(buffer, None)
-
-    async def receive_summed(self, sums: Sums) -> int:
-        """See :meth:`ByteStream.receive_summed`."""
-        return await self._receive(sums.data[sums.there :], sums)
-
-    async def _receive(self, buffer: memoryview, sums: Sums | None) -> int:
-        await self._begin()
-        if not self._rest.nbytes:
+    async def receive_into(self, buffer: memoryview, sums: Sums | None = None) -> int:
+        """See :meth:`ByteStream.receive_into`. Cancelling it may break the stream. ``sums``: to be added to."""
+        if self._endpoint is None or monotonic_ns() - self._worker.turned_ns > _TURN_NS:
+            await self._begin()
+        if not self._rest:
             if not self._inbox and not self._ended and not self._cut:
-                operation = self._worker.expect(self._mine | _DATA, buffer[:BODY_BYTES])
+                target = buffer if buffer.nbytes <= BODY_BYTES else buffer[:BODY_BYTES]
+                operation = self._worker.receive(self._mine | _DATA, target)
                 if operation is not None:
-                    self._held += operation.nbytes + _COST
-                    return await self._receive_all(operation, buffer, sums)
+                    nbytes = operation.nbytes
+                    if self._inbox or operation.state.status:  # more has come, or it is not over, or failed
+                        return await self._receive_all(operation, buffer, sums)
+                    self._worker.free(operation)
+                    self._count(nbytes)
+                    if sums is not None:
+                        sums.add(sums.there + nbytes)
+                    return nbytes
                 self._check()
             message = await self._next()
             if message is None:
@@ -451,17 +491,22 @@ class UCXStream(ByteStream):
             if operation is not None:
                 return await self._receive_all(operation, buffer, sums)
             await self._receive_rest(message)
-        count = min(buffer.nbytes, self._rest.nbytes)
+        count = min(buffer.nbytes, len(self._rest))
         buffer[:count] = self._rest[:count]
         self._rest = self._rest[count:]
         if sums is not None:
             sums.add(sums.there + count)
         return count
 
+    async def receive_summed(self, sums: Sums) -> int:
+        """See :meth:`ByteStream.receive_summed`."""
+        return await self.receive_into(sums.data[sums.there :], sums)
+
     def _land(self, message: Message, buffer: memoryview) -> Operation | None:
         """Receive ``message`` into ``buffer`` if it fits."""
         if message.nbytes > buffer.nbytes:
             return None
+        self._held -= message.nbytes + _COST
         return self._worker.start(self._worker.ucx.receive(message, buffer[: message.nbytes]))
 
     async def _receive_rest(self, message: Message) -> None:
@@ -469,7 +514,9 @@ class UCXStream(ByteStream):
         if self._spare is None:
             self._spare = bytearray(BODY_BYTES)
         rest = memoryview(self._spare)[: message.nbytes]
-        await self._finish((self._worker.start(self._worker.ucx.receive(message, rest)),))
+        operation = self._land(message, rest)
+        assert operation is not None
+        await self._finish((operation,))
         self._count(message.nbytes)
         self._rest = rest
 
@@ -516,35 +563,49 @@ class UCXStream(ByteStream):
         return message
 
     def _count(self, nbytes: int) -> None:
-        """So much of the stream has been read: tell the peer now and then."""
-        self._held -= nbytes + _COST
-        self._read += nbytes + _COST
-        if self._read >= _CONFIRMED and not self._cut:
-            self._read -= _CONFIRMED
-            self._worker.start(self._usable().send(memoryview(b""), self._theirs | _CONFIRM))
+        """A message has been read. The peer is told of short ones, now and then."""
+        if nbytes < LONG:
+            self._read += nbytes + _COST
+            if self._read >= _CONFIRMED and not self._cut:
+                self._read -= _CONFIRMED
+                self._worker.start(self._usable().send(memoryview(b""), self._theirs | _CONFIRM))
 
     # --- sending
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
         """See :meth:`ByteStream.send`. Cancelling it breaks the stream."""
-        await self._begin()
-        operations: list[Operation] = []
+        if self._endpoint is None or monotonic_ns() - self._worker.turned_ns > _TURN_NS:
+            await self._begin()
+        if len(buffers) == 1 and LONG <= buffers[0].nbytes <= BODY_BYTES:  # without a list of one
+            operation = self._worker.send(self._usable(), buffers[0], self._theirs | _DATA)
+            if operation.state.status:  # it is not over, or failed
+                await self._finish((operation,))
+            self._worker.free(operation)
+            return
+        short: list[Operation] = []
+        long: deque[Operation] = deque()
         try:
             for data in _messages(buffers):
                 cost = data.nbytes + _COST
+                while long and self._unconfirmed + cost > WINDOW:
+                    await self._finish((long[0],))
+                    self._unconfirmed -= long.popleft().nbytes + _COST
                 if self._unconfirmed + cost > WINDOW:
                     await self._allow(cost)
                 self._unconfirmed += cost
-                operations.append(self._worker.start(self._usable().send(data, self._theirs | _DATA)))
+                operation = self._worker.start(self._usable().send(data, self._theirs | _DATA))
+                (short if data.nbytes < LONG else long).append(operation)
         except asyncio.CancelledError:
             self._break_off()
             raise
         finally:
-            await self._finish(operations)
+            await self._finish((*short, *long))
+            self._unconfirmed -= sum(operation.nbytes + _COST for operation in long)
 
     async def send_eof(self) -> None:
         """See :meth:`ByteStream.send_eof`."""
-        await self._begin()
+        if self._endpoint is None or monotonic_ns() - self._worker.turned_ns > _TURN_NS:
+            await self._begin()
         if not self._eof_sent:
             self._eof_sent = True
             operation = self._worker.start(self._usable().send(memoryview(b""), self._theirs | _END))

@@ -6,6 +6,7 @@
 
 #define IN_PROGRESS 1
 #define LAST_ERROR (-100) /* UCS_ERR_LAST */
+#define ROUNDS 16 /* of progress, each of which may be a piece of a few KiB, between looks at messages and the clock */
 
 typedef int8_t ucs_status; /* a packed enum */
 
@@ -107,18 +108,20 @@ typedef struct {
     size_t most;
 } expectation;
 
-static int poll_for(const lynx_ucx *ucx, lynx_ucx_operation *operation, const expectation *expected,
-    lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns) {
+static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, const expectation *expected) {
     progress_function *const progress = (progress_function *)ucx->ucp_worker_progress;
     probe_function *const probe = (probe_function *)ucx->ucp_tag_probe_nb;
     uint64_t began = 0, moved = 0;
     for (;;) {
-        const unsigned events = progress(ucx->worker);
+        int rounds = 0;
+        while (progress(ucx->worker) && ++rounds < ROUNDS)
+            if (expected == NULL && operation != NULL && operation->status != IN_PROGRESS)
+                break;
         ucp_tag_recv_info info;
         void *const message = probe(ucx->worker, 0, 0, 1, &info);
         if (message != NULL) {
             if (expected == NULL || info.sender_tag != expected->tag || info.length - 1 >= expected->most) {
-                *found = (lynx_ucx_message){.handle = message, .tag = info.sender_tag, .nbytes = info.length};
+                ucx->found = (lynx_ucx_message){.handle = message, .tag = info.sender_tag, .nbytes = info.length};
                 return LYNX_UCX_FOUND;
             }
             lynx_ucx_receive(ucx, message, expected->data, info.length, operation);
@@ -126,30 +129,34 @@ static int poll_for(const lynx_ucx *ucx, lynx_ucx_operation *operation, const ex
         }
         if (expected == NULL && operation != NULL && operation->status != IN_PROGRESS)
             return LYNX_UCX_OVER;
-        if (quiet_ns == 0 && events == 0)
+        if (ucx->quiet_ns == 0 && rounds == 0)
             return LYNX_UCX_QUIET;
         const uint64_t now = now_ns();
         if (began == 0)
             began = moved = now;
-        if (events)
+        if (rounds)
             moved = now;
-        else if (now - moved >= quiet_ns)
+        else if (now - moved >= ucx->quiet_ns)
             return LYNX_UCX_QUIET;
-        if (now - began >= most_ns)
+        if (now - began >= ucx->most_ns)
             return LYNX_UCX_BUSY;
     }
 }
 
-int lynx_ucx_poll(
-    const lynx_ucx *ucx, lynx_ucx_operation *operation, lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns) {
-    return poll_for(ucx, operation, NULL, found, quiet_ns, most_ns);
+int lynx_ucx_poll(lynx_ucx *ucx, lynx_ucx_operation *operation) {
+    return poll_for(ucx, operation, NULL);
 }
 
-int lynx_ucx_next(const lynx_ucx *ucx, lynx_ucx_operation *operation, uint64_t tag, void *data, size_t most,
-    lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns) {
+int lynx_ucx_send_poll(
+    lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, uint64_t tag, lynx_ucx_operation *operation) {
+    lynx_ucx_send(ucx, endpoint, data, nbytes, tag, operation);
+    return poll_for(ucx, operation, NULL);
+}
+
+int lynx_ucx_receive_poll(lynx_ucx *ucx, uint64_t tag, void *data, size_t most, lynx_ucx_operation *operation) {
     const expectation expected = {.tag = tag, .data = data, .most = most};
     operation->nbytes = 0;
-    return poll_for(ucx, operation, &expected, found, quiet_ns, most_ns);
+    return poll_for(ucx, operation, &expected);
 }
 
 void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_operation *operation) {

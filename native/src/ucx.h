@@ -12,8 +12,19 @@
 #define LYNX_UCX_OVER 2 /* the operation is over */
 #define LYNX_UCX_FOUND 3 /* a message has come */
 
-/* A worker, and the functions of libucp. */
+/* A message that has come and is to be received: until then it is UCX's. */
 typedef struct {
+    void *handle;
+    uint64_t tag;
+    size_t nbytes;
+} lynx_ucx_message;
+
+/* A worker, the functions of libucp, and for how long to poll: until nothing has happened for `quiet_ns`, or so many
+ * nanoseconds are over (`most_ns`); what was found then. */
+typedef struct {
+    uint64_t quiet_ns;
+    uint64_t most_ns;
+    lynx_ucx_message found;
     void *worker;
     uintptr_t ucp_worker_progress;
     uintptr_t ucp_tag_probe_nb;
@@ -30,13 +41,6 @@ typedef struct {
     const lynx_ucx *ucx;
 } lynx_ucx_operation;
 
-/* A message that has come and is to be received: until then it is UCX's. */
-typedef struct {
-    void *handle;
-    uint64_t tag;
-    size_t nbytes;
-} lynx_ucx_message;
-
 /* Starts to send `nbytes` from `data`, which must stay as it is until the operation is over. */
 void lynx_ucx_send(
     const lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, uint64_t tag, lynx_ucx_operation *operation);
@@ -44,15 +48,16 @@ void lynx_ucx_send(
 /* Starts to receive a message that was found into `nbytes` at `data`; what does not fit is lost, and an error. */
 void lynx_ucx_receive(const lynx_ucx *ucx, void *message, void *data, size_t nbytes, lynx_ucx_operation *operation);
 
-/* Makes progress until `operation` (or NULL) is over, a message comes (into `found`), nothing has happened for `quiet_ns`,
- * or `most_ns` are over; at least once. */
-int lynx_ucx_poll(
-    const lynx_ucx *ucx, lynx_ucx_operation *operation, lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns);
+/* Makes progress until `operation` (or NULL) is over, a message comes, or it has polled for long enough; at least once. */
+int lynx_ucx_poll(lynx_ucx *ucx, lynx_ucx_operation *operation);
 
-/* The same, but the first message, if it has this tag and 1 to `most` bytes, is not returned: `operation` becomes its
+/* Sends, and polls. */
+int lynx_ucx_send_poll(
+    lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, uint64_t tag, lynx_ucx_operation *operation);
+
+/* Polls, but the first message, if it has this tag and 1 to `most` bytes, is not returned: `operation` becomes its
  * receiving, to `data`. Its size tells, which is 0 until then. */
-int lynx_ucx_next(const lynx_ucx *ucx, lynx_ucx_operation *operation, uint64_t tag, void *data, size_t most,
-    lynx_ucx_message *found, uint64_t quiet_ns, uint64_t most_ns);
+int lynx_ucx_receive_poll(lynx_ucx *ucx, uint64_t tag, void *data, size_t most, lynx_ucx_operation *operation);
 
 /* Closes an endpoint at once; what is under way on it ends. */
 void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_operation *operation);
