@@ -303,13 +303,15 @@ static void choose(int dtype, const lynx_planes *planes, const int16_t *low, con
 INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_params *params,
                             __mmask64 used, bool wanted, const lynx_stretch *ahead, ptrdiff_t ahead_stride, uint8_t *codes) {
     __m512 inverse[4], offset[4];
-    for (int i = 0; i < 2 && part == LYNX_KEY; i++) {
-        float offsets[32];
-        for (int g = 0; g < 32; g++) {
-            offsets[g] = INTEGERS + (float)params->offset[32 * i + g];
-        }
+    float offsets[ROW];
+    uint32_t zeros[ROW]; /* offsets modulo 256, in each byte */
+    for (int g = 0; g < ROW; g++) {
+        offsets[g] = INTEGERS + (float)params->offset[g];
+        zeros[g] = (uint32_t)(params->offset[g] & 255) * 0x01010101u;
+    }
+    for (int i = 0; i < 2; i++) {
         even_odd(params->inverse + 32 * i, &inverse[2 * i], &inverse[2 * i + 1]);
-        even_odd(offsets, &offset[2 * i], &offset[2 * i + 1]);
+        even_odd(offsets + 32 * i, &offset[2 * i], &offset[2 * i + 1]);
     }
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
     const __m512i within = _mm512_setr_epi32(0x05040100, 0x05040100, 0x05040100, 0x05040100, 0x05040100, 0x05040100, 0x05040100, 0x05040100,
@@ -333,7 +335,7 @@ INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t
         }
         if (part == LYNX_VALUE) {
             inverse[0] = inverse[1] = inverse[2] = inverse[3] = _mm512_set1_ps(params->inverse[t]);
-            offset[0] = offset[1] = offset[2] = offset[3] = _mm512_set1_ps(INTEGERS + (float)params->offset[t]);
+            offset[0] = offset[1] = offset[2] = offset[3] = _mm512_set1_ps(offsets[t]);
         }
         __m512i code[4];
         for (int i = 0; i < 2; i++) {
@@ -355,7 +357,7 @@ INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t
         bytes = _mm512_permutexvar_epi8(order, bytes);
         store(codes + t * ROW, bytes);
         if (wanted) { /* integers modulo 256 are no larger than those they stand for, and their bits no fewer */
-            zero = part == LYNX_KEY ? zero : _mm512_set1_epi8((char)params->offset[t]);
+            zero = part == LYNX_KEY ? zero : _mm512_set1_epi32((int)zeros[t]);
             const __m512i size = _mm512_min_epu8(_mm512_abs_epi8(_mm512_sub_epi8(bytes, zero)), largest);
             few = _mm512_add_epi8(few, _mm512_maskz_permutexvar_epi8(used, size, bits_of));
             if (t % 8 == 7 || t == tokens - 1) { /* 8 times 28 is a byte */
@@ -391,6 +393,17 @@ static uint64_t quantise_ahead(int part, const uint16_t *rows, ptrdiff_t stride,
                      : quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, used, false, ahead, ahead_stride, codes);
 }
 
+/* Registers 4..7 as `transpose` makes them. */
+INLINE void transpose_to_upper(__m512i *r) {
+    for (int i = 0; i < 4; i++) {
+        r[i + 4] = _mm512_ternarylogic_epi64(_mm512_srli_epi16(r[i], 4), r[i + 4], _mm512_set1_epi8(0x0f), 0xe4);
+    }
+    SWAP(r[4], r[6], 2, 0x33);
+    SWAP(r[5], r[7], 2, 0x33);
+    SWAP(r[4], r[5], 1, 0x55);
+    SWAP(r[6], r[7], 1, 0x55);
+}
+
 static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
     const int bits = planes->widths[0];
     const uint64_t *const masks = planes->in_anchor, used = planes->used;
@@ -399,7 +412,11 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
         for (int t = 0; t < 8; t++) {
             r[t] = load(codes + t * ROW);
         }
-        transpose(r, false);
+        if (rest == NULL && planes->in_anchor[4] == 0) {
+            transpose_to_upper(r);
+        } else {
+            transpose(r, false);
+        }
         if (planes->uniform) {
             for (int p = 0; p < 8; p++) {
                 if (p < bits && anchor != NULL) {
