@@ -244,7 +244,7 @@ class HQ(Codec):
         """See :meth:`Codec.encode`."""
         job = self._job(spec)
         wanted = range(self._levels) if levels is None else list(levels)
-        if any(not 0 <= level < self._levels for level in wanted):
+        if not all(map(range(self._levels).__contains__, wanted)):
             raise SpecError(f"hq: levels {wanted} of a codec with {self._levels}")
         view = view_of(spec, array)
         buffers = {level: np.empty(job.sizes[level], np.uint8) for level in wanted}

@@ -251,7 +251,7 @@ static void rescale_range(const int16_t *shifts, const uint16_t *rows, ptrdiff_t
 
 INLINE void survey_row(const uint16_t *row, const uint16_t *ahead, __m512i least[2], __m512i largest[2], __m512i negative[2]) {
     for (int i = 0; i < 2; i++) {
-        __builtin_prefetch(ahead + 32 * i);
+        __builtin_prefetch(ahead + 32 * i, 0, 2);
         const __m512i word = load(row + 32 * i), o = ordered16(word);
         least[i] = _mm512_min_epi16(least[i], o);
         largest[i] = _mm512_max_epi16(largest[i], o);
@@ -259,7 +259,7 @@ INLINE void survey_row(const uint16_t *row, const uint16_t *ahead, __m512i least
     }
 }
 
-/* Both halves in turn: two streams come from memory faster than one. */
+/* Both halves in turn: two streams come from memory faster than one. Fetched into the cache that holds the tile until it is encoded. */
 static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
     const int half = tokens / 2;
     __m512i least[2], largest[2], negative[2];
