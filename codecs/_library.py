@@ -23,6 +23,7 @@ __all__ = [
     "ffi",
     "instruction_set",
     "lib",
+    "outputs",
     "parallel",
     "part_count",
     "scratch",
@@ -98,6 +99,8 @@ class _Memory(threading.local):
         self.plan = np.empty(1 << 12, np.uint64)
         self.plan_address = ffi.cast("void *", address(self.plan))
         self.fault = ffi.new("lynx_hq_fault *")
+        self.levels = ffi.new("uint8_t *[3]")
+        self.sizes = ffi.new("uint64_t[3]")
 
 
 _memory = _Memory()
@@ -115,6 +118,11 @@ def workspace(plan: int) -> tuple[Any, Any, Any]:
         memory.plan = np.empty(plan // 8 + 1, np.uint64)
         memory.plan_address = ffi.cast("void *", address(memory.plan))
     return memory.plan_address, memory.scratch_address, memory.fault
+
+
+def outputs() -> tuple[Any, Any]:
+    """The thread's own arrays of three addresses and three sizes, of an encoder's levels."""
+    return _memory.levels, _memory.sizes
 
 
 @cache

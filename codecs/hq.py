@@ -17,7 +17,18 @@ import xxhash
 from numpy.typing import NDArray
 
 from lynxproto.chunk import ChunkSpec
-from lynxproto.codecs._library import address, check, error_text, ffi, lib, parallel, part_count, scratch, workspace
+from lynxproto.codecs._library import (
+    address,
+    check,
+    error_text,
+    ffi,
+    lib,
+    outputs,
+    parallel,
+    part_count,
+    scratch,
+    workspace,
+)
 from lynxproto.codecs._view import View, view_of
 from lynxproto.codecs.abc import Buffer, Codec, DecodeState
 from lynxproto.errors import ConfigError, PayloadError, SpecError
@@ -42,9 +53,7 @@ _PARTS: Final = {"key": lib.LYNX_KEY, "value": lib.LYNX_VALUE}
 _MAX_BYTES: Final = 1 << 31  # of a tile: sizes in payloads have 32 bits
 _SECTIONS: Final = ("parameters", "codes", "ranks", "anchor planes")
 _MAX_TABLE: Final = 1 << 22  # entries of a table of widths
-_LEVELS: Final = ffi.typeof("uint8_t *[3]")
 _PIECES: Final = ffi.typeof("lynx_hq_piece[]")
-_SIZES: Final = ffi.typeof("uint64_t[3]")
 _MAX_JOBS: Final = 1024  # shapes that a codec remembers
 
 
@@ -262,9 +271,10 @@ class HQ(Codec):
     def _encode(job: _Job, view: View, buffers: Mapping[int, NDArray[np.uint8]], threads: int) -> tuple[int, Any]:
         """Levels into their buffers: LYNX_OK, LYNX_STORED or LYNX_UNDECIDED, and their sizes."""
         plan, memory, _ = workspace(job.plan)
-        levels = ffi.new(_LEVELS, [address(buffers[i]) if i in buffers else ffi.NULL for i in range(3)])
+        levels, sizes = outputs()
+        for i in range(3):
+            levels[i] = address(buffers[i]) if i in buffers else ffi.NULL
         count = 1 if threads == 1 else part_count(job.blocks, threads)
-        sizes = ffi.new(_SIZES)
         if count == 1:
             outcome = lib.lynx_hq_encode_tile(job.config, view.c, levels, sizes, plan, memory)
         else:
