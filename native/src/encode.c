@@ -293,7 +293,7 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint32_t first_h
             }
             for (int c = 0; c < block.channels; c++) {
                 const uint64_t at = (uint64_t)head * tile->head_dim + channel + (uint64_t)c;
-                const uint32_t count = sums.count[c];
+                const double count = sums.count[c];
                 ranges[at] = (uint16_t)(count == 0 ? LEAST_SPREAD : sums.range[c] / count);
                 sizes[at] = (uint16_t)(count == 0 ? LEAST_SPREAD : sums.size[c] / count);
                 if (biases != NULL) {

@@ -84,9 +84,10 @@ typedef struct {
     uint64_t pairs[ROW / 2];
 } lynx_packed;
 
-/* Sums over blocks of the ranges and sizes of channels, as bfloat16 words, and how many blocks those are. */
+/* Sums over blocks of the ranges and sizes of channels, as bfloat16 words, and how many blocks those are. Integers of less than 40
+ * bits: as such they are exact, and so are their means when rounded down. */
 typedef struct {
-    uint64_t range[ROW], size[ROW];
+    double range[ROW], size[ROW];
     uint32_t count[ROW];
 } lynx_spread;
 

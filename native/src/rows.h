@@ -26,8 +26,8 @@ static void add_spreads(int dtype, const int16_t *low, const int16_t *high, lynx
         const uint32_t tame = ((high[c] < limit) & (low[c] >= -limit)) ? ~0u : 0;
         const uint32_t r = (float_bits(largest[c] - least[c]) + 0xffffu) >> 16, f = (float_bits(far) + 0xffffu) >> 16;
         /* 0x8000: nothing but -0 */
-        sums->range[c] += (r < LEAST_SPREAD || r >= 0x8000 ? LEAST_SPREAD : r) & tame;
-        sums->size[c] += (f < LEAST_SPREAD || f >= 0x8000 ? LEAST_SPREAD : f) & tame;
+        sums->range[c] += (double)(int32_t)((r < LEAST_SPREAD || r >= 0x8000 ? LEAST_SPREAD : r) & tame);
+        sums->size[c] += (double)(int32_t)((f < LEAST_SPREAD || f >= 0x8000 ? LEAST_SPREAD : f) & tame);
         sums->count[c] += tame & 1;
     }
 }
