@@ -300,28 +300,26 @@ class HQ(Codec):
         payloads = [np.frombuffer(payload, np.uint8) for payload in levels]  # not ffi.from_buffer: cycles may crash it
         sizes = [payload.size for payload in payloads]
         addresses = [address(payload) for payload in payloads]
-        outcome = lib.lynx_hq_open(job.config, addresses, sizes, len(payloads), plan, fault)
+        count = 1 if threads == 1 or view is None else part_count(job.blocks, threads)
+        if view is not None and count == 1:
+            outcome = lib.lynx_hq_decode_tile(job.config, addresses, sizes, len(payloads), view.c, plan, memory, fault)
+        else:
+            outcome = lib.lynx_hq_open(job.config, addresses, sizes, len(payloads), plan, fault)
         if outcome == lib.LYNX_STORED:
             if view is not None:
                 view.scatter(spec, addresses[0] + _HEADER.size)
         elif outcome != lib.LYNX_OK:
             self._fail(outcome, fault, job, sizes)
-        elif view is not None:
-            count = 1 if threads == 1 else part_count(job.blocks, threads)
-            if count == 1:
-                outcome = lib.lynx_hq_decode(plan, view.c, 0, job.blocks, memory, fault)
+        elif view is not None and count > 1:
+            target = view.c
+
+            def work(_: int, first: int, last: int) -> None:
+                own = ffi.new("lynx_hq_fault *")
+                outcome = lib.lynx_hq_decode(plan, target, first, last, scratch(), own)
                 if outcome != lib.LYNX_OK:
-                    self._fail(outcome, fault, job, sizes)
-            else:
-                target = view.c
+                    self._fail(outcome, own, job, sizes)
 
-                def work(_: int, first: int, last: int) -> None:
-                    own = ffi.new("lynx_hq_fault *")
-                    outcome = lib.lynx_hq_decode(plan, target, first, last, scratch(), own)
-                    if outcome != lib.LYNX_OK:
-                        self._fail(outcome, own, job, sizes)
-
-                parallel(work, job.blocks, count)
+            parallel(work, job.blocks, count)
         return DecodeState(len(levels) - 1, tuple(levels))
 
     @staticmethod

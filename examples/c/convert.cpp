@@ -97,13 +97,12 @@ public:
         }
         void *plan = work.plan(bounds_.plan);
         lynx_hq_fault fault;
-        const int outcome = lynx_hq_open(&config_, at, sizes, levels, plan, &fault);
+        const int outcome = lynx_hq_decode_tile(&config_, at, sizes, levels, &view, plan, work.scratch(), &fault);
         if (outcome == LYNX_STORED) {
             check(lynx_view_scatter(&view, 2, config_.heads, config_.tokens, config_.head_dim, at[0] + 8));
             return;
         }
         check(outcome);
-        check(lynx_hq_decode(plan, &view, 0, bounds_.blocks, work.scratch(), &fault));
     }
 
 private:

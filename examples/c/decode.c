@@ -312,11 +312,11 @@ static int decode_hq(const tile *t, const lynx_view *view, int levels, lynx_hq_f
         plan_size = bounds.plan;
         plan = allocate((size_t)plan_size, 1);
     }
-    const int code = lynx_hq_open(&t->config, t->payloads, t->sizes, levels, plan, fault);
+    const int code = lynx_hq_decode_tile(&t->config, t->payloads, t->sizes, levels, view, plan, scratch, fault);
     if (code == LYNX_STORED) {
         return lynx_view_scatter(view, 2, t->config.heads, t->config.tokens, t->config.head_dim, t->payloads[0] + 8);
     }
-    return code != LYNX_OK ? code : lynx_hq_decode(plan, view, 0, bounds.blocks, scratch, fault);
+    return code;
 }
 
 static int decode_bitplane(const tile *t, const lynx_view *view, int word_bytes, uint32_t dim, int levels) {

@@ -34,6 +34,7 @@ _ENTRY_POINTS: Final = (
     "lynx_hq_prepare",
     "lynx_hq_encode",
     "lynx_hq_assemble",
+    "lynx_hq_decode_tile",
     "lynx_hq_open",
     "lynx_hq_decode",
     "lynx_bitplane_pack",

@@ -141,7 +141,7 @@ LYNX_API int lynx_bitplane_unpack(const uint8_t *const *planes, const lynx_view 
  * A tile's levels, as payloads. One call after the other, on memory of the caller's that is no smaller than said:
  *     encode: lynx_hq_measure, lynx_hq_encode_tile; with several threads instead lynx_hq_prepare, lynx_hq_encode for ranges of
  *             blocks, lynx_hq_assemble;
- *     decode: lynx_hq_measure, lynx_hq_open, lynx_hq_decode for ranges of blocks.
+ *     decode: lynx_hq_measure, lynx_hq_decode_tile; or lynx_hq_open, lynx_hq_decode for ranges of blocks.
  * Between prepare and assemble, and after open, the plan is only read: threads may share it, each with ranges of blocks, a
  * piece or fault, and scratch of its own. A tile is decoded from its first level again when another level has come. */
 enum { LYNX_BFLOAT16 = 0, LYNX_FLOAT16 = 1 };
@@ -219,6 +219,10 @@ LYNX_API int lynx_hq_open(const lynx_hq_config *config, const uint8_t *const *pa
  * all. After an error the words mean nothing. */
 LYNX_API int lynx_hq_decode(const void *plan, const lynx_view *view, uint64_t first, uint64_t last, void *scratch,
                             lynx_hq_fault *fault);
+
+/* Open and decode all blocks, with one thread. */
+LYNX_API int lynx_hq_decode_tile(const lynx_hq_config *config, const uint8_t *const *payloads, const uint64_t *sizes, int count,
+                                 const lynx_view *view, void *plan, void *scratch, lynx_hq_fault *fault);
 
 #ifdef __cplusplus
 }

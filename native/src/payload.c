@@ -483,9 +483,8 @@ static uint64_t without(uint64_t size, uint64_t other) {
     return size > other ? size - other : 0;
 }
 
-int lynx_hq_open(const lynx_hq_config *config, const uint8_t *const *payloads, const uint64_t *sizes, int count,
-                 void *memory, lynx_hq_fault *fault) {
-    lynx_plan *plan = memory;
+static int open_payloads(const lynx_hq_config *config, const uint8_t *const *payloads, const uint64_t *sizes, int count,
+                         lynx_plan *plan, lynx_hq_fault *fault) {
     *fault = (lynx_hq_fault){0};
     if (count < 1 || count > config->levels || start_plan(config, plan) != LYNX_OK) {
         return LYNX_ERR_ARGUMENT;
@@ -565,11 +564,25 @@ int lynx_hq_open(const lynx_hq_config *config, const uint8_t *const *payloads, c
     return translated(plan, lynx_check(&plan->tile, in, fault), fault);
 }
 
-int lynx_hq_decode(const void *memory, const lynx_view *view, uint64_t first, uint64_t last, void *scratch,
-                   lynx_hq_fault *fault) {
-    const lynx_plan *plan = memory;
+int lynx_hq_open(const lynx_hq_config *config, const uint8_t *const *payloads, const uint64_t *sizes, int count, void *plan,
+                 lynx_hq_fault *fault) {
+    return open_payloads(config, payloads, sizes, count, plan, fault);
+}
+
+static int decode(const lynx_plan *plan, const lynx_view *view, uint64_t first, uint64_t last, void *scratch, lynx_hq_fault *fault) {
     if (first > last || last > plan->sizes.blocks || (view->pages != NULL && view->page_tokens == 0)) {
         return LYNX_ERR_ARGUMENT;
     }
     return translated(plan, lynx_decode(&plan->tile, &plan->in, view, first, last, scratch, fault), fault);
+}
+
+int lynx_hq_decode(const void *plan, const lynx_view *view, uint64_t first, uint64_t last, void *scratch, lynx_hq_fault *fault) {
+    return decode(plan, view, first, last, scratch, fault);
+}
+
+int lynx_hq_decode_tile(const lynx_hq_config *config, const uint8_t *const *payloads, const uint64_t *sizes, int count,
+                        const lynx_view *view, void *memory, void *scratch, lynx_hq_fault *fault) {
+    lynx_plan *plan = memory;
+    const int outcome = open_payloads(config, payloads, sizes, count, plan, fault);
+    return outcome != LYNX_OK ? outcome : decode(plan, view, 0, plan->sizes.blocks, scratch, fault);
 }

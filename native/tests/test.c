@@ -373,7 +373,7 @@ static void payloads(int isa, void *scratch) {
         lynx_hq_fault fault;
         CHECK(lynx_hq_open(&config, in, sizes[0], count, plan, &fault) == LYNX_OK);
         CHECK(lynx_hq_decode(plan, &there, 0, bounds.blocks, scratch, &fault) == LYNX_OK);
-        CHECK(lynx_hq_decode(plan, &back, 0, bounds.blocks, scratch, &fault) == LYNX_OK);
+        CHECK(lynx_hq_decode_tile(&config, in, sizes[0], count, &back, plan, scratch, &fault) == LYNX_OK);
         uint16_t *gathered = bytes(2 * values);
         CHECK(lynx_view_gather(&there, 2, heads, tokens, dim, gathered) == LYNX_OK);
         CHECK(memcmp(gathered, out, 2 * (size_t)values) == 0);
