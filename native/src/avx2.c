@@ -24,38 +24,61 @@ INLINE __m256i ordered16(__m256i w) {
     return _mm256_xor_si256(w, _mm256_srli_epi16(_mm256_srai_epi16(w, 15), 1));
 }
 
-static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
-    __m256i least[4], largest[4], negative[4];
-    for (int i = 0; i < 4; i++) {
-        least[i] = _mm256_set1_epi16(INT16_MAX);
-        largest[i] = _mm256_set1_epi16(INT16_MIN);
+#define PREFETCHED 64 /* rows ahead */
+
+/* Of 32 channels; with `count` also how many are negative. Words are compared as they are, with and without signs: the least is the
+ * largest without, if any has a sign; the largest the largest with, if any has none. Both halves of the rows in turn: two streams
+ * come from memory faster than one. */
+INLINE void survey_half(bool count, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
+    __m256i first[2], last[2], most[2], negative[2];
+    for (int i = 0; i < 2; i++) {
+        first[i] = last[i] = most[i] = load(rows + 16 * i);
         negative[i] = _mm256_setzero_si256();
     }
-    for (int t = 0; t < tokens; t++, rows += stride) {
-        __builtin_prefetch(rows + 16 * stride);
-        __builtin_prefetch(rows + 16 * stride + 32);
-        for (int i = 0; i < 4; i++) {
-            const __m256i word = load(rows + 16 * i), sign = _mm256_srai_epi16(word, 15);
-            const __m256i o = _mm256_xor_si256(word, _mm256_srli_epi16(sign, 1));
-            least[i] = _mm256_min_epi16(least[i], o);
-            largest[i] = _mm256_max_epi16(largest[i], o);
-            negative[i] = _mm256_sub_epi16(negative[i], sign);
+    const ptrdiff_t second = tokens / 2 * stride;
+    for (int t = 0; t < tokens / 2 + tokens % 2; t++, rows += stride) { /* an odd number's middle row belongs to the second half */
+        const bool both = t < tokens / 2;
+        for (int j = both ? 0 : 1; j < 2; j++) {
+            const uint16_t *row = rows + (j == 0 ? 0 : second);
+            __builtin_prefetch(row + PREFETCHED * stride);
+            for (int i = 0; i < 2; i++) {
+                const __m256i word = load(row + 16 * i);
+                first[i] = _mm256_min_epu16(first[i], word);
+                last[i] = _mm256_max_epu16(last[i], word);
+                most[i] = _mm256_max_epi16(most[i], word);
+                negative[i] = count ? _mm256_sub_epi16(negative[i], _mm256_srai_epi16(word, 15)) : negative[i];
+            }
         }
     }
-    for (int i = 0; i < 4; i++) {
-        store(low + 16 * i, least[i]);
-        store(high + 16 * i, largest[i]);
-        if (signs != NULL) {
+    for (int i = 0; i < 2; i++) {
+        const __m256i any = _mm256_srai_epi16(last[i], 15), all = _mm256_srai_epi16(most[i], 15); /* have signs */
+        store(low + 16 * i, ordered16(_mm256_blendv_epi8(first[i], last[i], any)));
+        store(high + 16 * i, ordered16(_mm256_blendv_epi8(most[i], first[i], all)));
+        if (count) {
             store(signs + 16 * i, negative[i]);
         }
     }
 }
 
+static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
+    for (int c = 0; c < ROW; c += 32) {
+        if (signs == NULL) {
+            survey_half(false, rows + c, stride, tokens, low + c, high + c, NULL);
+        } else {
+            survey_half(true, rows + c, stride, tokens, low + c, high + c, signs + c);
+        }
+    }
+}
+
+/* Magnitude words that stay in the range that exponents move, whatever the exponent: from INNER on, so many. */
+#define RESCALE_INNER (RESCALE_FIRST + 1024)
+#define RESCALE_SPAN (RESCALE_COUNT - 2048)
+
 /* Words outside the range stay; those that leave it come in again at the other end. */
 static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                     ptrdiff_t out_stride) {
-    const __m256i magnitude = _mm256_set1_epi16(0x7fff), count = _mm256_set1_epi16((short)(RESCALE_COUNT - 2048 + INT16_MIN));
-    const __m256i inner = _mm256_set1_epi16((short)(RESCALE_FIRST + 1024 + INT16_MIN)), nothing = _mm256_setzero_si256();
+    const __m256i magnitude = _mm256_set1_epi16(0x7fff), count = _mm256_set1_epi16((short)(RESCALE_SPAN + INT16_MIN));
+    const __m256i inner = _mm256_set1_epi16((short)(RESCALE_INNER + INT16_MIN)), nothing = _mm256_setzero_si256();
     for (int t = 0; t < tokens; t++, rows += stride, out += out_stride) {
         for (int i = 0; i < 4; i++) {
             const __m256i word = load(rows + 16 * i), size = _mm256_and_si256(word, magnitude);
@@ -74,45 +97,81 @@ static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t strid
     }
 }
 
-INLINE int16_t least_of(__m256i v) { /* signed */
-    const __m128i bias = _mm_set1_epi16(INT16_MIN);
-    const __m128i half = _mm_min_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, bias))) ^ INT16_MIN);
+/* Least words of 8 rows, 8 lanes each in the lower halves of registers, and likewise in the upper ones. */
+INLINE __m256i least_of_octet(__m256i r[8]) {
+    for (int j = 0; j < 4; j++) {
+        r[j] = _mm256_min_epi16(_mm256_unpacklo_epi64(r[2 * j], r[2 * j + 1]), _mm256_unpackhi_epi64(r[2 * j], r[2 * j + 1]));
+    }
+    for (int j = 0; j < 2; j++) {
+        const __m256 a = _mm256_castsi256_ps(r[2 * j]), b = _mm256_castsi256_ps(r[2 * j + 1]);
+        const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), odd = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+        const __m256i least = _mm256_min_epi16(even, odd);
+        r[j] = _mm256_srai_epi32(_mm256_min_epi16(least, _mm256_slli_epi32(least, 16)), 16);
+    }
+    return _mm256_packs_epi32(r[0], r[1]);
 }
 
-INLINE int16_t largest_of(__m256i v) {
-    return (int16_t)~least_of(_mm256_xor_si256(v, _mm256_set1_epi16(-1)));
+/* Extremes of value groups; unless `shifts` is null, of their words divided by 2^e, which go to `out`. */
+INLINE void range_of_values(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out, int16_t *low,
+                            int16_t *high) {
+    const __m256i magnitude = _mm256_set1_epi16(0x7fff), inner = _mm256_set1_epi16(RESCALE_INNER);
+    const __m256i span = _mm256_set1_epi16(RESCALE_SPAN);
+    for (int first = 0; first < tokens; first += 8) {
+        const int count = tokens - first < 8 ? tokens - first : 8;
+        const uint16_t *in = rows + first * stride;
+        ptrdiff_t in_stride = stride;
+        for (bool again = shifts != NULL;; again = false) {
+            __m256i r[8], farthest = _mm256_setzero_si256();
+            for (int t = 0; t < 8; t++) {
+                if (t >= count) {
+                    r[t] = r[count - 1];
+                    continue;
+                }
+                __m256i least, largest;
+                for (int i = 0; i < 4; i++) {
+                    __m256i word = load(in + t * in_stride + 16 * i);
+                    if (again) {
+                        farthest = _mm256_max_epu16(farthest, _mm256_sub_epi16(_mm256_and_si256(word, magnitude), inner));
+                        word = _mm256_sub_epi16(word, load(shifts + 16 * i));
+                        store(out + (first + t) * ROW + 16 * i, word);
+                    }
+                    const __m256i o = ordered16(word);
+                    least = i == 0 ? o : _mm256_min_epi16(least, o);
+                    largest = i == 0 ? o : _mm256_max_epi16(largest, o);
+                }
+                const __m256i less = _mm256_xor_si256(largest, _mm256_set1_epi16(-1)); /* the least is the largest's */
+                r[t] = _mm256_min_epi16(_mm256_permute2x128_si256(least, less, 0x20), _mm256_permute2x128_si256(least, less, 0x31));
+            }
+            const __m256i both = least_of_octet(r), largest = _mm256_xor_si256(both, _mm256_set1_epi16(-1));
+            _mm_storeu_si128((__m128i *)(low + first), _mm256_castsi256_si128(both));
+            _mm_storeu_si128((__m128i *)(high + first), _mm256_extracti128_si256(largest, 1));
+            /* Words that do not simply move are looked for in all rows at once, and are rare. */
+            const __m256i inside = _mm256_cmpeq_epi16(_mm256_max_epu16(farthest, span), farthest);
+            if (!again || __builtin_expect(_mm256_testz_si256(inside, inside), 1)) {
+                break;
+            }
+            uint16_t *const made = out + first * ROW; /* where the words themselves may have been */
+            for (int c = 0; c < count * ROW; c += 16) {
+                store(made + c, _mm256_add_epi16(load(made + c), load(shifts + c % ROW)));
+            }
+            rescale(shifts, made, ROW, count, made, ROW);
+            in = made;
+            in_stride = ROW;
+        }
+    }
 }
 
 static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
     if (part == LYNX_KEY) {
-        __m256i least[4], largest[4];
-        for (int i = 0; i < 4; i++) {
-            least[i] = largest[i] = ordered16(load(rows + 16 * i));
-        }
-        for (int t = 1; t < tokens; t++) {
-            for (int i = 0; i < 4; i++) {
-                const __m256i o = ordered16(load(rows + t * stride + 16 * i));
-                least[i] = _mm256_min_epi16(least[i], o);
-                largest[i] = _mm256_max_epi16(largest[i], o);
-            }
-        }
-        for (int i = 0; i < 4; i++) {
-            store(low + 16 * i, least[i]);
-            store(high + 16 * i, largest[i]);
-        }
+        survey(rows, stride, tokens, low, high, NULL);
     } else {
-        for (int t = 0; t < tokens; t++) {
-            __m256i least = ordered16(load(rows + t * stride)), largest = least;
-            for (int i = 1; i < 4; i++) {
-                const __m256i o = ordered16(load(rows + t * stride + 16 * i));
-                least = _mm256_min_epi16(least, o);
-                largest = _mm256_max_epi16(largest, o);
-            }
-            low[t] = least_of(least);
-            high[t] = largest_of(largest);
-        }
+        range_of_values(NULL, rows, stride, tokens, NULL, low, high);
     }
+}
+
+static void rescale_range(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out, int16_t *low,
+                          int16_t *high) {
+    range_of_values(shifts, rows, stride, tokens, out, low, high);
 }
 
 static void choose(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params) {
@@ -414,6 +473,7 @@ const lynx_kernels lynx_avx2 = {
     .pack_folded = lynx_avx2_pack_folded,
     .unpack_folded = lynx_avx2_unpack_folded,
     .rescale = rescale,
+    .rescale_range = rescale_range,
     .dequantise = dequantise,
     .place = lynx_avx2_place,
     .stream = stream,
