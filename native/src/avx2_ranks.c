@@ -405,9 +405,9 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, const lynx_para
     __m256i least = _mm256_set1_epi8(-1), shift[2][2];
     for (int half = 0; half < 2; half++) {
         for (int i = 0; i < 2; i++) {
-            const int16_t *at = shifts + 32 * half + 8 * i;
-            shift[half][i] = shifts == NULL ? _mm256_setzero_si256()
-                                            : _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(at + 16)), _mm_loadu_si128((const __m128i *)at));
+            const int16_t *at = shifts == NULL ? NULL : shifts + 32 * half + 8 * i;
+            shift[half][i] = at == NULL ? _mm256_setzero_si256()
+                                        : _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(at + 16)), _mm_loadu_si128((const __m128i *)at));
         }
     }
     for (int first = 0; first < tokens; first += 8) {
