@@ -19,10 +19,23 @@ from typing import Any, Final
 from lynxproto.codecs._library import ffi, lib
 from lynxproto.errors import MissingDependencyError, TransportError
 
-__all__ = ["BUSY", "FOUND", "LONG", "OVER", "QUIET", "Endpoint", "Message", "Operation", "Worker", "require_ucxx"]
+__all__ = [
+    "BUSY",
+    "FOUND",
+    "LONG",
+    "OVER",
+    "PIECE",
+    "QUIET",
+    "SETTINGS",
+    "Endpoint",
+    "Message",
+    "Operation",
+    "Worker",
+    "require_ucxx",
+]
 
 #: Settings of UCX other than its defaults, unless the environment has them.
-_CONFIG: Final = {
+SETTINGS: Final = {
     # Shared memory notices that a peer died only when told to (UCX's default leaves it out of such endpoints).
     "POSIX_ERROR_HANDLING": "y",
     "SYSV_ERROR_HANDLING": "y",
@@ -32,6 +45,8 @@ _CONFIG: Final = {
 }
 #: Messages of so many bytes stay with the sender until the receiver says where they are to go.
 LONG: Final = 8 << 10
+#: Bytes of a message at most.
+PIECE: Final = 512 << 10
 
 #: What :meth:`Worker.poll` returns.
 QUIET: Final[int] = lib.LYNX_UCX_QUIET
@@ -82,7 +97,7 @@ class Operation:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its message."""
+        """Bytes of its messages."""
         nbytes: int = self.state.nbytes
         return nbytes
 
@@ -144,7 +159,7 @@ class Worker:
         from ucxx._lib import libucxx
 
         self._api = libucxx
-        config = {key: value for key, value in _CONFIG.items() if f"UCX_{key}" not in os.environ}
+        config = {key: value for key, value in SETTINGS.items() if f"UCX_{key}" not in os.environ}
         config["RNDV_THRESH"] = str(LONG)
         context = libucxx.UCXContext(config, (libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
         self._worker = libucxx.UCXWorker(context, False, False)
@@ -191,18 +206,19 @@ class Worker:
         return outcome
 
     def send_poll(self, operation: Operation, endpoint: Endpoint, buffer: memoryview, tag: int) -> int:
-        """:meth:`Endpoint.send` as ``operation``, and :meth:`poll` until it is over."""
+        """Send ``buffer``, in messages of :data:`PIECE` bytes, as ``operation``, and :meth:`poll` until it is over."""
         data = operation.buffer = ffi.from_buffer(buffer)
-        outcome: int = lib.lynx_ucx_send_poll(self.calls, endpoint.handle, data, len(data), tag, operation.state)
+        outcome: int = lib.lynx_ucx_send_poll(self.calls, endpoint.handle, data, len(data), PIECE, tag, operation.state)
         return outcome
 
     def receive_poll(self, operation: Operation, tag: int, buffer: memoryview) -> int:
         """:meth:`poll`, but if the first message that comes has this tag and fits, ``operation`` receives it.
 
-        So does the poll then; the operation's size is 0 if there was no such message.
+        If it is long so do the next ones. The poll is :data:`OVER` then when all is there; the operation's size is 0 if
+        there was no such message.
         """
         data = operation.buffer = ffi.from_buffer(buffer, require_writable=True)
-        outcome: int = lib.lynx_ucx_receive_poll(self.calls, tag, data, len(data), operation.state)
+        outcome: int = lib.lynx_ucx_receive_poll(self.calls, tag, data, len(data), PIECE, LONG, operation.state)
         return outcome
 
     def found(self) -> Message:

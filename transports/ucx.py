@@ -34,6 +34,7 @@ from lynxproto.transports._ucxx import (
     FOUND,
     LONG,
     OVER,
+    PIECE,
     QUIET,
     Endpoint,
     Message,
@@ -50,11 +51,9 @@ if TYPE_CHECKING:
 
 __all__ = ["UCXStream", "UCXTransport"]
 
-#: Bytes of a message at most: what may have to be received before somebody names a buffer for it.
-BODY_BYTES: Final = 512 << 10
 #: Buffers up to this size are joined with their neighbours, up to this size.
 _JOINED: Final = 4 << 10
-#: What a message counts beside its bytes.
+#: What a short message counts beside its bytes.
 _COST: Final = 512
 #: Bytes, so counted, that may be under way: messages of LONG bytes until they are sent, which is when the peer has
 #: named their place; shorter ones, which UCX may hold for the peer, until it confirms that it read them.
@@ -448,8 +447,8 @@ class UCXStream(ByteStream):
     def arrived(self, message: Message) -> None:
         """A message with this stream's tag has come."""
         kind = message.tag & _KIND
-        if kind == _DATA and 0 < message.nbytes <= BODY_BYTES:
-            self._held += message.nbytes + _COST
+        if kind == _DATA and 0 < message.nbytes <= PIECE:
+            self._held += _cost(message.nbytes)
             self._inbox.append(message)
             if self._held > WINDOW:
                 self._break_off("it sends more than it may")
@@ -472,7 +471,7 @@ class UCXStream(ByteStream):
             await self._begin()
         if not self._rest:
             if not self._inbox and not self._ended and not self._cut:
-                target = buffer if buffer.nbytes <= BODY_BYTES else buffer[:BODY_BYTES]
+                target = buffer if sums is None else buffer[:PIECE]  # which are to be added while the next come
                 operation = self._worker.receive(self._mine | _DATA, target)
                 if operation is not None:
                     nbytes = operation.nbytes
@@ -506,13 +505,13 @@ class UCXStream(ByteStream):
         """Receive ``message`` into ``buffer`` if it fits."""
         if message.nbytes > buffer.nbytes:
             return None
-        self._held -= message.nbytes + _COST
+        self._held -= _cost(message.nbytes)
         return self._worker.start(self._worker.ucx.receive(message, buffer[: message.nbytes]))
 
     async def _receive_rest(self, message: Message) -> None:
         """A message longer than the caller's buffer: into memory of the stream's own, from which it is read later."""
         if self._spare is None:
-            self._spare = bytearray(BODY_BYTES)
+            self._spare = bytearray(PIECE)
         rest = memoryview(self._spare)[: message.nbytes]
         operation = self._land(message, rest)
         assert operation is not None
@@ -565,7 +564,7 @@ class UCXStream(ByteStream):
     def _count(self, nbytes: int) -> None:
         """A message has been read. The peer is told of short ones, now and then."""
         if nbytes < LONG:
-            self._read += nbytes + _COST
+            self._read += _cost(nbytes)
             if self._read >= _CONFIRMED and not self._cut:
                 self._read -= _CONFIRMED
                 self._worker.start(self._usable().send(memoryview(b""), self._theirs | _CONFIRM))
@@ -576,7 +575,7 @@ class UCXStream(ByteStream):
         """See :meth:`ByteStream.send`. Cancelling it breaks the stream."""
         if self._endpoint is None or monotonic_ns() - self._worker.turned_ns > _TURN_NS:
             await self._begin()
-        if len(buffers) == 1 and LONG <= buffers[0].nbytes <= BODY_BYTES:  # without a list of one
+        if len(buffers) == 1 and LONG <= buffers[0].nbytes <= WINDOW - self._unconfirmed:  # without a list of one
             operation = self._worker.send(self._usable(), buffers[0], self._theirs | _DATA)
             if operation.state.status:  # it is not over, or failed
                 await self._finish((operation,))
@@ -586,10 +585,10 @@ class UCXStream(ByteStream):
         long: deque[Operation] = deque()
         try:
             for data in _messages(buffers):
-                cost = data.nbytes + _COST
+                cost = _cost(data.nbytes)
                 while long and self._unconfirmed + cost > WINDOW:
                     await self._finish((long[0],))
-                    self._unconfirmed -= long.popleft().nbytes + _COST
+                    self._unconfirmed -= long.popleft().nbytes
                 if self._unconfirmed + cost > WINDOW:
                     await self._allow(cost)
                 self._unconfirmed += cost
@@ -600,7 +599,7 @@ class UCXStream(ByteStream):
             raise
         finally:
             await self._finish((*short, *long))
-            self._unconfirmed -= sum(operation.nbytes + _COST for operation in long)
+            self._unconfirmed -= sum(operation.nbytes for operation in long)
 
     async def send_eof(self) -> None:
         """See :meth:`ByteStream.send_eof`."""
@@ -635,6 +634,10 @@ class UCXStream(ByteStream):
         self._worker.release(self._mine)
 
 
+def _cost(nbytes: int) -> int:
+    return nbytes if nbytes >= LONG else nbytes + _COST
+
+
 def _messages(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
     """Cut ``buffers`` into messages: short neighbours joined, the rest as it lies."""
     short: list[memoryview] = []
@@ -645,8 +648,8 @@ def _messages(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
             yield short[0] if len(short) == 1 else memoryview(b"".join(short))
             short, room = [], _JOINED
         if view.nbytes > _JOINED:
-            for start in range(0, view.nbytes, BODY_BYTES):
-                yield view[start : start + BODY_BYTES]
+            for start in range(0, view.nbytes, PIECE):
+                yield view[start : start + PIECE]
         elif view.nbytes:
             short.append(view)
             room -= view.nbytes

@@ -1,7 +1,8 @@
 """``lynxproto bench ucx``: streams over UCX beside bare ucxx, the same sizes between two processes in the same run.
 
-Three contestants: lynxproto's stream; ucxx's lower layer in a loop that polls, which is all that UCX gives; and ucxx's
-coroutines, which is how programs use it. Each measurement is a pair of new processes; contestants take turns.
+Four contestants: lynxproto's stream; ucxx's lower layer in a loop that polls, which is all that UCX gives, with UCX's
+defaults and with the settings that the stream has; and ucxx's coroutines, which is how programs use it. Each
+measurement is a pair of new processes; contestants take turns.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["CONTESTANTS", "measure", "ucx"]
 
 _SIZES: Final = (64 << 10, 1 << 20, 4 << 20)
 _WARM_UP: Final = 4
-#: Messages under way in the streaming measurement of the bare contestants.
+#: Messages under way in the streaming measurement.
 _DEPTH: Final = 4
 
 #: For everybody: shared memory only takes part if peers' deaths are to be noticed on it.
@@ -172,9 +173,14 @@ async def _lynxproto(client: bool, pipe: Pipe, counts: Mapping[int, int]) -> Res
                 await stream_.send([out])
 
     async def stream(size: int, count: int) -> None:
-        buffer = memoryview(bytearray(size))
-        for _ in range(count):
-            await (stream_.send([buffer]) if client else receive(buffer))
+        buffers = [memoryview(bytearray(size)) for _ in range(_DEPTH)]
+        for first in range(0, count, _DEPTH):
+            some = buffers[: min(_DEPTH, count - first)]
+            if client:
+                await stream_.send(some)
+            else:
+                for buffer in some:
+                    await receive(buffer)
         await exchange(1, 1)
 
     results = await _timed(counts, exchange, stream)
@@ -187,12 +193,17 @@ async def _lynxproto(client: bool, pipe: Pipe, counts: Mapping[int, int]) -> Res
 CONTESTANTS: Final[dict[str, Callable[..., Any]]] = {
     "lynxproto": _lynxproto,
     "ucxx polling": _polling,
+    "ucxx polling, set": _polling,
     "ucxx coroutines": _coroutines,
 }
 
 
 def _side(name: str, *, client: bool, pipe: Pipe, report: Pipe, tls: str, counts: Mapping[int, int]) -> None:
     os.environ |= {"UCX_TLS": tls, **_ENVIRONMENT}
+    if name.endswith(", set"):
+        from lynxproto.transports._ucxx import SETTINGS
+
+        os.environ |= {f"UCX_{key}": value for key, value in SETTINGS.items()}
     results = asyncio.run(CONTESTANTS[name](client, pipe, counts))
     if client:
         report.send(results)

@@ -34,9 +34,12 @@ typedef struct {
     uintptr_t ucp_ep_close_nbx;
 } lynx_ucx;
 
-/* A send or receive: 1 while it is under way, then 0 or UCX's (negative) error. Must outlive it. */
+/* A send or receive, of one or more messages: 1 while it is under way, then 0 or UCX's first (negative) error. Must outlive
+ * it. */
 typedef struct {
     volatile int status;
+    int failed;
+    size_t left; /* messages, and 1 while there may be more */
     size_t nbytes;
     const lynx_ucx *ucx;
 } lynx_ucx_operation;
@@ -51,13 +54,15 @@ void lynx_ucx_receive(const lynx_ucx *ucx, void *message, void *data, size_t nby
 /* Makes progress until `operation` (or NULL) is over, a message comes, or it has polled for long enough; at least once. */
 int lynx_ucx_poll(lynx_ucx *ucx, lynx_ucx_operation *operation);
 
-/* Sends, and polls. */
-int lynx_ucx_send_poll(
-    lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, uint64_t tag, lynx_ucx_operation *operation);
+/* Sends in messages of `piece` bytes, and polls. */
+int lynx_ucx_send_poll(lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, size_t piece, uint64_t tag,
+    lynx_ucx_operation *operation);
 
-/* Polls, but the first message, if it has this tag and 1 to `most` bytes, is not returned: `operation` becomes its
- * receiving, to `data`. Its size tells, which is 0 until then. */
-int lynx_ucx_receive_poll(lynx_ucx *ucx, uint64_t tag, void *data, size_t most, lynx_ucx_operation *operation);
+/* Polls, but the first message, if it has this tag and 1 to `piece` and `most` bytes, is not returned: `operation` becomes
+ * its receiving, to `data`. So are those that follow, as long as none has less than `enough` bytes. The operation's size
+ * tells, which is 0 until then. */
+int lynx_ucx_receive_poll(lynx_ucx *ucx, uint64_t tag, void *data, size_t most, size_t piece, size_t enough,
+    lynx_ucx_operation *operation);
 
 /* Closes an endpoint at once; what is under way on it ends. */
 void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_operation *operation);
