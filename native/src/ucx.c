@@ -2,11 +2,13 @@
 #define _POSIX_C_SOURCE 199309L /* clock_gettime */
 #include "ucx.h"
 
+#include <sched.h>
 #include <stdbool.h>
 #include <time.h>
 
 #define IN_PROGRESS 1
 #define LAST_ERROR (-100) /* UCS_ERR_LAST */
+#define YIELD 8 /* rounds without anything, after which whoever else wants this core gets it: it may be the peer */
 #define ROUNDS 16 /* of progress, each of which may be a piece of a few KiB, between looks at messages and the clock */
 
 typedef int8_t ucs_status; /* a packed enum */
@@ -148,6 +150,7 @@ static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, const expectat
     probe_function *const probe = (probe_function *)ucx->ucp_tag_probe_nb;
     const size_t open = expected != NULL; /* what is left when all that has begun is over */
     uint64_t began = 0, moved = 0;
+    unsigned idle = 0;
     for (;;) {
         int rounds = 0;
         while (progress(ucx->worker) && ++rounds < ROUNDS)
@@ -177,6 +180,8 @@ static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, const expectat
             return LYNX_UCX_QUIET;
         if (now - began >= ucx->most_ns)
             return LYNX_UCX_BUSY;
+        if (rounds == 0 && ++idle % YIELD == 0)
+            sched_yield();
     }
 }
 
