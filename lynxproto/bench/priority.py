@@ -34,8 +34,6 @@ _LOAD_BYTES: Final = 256 << 20
 _RAW_BYTES: Final = 64 << 20
 #: A body of three levels, cheap to encode: what waits is the link, not the codec.
 _BODY: Final = {"id": "bitplane", "planes": [3, 5, 8]}
-#: One for anchors and control frames, one for residuals.
-_STRIPES: Final = 2
 _SECRET: Final = b"only for this benchmark"
 
 
@@ -78,7 +76,9 @@ def _remove() -> None:
 # --- what is measured
 
 
-def measure(rate: str, shaper: str, samples: int, congestion: str | None, note: Callable[[str], None]) -> Any:
+def measure(
+    rate: str, shaper: str, samples: int, stripes: int, note: Callable[[str], None], *, congestion: str | None
+) -> Any:
     """The ``priority`` of the report. ``samples``: probes on an idle link, and as many for each number of transfers."""
     from lynxproto.commands.options import BitRate
 
@@ -92,7 +92,7 @@ def measure(rate: str, shaper: str, samples: int, congestion: str | None, note: 
         host = _HOSTS[1] if real else "127.0.0.1"
         raw = _raw_speed(spaces, host) if real else bits / 8
         receiver = Child("priority-receive", spaces[1], host=host)
-        sender = Child("priority-send", spaces[0], bits=None if real else bits, samples=samples)
+        sender = Child("priority-send", spaces[0], bits=None if real else bits, samples=samples, stripes=stripes)
         try:
             sender.say(receiver.hear())
             loads = [_load(sender, receiver, count, raw, note) for count in _LOADS]
@@ -113,6 +113,7 @@ def measure(rate: str, shaper: str, samples: int, congestion: str | None, note: 
         "probe_bytes": _PROBE_BYTES,
         "link": f"{rate}bit/s, {'veth and tc tbf, 256 KiB burst, 50 ms' if real else 'token bucket'}",
         "congestion_control": congestion,
+        "stripes": stripes,
         "raw_goodput_bytes_per_s": raw,
         "loads": [{k: v for k, v in load.items() if k not in ("idle_s", "loaded_s")} for load in loads],
         "arrivals": arrivals,
@@ -345,12 +346,12 @@ def _sent(transfer: Any, level: int | None) -> int:
     return sum(stats.bytes for number, stats in levels if level is None or number >= level)
 
 
-async def _send(bits: float | None, samples: int) -> None:
+async def _send(bits: float | None, samples: int, stripes: int) -> None:
     from lynxproto.session import connect
     from lynxproto.transports import TokenBucket
 
     link = None if bits is None else TokenBucket(bits, _BURST)
-    async with connect(hear(), _config(), link=link, insecure=True, stripes=_STRIPES) as session:
+    async with connect(hear(), _config(), link=link, insecure=True, stripes=stripes) as session:
         sender = _Sender(session, samples)
         while (order := await asyncio.to_thread(hear)) is not None:
             if order["do"] == "load":
@@ -371,7 +372,10 @@ def show(result: dict[str, Any], console: Any) -> None:
     """Print it."""
     from rich.table import Table
 
-    title = f"anchor latency of a new request of {_PROBE_BYTES >> 20} MiB beside other transfers, ms; {result['link']}"
+    title = (
+        f"anchor latency of a new request of {_PROBE_BYTES >> 20} MiB beside other transfers, ms; {result['link']}; "
+    )
+    title += f"stripes: {result['stripes']}"
     table = Table(title=title)
     for heading in (
         "beside",

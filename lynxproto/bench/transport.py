@@ -34,6 +34,7 @@ _NAMES: Final = [contestant.name for contestant in transfers.CONTESTANTS if cont
 @click.option("--open", "count", type=click.IntRange(1), default=1000, show_default=True, help="Open transfers.")
 @click.option("--samples", type=click.IntRange(2), default=500, show_default=True, help="Anchors timed by --priority.")
 @click.option("--rate", default="1G", show_default=True, help="Speed of the shaped link of --priority, bits a second.")
+@click.option("--stripes", type=click.IntRange(1), default=2, show_default=True, help="Byte streams of --priority.")
 @click.option("--shaper", type=click.Choice(["auto", "tbf", "bucket"]), default="auto", help="What shapes that link.")
 @click.option("--congestion", help="TCP's congestion control on that link; default: the system's.")
 @click.option("--json", "json_path", metavar="FILE|-", help="Write the results as JSON; - for standard output.")
@@ -48,6 +49,7 @@ def transport(
     count: int,
     samples: int,
     rate: str,
+    stripes: int,
     shaper: str,
     congestion: str | None,
     json_path: str | None,
@@ -81,7 +83,7 @@ def transport(
             status.update(f"{count} open transfers")
             report["transfers"] = loads.open_transfers(count)
         if "priority" in wanted:
-            report["priority"] = priority_.measure(rate, shaper, samples, congestion, status.update)
+            report["priority"] = priority_.measure(rate, shaper, samples, stripes, status.update, congestion=congestion)
     report["settings"] = {"bytes": mib << 20, "runs": runs, "processes": 2, "policy": "bf16"}
     report["environment"] = machine.environment() | _network()
     if json_path != "-":
