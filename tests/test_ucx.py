@@ -9,9 +9,11 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,6 +189,78 @@ def test_a_cancelled_receive_leaves_the_memory_alone() -> None:
             sending.exception()
 
     run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+def test_nothing_is_left_of_closed_streams() -> None:
+    """Descriptors and operations: of streams that ended well, were cut in the middle, or were never set up."""
+
+    async def pair(cut: bool) -> None:
+        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+            dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
+            async with await listener.accept() as server:
+                await server.send([])
+                async with await dialling as client:
+                    sending = asyncio.ensure_future(client.send([memoryview(bytes(3 << 20)), memoryview(b"!")]))
+                    buffer = memoryview(bytearray(1 << 20))
+                    there = 0
+                    while there < (1 if cut else (3 << 20) + 1):
+                        there += await server.receive_into(buffer)
+                    if not cut:
+                        await sending
+                await asyncio.wait((sending,))
+                sending.exception()
+
+    async def main() -> None:
+        for cut in (False, True):
+            await pair(cut)
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        for _ in range(5):
+            for cut in (False, True):
+                await pair(cut)
+        assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
+        assert not ucx._ABANDONED
+
+    from lynxproto.transports import ucx
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("spin", ["0", "100"])
+def test_who_waits_for_long_sleeps(spin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LYNXPROTO_UCX_SPIN_US", spin)
+
+    async def main() -> None:
+        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+            dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
+            async with await listener.accept() as server:
+                await server.send([])
+                async with await dialling as client:
+                    buffer = memoryview(bytearray(300_000))
+                    for _ in range(20):  # a busy time, in which it polls
+                        receiving = asyncio.ensure_future(server.receive_into(buffer))
+                        await client.send([memoryview(bytes(300_000))])
+                        assert await receiving == 300_000
+                    receiving = asyncio.ensure_future(server.receive_into(buffer))
+                    before = time.process_time()
+                    await asyncio.sleep(0.4)
+                    assert time.process_time() - before < 0.2
+                    await client.send([memoryview(b"!")])
+                    assert await receiving == 1
+
+    run(main())
+
+
+def test_a_spin_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ucxx", reason="needs the extra `ucx`, which CI installs")
+    monkeypatch.setenv("LYNXPROTO_UCX_SPIN_US", "fast")
+
+    for call in (open_stream("ucx://127.0.0.1:1", insecure=True), open_listener("ucx://127.0.0.1:0", insecure=True)):
+        with pytest.raises(ConfigError, match="LYNXPROTO_UCX_SPIN_US=fast"):
+            run(call)
 
 
 @asynccontextmanager

@@ -721,3 +721,4 @@ def _check(setup: Setup) -> None:
             "--insecure)"
         )
     require_ucxx()
+    _spin_ns()
