@@ -20,7 +20,7 @@ KIND: Final = 3
 _LAST_ROUNDS: Final = 100
 #: What it did not end: memory that it might still write to must never be anything else.
 ABANDONED: Final[list[Operation]] = []
-#: Nanoseconds of polling, and of calls that need not wait, after which they get it.
+#: Nanoseconds of polling, and of calls that need not wait, after which other tasks of the loop get their turn.
 _SLICE_NS: Final = 500_000
 TURN_NS: Final = 1_000_000
 
@@ -71,7 +71,7 @@ class LoopWorker:
     """A UCX worker on an event loop; shared by its streams, closed with the last of them.
 
     Sleeping and being woken takes some 0.1 ms, on both sides. So whoever waits polls for so long before, but only if
-    the last sleep was so short: where things happen seldom nothing polls.
+    the last sleep was short: where things happen seldom nothing polls.
     """
 
     _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWorker]] = WeakKeyDictionary()
