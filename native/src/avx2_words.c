@@ -227,7 +227,7 @@ INLINE void words_by_table(const lynx_params *params, const uint8_t *anchor, con
     for (int i = 0; i < 4; i++) {
         less[i] = shifts == NULL ? most : _mm256_sub_epi16(most, load(shifts + 16 * i));
     }
-    for (int first = 0; first < tokens; first += 8, anchor += 3 * ROW) {
+    for (int first = 0; first < tokens; first += 8) {
         const int count = tokens - first < 8 ? tokens - first : 8;
         __m256i r[2][8], tables[8];
         for (int half = 0; half < 2; half++) {
@@ -240,7 +240,7 @@ INLINE void words_by_table(const lynx_params *params, const uint8_t *anchor, con
                 continue;
             }
             for (int p = 0; p < 3; p++) {
-                v[2 - p] = in_order(load(anchor + p * ROW + 32 * half));
+                v[2 - p] = in_order(load(anchor + (3 * first / 8 + p) * ROW + 32 * half));
             }
             v[3] = _mm256_setzero_si256();
             SWAP(v[0], v[2], 2, 0x33);
