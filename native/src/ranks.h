@@ -23,6 +23,7 @@ static inline void put(bit_writer *out, uint64_t value, uint32_t bits) { /* at m
 static inline void put64(bit_writer *out, uint64_t value, uint32_t bits) { /* at most 64 */
     const uint64_t all = out->pending | value << out->filled, over = value >> 1 >> (63 - out->filled);
     store64(out->at, all);
+    out->at[8] = (uint8_t)over; /* this may be the last call */
     out->filled += bits;
     out->pending = out->filled < 64 ? all >> (out->filled & ~7u) : over;
     out->at += out->filled >> 3;
