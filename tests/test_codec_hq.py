@@ -798,3 +798,19 @@ def test_misuse() -> None:
     readonly.flags.writeable = False
     with pytest.raises(SpecError):
         codec.decode(spec, levels, readonly)
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+@pytest.mark.parametrize("part", PARTS)
+def test_streams_may_end_at_any_bit(name: str, part: str) -> None:
+    """Streams of bits are written a word at a time, and the last call may begin another. Few words make some dense."""
+    codec = get_codec("hq", preset="dense")
+    with isa(name):
+        for seed in range(96, 200):
+            rng = np.random.default_rng(seed)
+            shape = (2, int(rng.choice([33, 64, 67])), int(rng.choice([64, 71, 72])))
+            words = np.zeros(shape, np.uint16)
+            places = rng.integers(0, 64 if seed % 2 else words.size, int(rng.integers(1, 8)))
+            words.reshape(-1)[places] = rng.integers(0, 1 << 16, len(places))
+            spec = specification(part, "bfloat16", shape)
+            assert np.array_equal(decoded(codec, spec, codec.encode(spec, words)), words)
