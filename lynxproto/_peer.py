@@ -504,6 +504,7 @@ class Peer:
                 text = f"transfer {event.transfer:032x} was cancelled {by}{': ' + event.text if event.text else ''}"
                 self._fail_transfer(event.transfer, TransferCancelledError(text))
             case events.TransferReleased():
+                self._offered.discard(event.transfer)  # at once: it may not have been considered yet
                 self._track(self._release(event.transfer, event.complete))
             case events.FetchRequested():
                 self._track(self._serve(event))
@@ -601,7 +602,6 @@ class Peer:
         )
 
     async def _release(self, transfer: int, complete: bool) -> None:
-        self._offered.discard(transfer)
         side = self.outgoing.pop(transfer, None) or self.incoming.pop(transfer, None)
         if side is not None:
             if isinstance(side, Incoming):

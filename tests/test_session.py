@@ -26,6 +26,7 @@ from lynxproto.chunk import Tile, TokenSet
 from lynxproto.codecs import DecodeState, register_codec
 from lynxproto.codecs.raw import Raw
 from lynxproto.config import Config, Limits
+from lynxproto.connection import Connection
 from lynxproto.errors import (
     AuthenticationError,
     ConfigError,
@@ -1348,5 +1349,36 @@ def test_transfers_may_be_awaited_on_any_loop() -> None:
             receiving = asyncio.to_thread(asyncio.run, incoming.exact())
             await asyncio.gather(sending, receiving)
             assert_same(incoming.arrays, cache)
+
+    run(main)
+
+
+def test_an_offer_that_is_taken_back_at_once_is_never_seen() -> None:
+    """OPEN and its end may come in one piece: nobody is to get a transfer that is over."""
+    cache = make_cache()
+
+    async def main() -> None:
+        async with listen("tcp://127.0.0.1:0") as receiver:
+            host, _, port = receiver.url.removeprefix("tcp://").rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            client = Connection(Config(), client=True)
+            client.open_stripe(0.0)
+
+            async def until(condition: Callable[[], bool]) -> None:
+                while not condition():
+                    writer.writelines(client.data_to_send(0.0))
+                    client.receive_data(await reader.read(1 << 16), 0.0)
+
+            await until(lambda: client.session is not None)
+            manifest = replace(cache.manifest, codecs=({"id": "raw"},))
+            gone = client.open(manifest, 0.0)
+            client.cancel(gone, 0.0)
+            kept = client.open(manifest, 0.0)
+            writer.write(b"".join(client.data_to_send(0.0)))
+            incoming = await first(receiver)
+            assert incoming.id == kept
+            client.close(0.0)
+            writer.writelines(client.data_to_send(0.0))
+            writer.close()
 
     run(main)
