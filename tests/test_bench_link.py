@@ -49,6 +49,7 @@ def test_bench_ucx() -> None:
     assert {entry["contestant"]: entry["peer"] for entry in report["results"]} == {
         "lynxproto": False,
         "ucxx polling": True,
+        "ucxx polling, set": True,
         "ucxx coroutines": True,
     }
     assert all(entry["stream_gb_per_s"] > 0 and entry["ping_pong_gb_per_s"] > 0 for entry in report["results"])
