@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 #include "avx2.h"
 #include "ranks.h"
+#include "selected.h"
 
 /* The least magnitude words not below x (positive), in natural order. */
 INLINE __m256i ceil_words(int dtype, __m256 x1, __m256 x2) {
@@ -64,16 +65,7 @@ INLINE void put_lanes(bit_writer *out, __m256i v, __m256i mask) {
     store(masks, mask);
     IN_MEMORY(values);
     IN_MEMORY(masks);
-    for (int i = 0; i < 4; i += 2) { /* two lanes at once where they fit, which is nearly always */
-        const uint64_t first = _pext_u64(values[i], masks[i]), second = _pext_u64(values[i + 1], masks[i + 1]);
-        const uint32_t bits = (uint32_t)_mm_popcnt_u64(masks[i]), more = (uint32_t)_mm_popcnt_u64(masks[i + 1]);
-        if (__builtin_expect(bits + more <= 56, 1)) {
-            put(out, first | second << bits, bits + more);
-        } else {
-            put(out, first, bits);
-            put(out, second, more);
-        }
-    }
+    put_selected(out, values, masks, 4);
 }
 
 INLINE __m256i get_lanes(const uint8_t *stream, uint32_t *bits, __m256i mask) {

@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 #include "avx512.h"
 #include "ranks.h"
+#include "selected.h"
 
 /* Scales, and what takes (2 (LIFT + offset) + 1) / 2 scales away, or one scale less: of even and odd channels in turn, or, of
  * values, one of each token. 17 bits times 6. */
@@ -124,16 +125,7 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
         store(bits, mask);
         IN_MEMORY(values);
         IN_MEMORY(bits);
-        for (int i = 0; i < 8; i += 2) { /* two lanes at once where they fit, which is nearly always */
-            const uint64_t first = _pext_u64(values[i], bits[i]), second = _pext_u64(values[i + 1], bits[i + 1]);
-            const uint32_t count = (uint32_t)_mm_popcnt_u64(bits[i]), more = (uint32_t)_mm_popcnt_u64(bits[i + 1]);
-            if (__builtin_expect(count + more <= 56, 1)) {
-                put(&a, first | second << count, count + more);
-            } else {
-                put(&a, first, count);
-                put(&a, second, more);
-            }
-        }
+        put_selected(&a, values, bits, 8);
         if (__builtin_expect(_mm_popcnt_u64(flagged) <= 56, 1)) {
             put(&b, _pext_u64(above, flagged), (uint32_t)_mm_popcnt_u64(flagged));
         } else {

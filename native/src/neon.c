@@ -114,18 +114,9 @@ static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride
         a = veorq_u8(a, vshlq_n_u8(difference, shift));                                                                \
     } while (0)
 
-/* 16 matrices of 8 x 8 bits, one per byte position, across 8 registers: bit j of register i to bit i of register j. */
-INLINE void transpose(uint8x16_t *r) {
-    for (int i = 0; i < 8; i += 4) {
-        SWAP(r[i], r[i + 2], 2, 0x33);
-        SWAP(r[i + 1], r[i + 3], 2, 0x33);
-        SWAP(r[i], r[i + 1], 1, 0x55);
-        SWAP(r[i + 2], r[i + 3], 1, 0x55);
-    }
-    for (int i = 0; i < 4; i++) {
-        SWAP(r[i], r[i + 4], 4, 0x0f);
-    }
-}
+#define VECTOR uint8x16_t
+#define NO_BITS vdupq_n_u8(0)
+#include "transpose.h"
 
 static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
     const int bits = planes->widths[0];
@@ -135,7 +126,7 @@ static void pack(const lynx_planes *planes, const uint8_t *codes, int tokens, ui
             for (int t = 0; t < 8; t++) {
                 r[lane][t] = vld1q_u8(codes + t * ROW + 16 * lane);
             }
-            transpose(r[lane]);
+            transpose(r[lane], false);
         }
         for (int p = 0; p < 8; p++) {
             for (int lane = 0; lane < 4; lane++) { /* later stores cover what earlier ones overrun */
@@ -198,7 +189,7 @@ static void unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8
             rest = rest == NULL ? NULL : rest + planes->rest_octet;
         }
         for (int lane = 0; lane < 4; lane++) {
-            transpose(r[lane]);
+            transpose(r[lane], false);
             for (int t = 0; t < 8; t++) {
                 vst1q_u8(codes + t * ROW + 16 * lane, r[lane][t]);
             }
