@@ -105,6 +105,74 @@ INLINE __m512i places(int first) {
     return _mm512_slli_epi32(_mm512_add_epi32(_mm512_add_epi32(lane, lane), _mm512_set1_epi32(first)), 8);
 }
 
+/* --- reductions ----------------------------------------------------------------------------------------------- */
+
+/* Of bfloat16 or float16 words, signed integers in the same order; and the reverse. */
+INLINE __m512i ordered16(__m512i w) {
+    return _mm512_ternarylogic_epi64(w, _mm512_srai_epi16(w, 15), _mm512_set1_epi16(0x7fff), 0x78); /* x ^ (y & z) */
+}
+
+/* The least of a and b, of which the halves in even and odd positions of `unit` bits are combined: a's results take
+ * the even positions, b's the odd ones. */
+#define FOLD(unpack_low, unpack_high, a, b) _mm512_min_epi16(unpack_low(a, b), unpack_high(a, b))
+
+INLINE __m512i low_halves(__m512i a, __m512i b) {
+    return _mm512_shuffle_i64x2(a, b, 0x44);
+}
+
+INLINE __m512i high_halves(__m512i a, __m512i b) {
+    return _mm512_shuffle_i64x2(a, b, 0xee);
+}
+
+INLINE __m512i even_quarters(__m512i a, __m512i b) {
+    return _mm512_shuffle_i64x2(a, b, 0x88);
+}
+
+INLINE __m512i odd_quarters(__m512i a, __m512i b) {
+    return _mm512_shuffle_i64x2(a, b, 0xdd);
+}
+
+/* --- kernels, by file; isa.h says what they do ---------------------------------------------------------------- */
+
+/* avx512_ranges.c */
+void lynx_avx512_range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
+void lynx_avx512_rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
+                         ptrdiff_t out_stride);
+void lynx_avx512_rescale_range(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
+                               int16_t *low, int16_t *high);
+void lynx_avx512_survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs);
+
+/* avx512_params.c */
+void lynx_avx512_add_spreads(int dtype, const int16_t *low, const int16_t *high, lynx_spread *sums);
+bool lynx_avx512_are_plain(int dtype, const int16_t *low, const int16_t *high);
+void lynx_avx512_choose(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params);
+void lynx_avx512_pack_params(const lynx_params *params, lynx_packed *packed, uint8_t *out);
+bool lynx_avx512_params(const lynx_fields *in, const lynx_planes *planes, bool full, lynx_params *params);
+
+/* avx512_planes.c */
+void lynx_avx512_quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
+                          const lynx_params *params, uint8_t *codes);
+uint64_t lynx_avx512_quantise_ahead(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
+                                    const lynx_params *params, bool bounded, const lynx_stretch *ahead, ptrdiff_t ahead_stride,
+                                    uint8_t *codes);
+void lynx_avx512_pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest);
+void lynx_avx512_unpack(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest, int tokens, uint8_t *codes);
+
+/* avx512_folds.c */
+void lynx_avx512_pack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *codes, int tokens, uint8_t *anchor,
+                             uint8_t *rest, uint32_t entries[2]);
+int lynx_avx512_unpack_folded(const lynx_planes *planes, const int16_t *zeros, const uint8_t *anchor, uint32_t anchor_entry,
+                              const uint8_t *rest, uint32_t rest_entry, int tokens, uint8_t *codes);
+
+/* avx512_words.c, avx512_ranks.c */
+bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
+                       const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts,
+                       const lynx_stretch *rows, ptrdiff_t stride, lynx_tail *tail);
+void lynx_avx512_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
+                      int channels, const lynx_params *params, lynx_streams *streams);
+int lynx_avx512_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
+                       lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows);
+
 #if defined(__clang__)
 #define AVX512_END _Pragma("clang attribute pop")
 #else

@@ -217,6 +217,7 @@ const lynx_setup *lynx_set_up(const lynx_kernels *kernels, const lynx_tile *tile
         const uint8_t bits = planes->widths[tile->part == LYNX_KEY && g < block->channels ? g : 0];
         const lynx_width *width = tile->part == LYNX_KEY ? &KEY_WIDTHS[bits] : &VALUE_WIDTHS[bits];
         planes->steps[g] = width->range;
+        planes->per_step[g] = 1.0f / width->range;
         planes->full[g] = width->offset;
         planes->base[g] = width->base;
         planes->low[g] = width->offset;

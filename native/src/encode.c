@@ -69,10 +69,11 @@ static bool choose_params(const lynx_kernels *kernels, const lynx_tile *tile, co
 /* Write the parameters, unless `header` is null. Returns their bytes. */
 static uint64_t write_params(const lynx_kernels *kernels, const lynx_params *params, int groups, uint8_t *header, uint8_t *out) {
     lynx_packed packed;
-    kernels->pack_params(params, &packed);
-    const bool raw = params->constant != 0;
-    const uint32_t bits = (uint32_t)(packed.s_bits + packed.z_bits);
-    const uint64_t size = raw ? 4 * (uint64_t)groups : ((uint64_t)groups * bits + 7) / 8;
+    uint8_t apart[4 * ROW]; /* where `out` has no room for 64 groups */
+    const bool raw = params->constant != 0, direct = !raw && groups == ROW && header != NULL;
+    kernels->pack_params(params, &packed, direct ? out : apart);
+    const uint64_t bits = (uint64_t)groups * (uint64_t)(packed.s_bits + packed.z_bits);
+    const uint64_t size = raw ? 4 * (uint64_t)groups : (bits + 7) / 8;
     if (header == NULL) {
         return size;
     }
@@ -85,21 +86,12 @@ static uint64_t write_params(const lynx_kernels *kernels, const lynx_params *par
             store16(out + 4 * g, params->s[g]);
             store16(out + 4 * g + 2, params->constant >> g & 1 ? params->word[g] : (uint16_t)params->z[g]);
         }
-        return size;
+    } else if (!direct) {
+        memcpy(out, apart, size);
+        if (bits % 8 != 0) {
+            out[size - 1] &= (uint8_t)((1 << bits % 8) - 1); /* of groups that there are none of */
+        }
     }
-    uint8_t stream[4 * ROW + 8]; /* the writer stores 8 bytes at a time */
-    bit_writer writer = {stream, 0, 0};
-    const int step = 4 * bits <= 56 ? 4 : 2; /* fields at once */
-    int g = 0;
-    for (; g + step <= groups; g += step) {
-        const uint64_t first = packed.pairs[g / 2], second = packed.pairs[(g + step) / 2 - 1];
-        put(&writer, step == 2 ? first : first | second << 2 * bits, (uint32_t)step * bits);
-    }
-    for (; g < groups; g += 2) {
-        const uint32_t width = g + 1 < groups ? 2 * bits : bits;
-        put(&writer, packed.pairs[g / 2] & ((1ull << width) - 1), width);
-    }
-    memcpy(out, stream, size);
     return size;
 }
 

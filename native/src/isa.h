@@ -44,7 +44,8 @@ typedef struct {
     uint64_t in_anchor[8];    /* and for those with plane p in the anchor section */
     uint8_t anchor_count[8];  /* how many those are */
     /* What the widths mean for each of the block's groups; spec/codec-hq.md, "Widths". */
-    float steps[ROW];            /* R */
+    float steps[ROW];            /* R, */
+    float per_step[ROW];         /* and 1 / R */
     int16_t full[ROW], base[ROW]; /* o, and the anchor's lowest integer */
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
     lynx_fold fold[2];           /* of the anchor section, of the rest section */
@@ -78,10 +79,9 @@ typedef struct {
     uint16_t words[32];
 } lynx_tail;
 
-/* Parameters of a block as fields, two and two, the first in the lower bits. */
+/* What a block's parameters are as fields. */
 typedef struct {
     int s_bits, z_bits, s_low, z_low;
-    uint64_t pairs[ROW / 2];
 } lynx_packed;
 
 /* Sums over blocks of the ranges and sizes of channels, as bfloat16 words, and how many blocks those are. Integers of less than 40
@@ -137,8 +137,8 @@ typedef struct {
     bool (*are_plain)(int dtype, const int16_t *low, const int16_t *high);
     /* Scale and zero point of 64 groups from their extremes; none may be constant or hold special words. */
     void (*choose)(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params);
-    /* Fields of parameters, unless the block has constant groups. Unused groups repeat a used one. */
-    void (*pack_params)(const lynx_params *params, lynx_packed *packed);
+    /* Fields of parameters, unless the block has constant groups. Unused groups repeat a used one. 4 * ROW bytes may be written. */
+    void (*pack_params)(const lynx_params *params, lynx_packed *packed, uint8_t *out);
     /* Codes. Only the portable kernel takes special words and constant groups. */
     void (*quantise)(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
                      const lynx_params *params, uint8_t *codes);
@@ -239,13 +239,6 @@ static inline void lynx_end_tail(lynx_tail *tail) {
 extern const lynx_kernels lynx_scalar;
 #if defined(__x86_64__)
 extern const lynx_kernels lynx_avx2, lynx_avx512;
-bool lynx_avx512_place(int part, const lynx_planes *planes, const lynx_params *params, const uint8_t *anchor,
-                       const uint8_t *rest, const uint8_t *codes, bool full, int tokens, const int16_t *shifts,
-                       const lynx_stretch *rows, ptrdiff_t stride, lynx_tail *tail);
-void lynx_avx512_rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens,
-                      int channels, const lynx_params *params, lynx_streams *streams);
-int lynx_avx512_unrank(int part, int dtype, const uint8_t *codes, int tokens, int channels, const lynx_params *params,
-                       lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows);
 #elif defined(__aarch64__)
 extern const lynx_kernels lynx_neon;
 #endif

@@ -88,6 +88,30 @@ static bool params(const lynx_fields *in, const lynx_planes *planes, bool full, 
     return least >= in->least && most <= in->largest && far <= MAX_ZERO_POINT;
 }
 
+/* Fields two and two, of 2 `bits` (up to 50) each, one behind the other: eight of them take as many bytes as they have bits. */
+static void put_fields(const uint64_t *pairs, uint32_t bits, uint8_t *out) {
+    const uint32_t second = 2 * bits, third = 4 * bits, fourth = 6 * bits; /* where pairs begin; whole bytes before that: */
+    const uint32_t to_second = second & ~7u, to_third = (third & ~7u) - to_second, to_fourth = (fourth & ~7u) - (third & ~7u);
+    for (int g = 0; g < ROW; g += 8, pairs += 4, out += bits) {
+        store64(out, pairs[0]);
+        uint64_t v = pairs[1] << (second & 7) | pairs[0] >> to_second;
+        store64(out + (second >> 3), v);
+        v = pairs[2] << (third & 7) | v >> to_third;
+        store64(out + (third >> 3), v);
+        v = pairs[3] << (fourth & 7) | v >> to_fourth;
+        store64(out + (fourth >> 3), v);
+    }
+}
+
+static lynx_packed packed_as(int s_low, int s_high, int z_low, int z_high) {
+    const uint32_t s_most = (uint32_t)(s_high - s_low) / SCALE_UNIT, z_most = (uint32_t)(z_high - z_low);
+    return (lynx_packed){.s_bits = s_most == 0 ? 0 : floor_log2(s_most) + 1,
+                         .z_bits = z_most == 0 ? 0 : floor_log2(z_most) + 1,
+                         .s_low = s_low,
+                         .z_low = z_low};
+}
+
+#ifndef ROWS_PARAMS
 static bool are_plain(int dtype, const int16_t *low, const int16_t *high) {
     const int16_t limit = LYNX_DTYPES[dtype].special;
     int16_t odd = 0;
@@ -97,7 +121,7 @@ static bool are_plain(int dtype, const int16_t *low, const int16_t *high) {
     return odd == 0;
 }
 
-static void pack_params(const lynx_params *params, lynx_packed *packed) {
+static void pack_params(const lynx_params *params, lynx_packed *packed, uint8_t *out) {
     int s_low = UINT16_MAX, s_high = 0, z_low = INT16_MAX, z_high = INT16_MIN;
     for (int g = 0; g < ROW; g++) {
         const int s = params->s[g], z = params->z[g];
@@ -106,20 +130,19 @@ static void pack_params(const lynx_params *params, lynx_packed *packed) {
         z_low = z < z_low ? z : z_low;
         z_high = z > z_high ? z : z_high;
     }
-    const uint32_t s_most = (uint32_t)(s_high - s_low) / SCALE_UNIT, z_most = (uint32_t)(z_high - z_low);
-    packed->s_bits = s_most == 0 ? 0 : floor_log2(s_most) + 1;
-    packed->z_bits = z_most == 0 ? 0 : floor_log2(z_most) + 1;
-    packed->s_low = s_low;
-    packed->z_low = z_low;
+    *packed = packed_as(s_low, s_high, z_low, z_high);
     const int s_bits = packed->s_bits, bits = s_bits + packed->z_bits;
     uint32_t field[ROW];
     for (int g = 0; g < ROW; g++) {
         field[g] = (uint32_t)(params->s[g] - s_low) / SCALE_UNIT | (uint32_t)(params->z[g] - z_low) << s_bits;
     }
+    uint64_t pairs[ROW / 2];
     for (int g = 0; g < ROW / 2; g++) {
-        packed->pairs[g] = field[2 * g] | (uint64_t)field[2 * g + 1] << bits;
+        pairs[g] = field[2 * g] | (uint64_t)field[2 * g + 1] << bits;
     }
+    put_fields(pairs, (uint32_t)bits, out);
 }
+#endif
 
 #ifndef ROWS_RESCALE
 static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
