@@ -17,16 +17,15 @@ from lynxproto.errors import CodecError, ConfigError, MissingDependencyError
 
 __all__ = [
     "ISAS",
+    "Workspace",
     "address",
     "check",
     "error_text",
     "ffi",
     "instruction_set",
     "lib",
-    "outputs",
     "parallel",
     "part_count",
-    "scratch",
     "select_instruction_set",
     "workspace",
 ]
@@ -90,39 +89,40 @@ def check(code: int) -> None:
         raise CodecError(f"native library: {error_text(code)}")
 
 
-class _Memory(threading.local):
+class Workspace:
     """Working memory of a thread, for one call at a time: new pages would cost more than the call."""
 
+    __slots__ = ("_plan", "_scratch", "fault", "levels", "plan", "plan_bytes", "scratch", "sizes")
+
     def __init__(self) -> None:
-        self.scratch = np.empty(lib.lynx_hq_scratch_size(), np.uint8)
-        self.scratch_address = ffi.cast("void *", address(self.scratch))
-        self.plan = np.empty(1 << 12, np.uint64)
-        self.plan_address = ffi.cast("void *", address(self.plan))
+        self._scratch = np.empty(lib.lynx_hq_scratch_size(), np.uint8)
+        #: Addresses: of scratch memory for kernels, of a plan, of a fault, and of an encoder's levels and their sizes.
+        self.scratch = ffi.cast("void *", address(self._scratch))
         self.fault = ffi.new("lynx_hq_fault *")
         self.levels = ffi.new("uint8_t *[3]")
         self.sizes = ffi.new("uint64_t[3]")
+        self._grow(1 << 15)
+
+    def _grow(self, plan_bytes: int) -> None:
+        self.plan_bytes = plan_bytes
+        self._plan = np.empty(-(-plan_bytes // 8), np.uint64)
+        self.plan = ffi.cast("void *", address(self._plan))
 
 
-_memory = _Memory()
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.workspace = Workspace()
 
 
-def scratch() -> Any:
-    """The address of the thread's scratch memory for kernels."""
-    return _memory.scratch_address
+_threads = _Threads()
 
 
-def workspace(plan: int) -> tuple[Any, Any, Any]:
-    """The addresses of ``plan`` bytes, of scratch memory and of a fault, the thread's own."""
-    memory = _memory
-    if plan > memory.plan.nbytes:
-        memory.plan = np.empty(plan // 8 + 1, np.uint64)
-        memory.plan_address = ffi.cast("void *", address(memory.plan))
-    return memory.plan_address, memory.scratch_address, memory.fault
-
-
-def outputs() -> tuple[Any, Any]:
-    """The thread's own arrays of three addresses and three sizes, of an encoder's levels."""
-    return _memory.levels, _memory.sizes
+def workspace(plan_bytes: int = 0) -> Workspace:
+    """The thread's own, with room for a plan of so many bytes."""
+    own = _threads.workspace
+    if plan_bytes > own.plan_bytes:
+        own._grow(plan_bytes)
+    return own
 
 
 @cache

@@ -58,9 +58,8 @@ def view_of(spec: ChunkSpec, array: Any, *, writable: bool = False) -> View:
         type(array) is np.ndarray
         and array.flags.carray
         and array.dtype is DTYPES[spec.dtype]
-        and array.shape == (spec.heads, spec.tokens, spec.head_dim)
+        and array.shape == (spec.heads, spec.tokens, dim := spec.head_dim)
     ):
-        dim = spec.head_dim
         return View(ffi.new(_VIEW, (ffi.from_buffer(array), spec.tokens * dim, dim)), array)
     if isinstance(array, Paged):
         return View.strided(array.words(spec, writable=writable), array.table, array.first)

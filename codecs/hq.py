@@ -23,10 +23,8 @@ from lynxproto.codecs._library import (
     error_text,
     ffi,
     lib,
-    outputs,
     parallel,
     part_count,
-    scratch,
     workspace,
 )
 from lynxproto.codecs._view import View, view_of
@@ -54,6 +52,9 @@ _MAX_BYTES: Final = 1 << 31  # of a tile: sizes in payloads have 32 bits
 _SECTIONS: Final = ("parameters", "codes", "ranks", "anchor planes")
 _MAX_TABLE: Final = 1 << 22  # entries of a table of widths
 _PIECES: Final = ffi.typeof("lynx_hq_piece[]")
+_OCTETS: Final = ffi.typeof("uint8_t[]")
+_NULL: Final = ffi.NULL
+_OUTCOMES: Final = (lib.LYNX_OK, lib.LYNX_STORED, lib.LYNX_UNDECIDED)  # of encoders, but for mistakes of ours
 _MAX_JOBS: Final = 1024  # shapes that a codec remembers
 
 
@@ -207,6 +208,7 @@ class HQ(Codec):
         if levels == 3 and self._key_bits == self._value_bits == 8:
             raise ConfigError("hq: an 8-bit anchor leaves nothing for a middle level; use levels=2 or levels=1")
         self._levels = levels
+        self._every = tuple(range(levels))
         self._jobs: dict[tuple[Any, ...], _Job] = {}
 
     @property
@@ -252,9 +254,10 @@ class HQ(Codec):
     ) -> list[Buffer]:
         """See :meth:`Codec.encode`."""
         job = self._job(spec)
-        wanted = range(self._levels) if levels is None else list(levels)
-        if not all(map(range(self._levels).__contains__, wanted)):
-            raise SpecError(f"hq: levels {wanted} of a codec with {self._levels}")
+        wanted = self._every if levels is None else tuple(levels)
+        for level in wanted:
+            if level not in self._every:
+                raise SpecError(f"hq: levels {list(wanted)} of a codec with {self._levels}")
         view = view_of(spec, array)
         buffers = {level: np.empty(job.sizes[level], np.uint8) for level in wanted}
         outcome, sizes = self._encode(job, view, buffers, threads)
@@ -270,23 +273,24 @@ class HQ(Codec):
     @staticmethod
     def _encode(job: _Job, view: View, buffers: Mapping[int, NDArray[np.uint8]], threads: int) -> tuple[int, Any]:
         """Levels into their buffers: LYNX_OK, LYNX_STORED or LYNX_UNDECIDED, and their sizes."""
-        plan, memory, _ = workspace(job.plan)
-        levels, sizes = outputs()
-        for i in range(3):
-            levels[i] = address(buffers[i]) if i in buffers else ffi.NULL
+        own = workspace(job.plan)
+        levels, sizes, plan = own.levels, own.sizes, own.plan
+        levels[0] = levels[1] = levels[2] = _NULL
+        for level, buffer in buffers.items():
+            levels[level] = ffi.from_buffer(_OCTETS, buffer)
         count = 1 if threads == 1 else part_count(job.blocks, threads)
         if count == 1:
-            outcome = lib.lynx_hq_encode_tile(job.config, view.c, levels, sizes, plan, memory)
+            outcome = lib.lynx_hq_encode_tile(job.config, view.c, levels, sizes, plan, own.scratch)
         else:
             pieces = ffi.new(_PIECES, count)
-            check(lib.lynx_hq_prepare(job.config, view.c, plan, memory))
+            check(lib.lynx_hq_prepare(job.config, view.c, plan, own.scratch))
 
             def work(part: int, first: int, last: int) -> None:
-                check(lib.lynx_hq_encode(plan, view.c, first, last, levels, pieces + part, scratch()))
+                check(lib.lynx_hq_encode(plan, view.c, first, last, levels, pieces + part, workspace().scratch))
 
             parallel(work, job.blocks, count)
             outcome = lib.lynx_hq_assemble(plan, levels, pieces, count, sizes)
-        if outcome not in (lib.LYNX_STORED, lib.LYNX_UNDECIDED):
+        if outcome not in _OUTCOMES:
             check(outcome)
         return outcome, sizes
 
@@ -296,13 +300,16 @@ class HQ(Codec):
         view = None if out is None else view_of(spec, out, writable=True)
         if not 1 <= len(levels) <= self._levels:
             raise SpecError(f"hq: got {len(levels)} levels of a codec with {self._levels}")
-        plan, memory, fault = workspace(job.plan)
+        own = workspace(job.plan)
+        plan, fault = own.plan, own.fault
         payloads = [np.frombuffer(payload, np.uint8) for payload in levels]  # not ffi.from_buffer: cycles may crash it
         sizes = [payload.size for payload in payloads]
-        addresses = [address(payload) for payload in payloads]
+        addresses = [ffi.from_buffer(_OCTETS, payload) for payload in payloads]
         count = 1 if threads == 1 or view is None else part_count(job.blocks, threads)
         if view is not None and count == 1:
-            outcome = lib.lynx_hq_decode_tile(job.config, addresses, sizes, len(payloads), view.c, plan, memory, fault)
+            outcome = lib.lynx_hq_decode_tile(
+                job.config, addresses, sizes, len(payloads), view.c, plan, own.scratch, fault
+            )
         else:
             outcome = lib.lynx_hq_open(job.config, addresses, sizes, len(payloads), plan, fault)
         if outcome == lib.LYNX_STORED:
@@ -314,10 +321,10 @@ class HQ(Codec):
             target = view.c
 
             def work(_: int, first: int, last: int) -> None:
-                own = ffi.new("lynx_hq_fault *")
-                outcome = lib.lynx_hq_decode(plan, target, first, last, scratch(), own)
+                found = ffi.new("lynx_hq_fault *")
+                outcome = lib.lynx_hq_decode(plan, target, first, last, workspace().scratch, found)
                 if outcome != lib.LYNX_OK:
-                    self._fail(outcome, own, job, sizes)
+                    self._fail(outcome, found, job, sizes)
 
             parallel(work, job.blocks, count)
         return DecodeState(len(levels) - 1, tuple(levels))
