@@ -583,7 +583,7 @@ class Incoming:
             return
         self._advance(tile)
         self.changed.notify()
-        self._peer.pump()
+        self._peer.pump_soon()
 
     def _landed(self, tile: _Tile, event: events.ChunkReceived) -> None:
         """The chunk's words are in place already."""

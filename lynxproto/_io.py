@@ -12,7 +12,6 @@ import itertools
 import threading
 from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 from lynxproto.errors import StreamClosedError
@@ -123,13 +122,19 @@ class _Job:
 
 
 class Workers:
-    """Runs codec work on ``threads`` threads, the most urgent first. To be used from one event loop."""
+    """Runs codec work on ``threads`` threads, the most urgent first. To be used from one event loop.
+
+    A thread that is done takes the next job by itself; the loop hears together of all that ended meanwhile.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="lynxproto-codec")
+        self._lock = threading.Lock()  # of what follows: the loop and the threads share it
         self._queue: list[_Job] = []
-        self._running: set[_Job] = set()
+        self._running: set[_Job] = set()  # or ended, and the loop has not heard of it
+        self._ended: list[tuple[_Job, Future[Any]]] = []
+        self._serving = 0  # threads
         self._number = itertools.count()
         self._loop = asyncio.get_running_loop()
         self._finished = Signal()
@@ -142,45 +147,83 @@ class Workers:
         done: Callable[[Future[T]], None],
     ) -> None:
         """Run ``work()`` on a thread, lower ``urgency`` first, then call ``done`` with its future on the loop."""
-        heapq.heappush(self._queue, _Job((*urgency, next(self._number)), owner, work, done))
-        self._start()
+        with self._lock:
+            heapq.heappush(self._queue, _Job((*urgency, next(self._number)), owner, work, done))
+            if self._serving == self.threads:
+                return
+            self._serving += 1
+        try:
+            self._executor.submit(self._serve)
+        except RuntimeError as error:  # no thread can be started, or they are gone
+            self._fail_queue(error)
 
     async def drop(self, owner: Hashable) -> None:
         """Forget all work of ``owner``: when this returns no thread runs it any more, and no ``done`` will follow."""
-        self._queue = [job for job in self._queue if job.owner != owner]
-        heapq.heapify(self._queue)
-        running = {job for job in self._running if job.owner == owner}
+        with self._lock:
+            self._queue = [job for job in self._queue if job.owner != owner]
+            heapq.heapify(self._queue)
+            running = {job for job in self._running if job.owner == owner}
         for job in running:
             job.dropped = True
         await self._finished.until(lambda: not running & self._running)
 
     async def settle(self, owner: Hashable) -> None:
         """Return when all work of ``owner`` is done."""
-        await self._finished.until(lambda: all(job.owner != owner for job in [*self._queue, *self._running]))
+
+        def done() -> bool:
+            with self._lock:
+                return all(job.owner != owner for job in [*self._queue, *self._running])
+
+        await self._finished.until(done)
 
     def stop(self) -> None:
         """Drop queued work, and wait for what runs. Blocks: call it when nothing runs, or not on the loop."""
-        self._queue.clear()
+        with self._lock:
+            self._queue.clear()
         self._executor.shutdown(wait=True)
 
-    def _start(self) -> None:
-        while self._queue and len(self._running) < self.threads:
-            job = heapq.heappop(self._queue)
-            self._running.add(job)
+    def _serve(self) -> None:
+        """On a thread: run what there is to run."""
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._serving -= 1
+                    return
+                job = heapq.heappop(self._queue)
+                self._running.add(job)
+            future: Future[Any] = Future()
             try:
-                future = self._executor.submit(job.work)
-            except RuntimeError as error:  # no thread can be started, or they are gone
-                future = Future()
+                future.set_result(job.work())
+            except BaseException as error:  # whoever waits for the work is to see it
                 future.set_exception(error)
-            future.add_done_callback(partial(self._done, job))
+            self._end(job, future)
 
-    def _done(self, job: _Job, future: Future[Any]) -> None:
-        """On a worker: the queue belongs to the loop, so the rest happens there."""
-        self._loop.call_soon_threadsafe(self._end, job, future)
+    def _fail_queue(self, error: RuntimeError) -> None:
+        """A thread could not be started: if no other serves the queue, nobody will."""
+        with self._lock:
+            self._serving -= 1
+            jobs = [] if self._serving else self._queue[:]
+            self._running.update(jobs)
+            if jobs:
+                self._queue.clear()
+        for job in jobs:
+            future: Future[Any] = Future()
+            future.set_exception(error)
+            self._end(job, future)
 
     def _end(self, job: _Job, future: Future[Any]) -> None:
-        self._running.discard(job)
-        self._start()
-        if not job.dropped:
-            job.done(future)
+        with self._lock:
+            self._ended.append((job, future))
+            known = len(self._ended) > 1
+        if not known:
+            self._loop.call_soon_threadsafe(self._collect)
+
+    def _collect(self) -> None:
+        """On the loop: tell what has ended."""
+        with self._lock:
+            ended, self._ended = self._ended, []
+            self._running.difference_update(job for job, _ in ended)
+        for job, future in ended:
+            if not job.dropped:
+                job.done(future)
         self._finished.notify()

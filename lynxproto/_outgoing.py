@@ -315,7 +315,7 @@ class Outgoing:
         except LocalError as refused:  # a codec that breaks its own promises
             self._break(refused)
             return
-        self._peer.pump()
+        self._peer.pump_soon()
 
     def _digested_when_sent(self, tile: Tile) -> bool:
         """Whether encoding the tile makes its digest: its payload is its words, and the peer seems to lack it."""

@@ -76,6 +76,8 @@ _SEND_S: Final = 1e-3
 #: The link's speed is taken over so long.
 _RATE_S: Final = 5e-3
 _SEND_BYTES: Final = (16 << 10, 4 << 20)
+#: Chunks asked for ahead, for each codec thread: one that is done finds the next without the I/O thread's help.
+_AHEAD: Final = 2
 #: Protocol timers are looked at so late at most.
 _TIMER_SLACK_S: Final = 5e-3
 #: Seconds that a stream may take to let go of the memory of a transfer that is over.
@@ -244,7 +246,7 @@ class Peer:
                 self.connection.buffer_updated(count, time.monotonic(), stripe.number)
                 news = self.connection.news()
                 if news is News.CHUNKS:
-                    self._pump_soon()
+                    self.pump_soon()
                 elif news:
                     self.pump()
         except StreamClosedError:
@@ -389,7 +391,7 @@ class Peer:
 
     # --- the pump
 
-    def _pump_soon(self) -> None:
+    def pump_soon(self) -> None:
         """The same once the task that runs waits or gives way: many chunks that are there already are one job."""
         if not self._pump_due:
             self._pump_due = True
@@ -460,7 +462,7 @@ class Peer:
         self.workers.run(owner, urgency, work, guarded)
 
     def _encode(self) -> None:
-        while self.encoding < self.workers.threads:
+        while self.encoding < _AHEAD * self.workers.threads:
             request = self.connection.next_chunk(time.monotonic())
             if request is None:
                 return

@@ -162,7 +162,7 @@ class Config:
     """Listener: what it lets in."""
     grease: bool = True
     """Send reserved frame types and parameters now and then, so that peers keep ignoring what they must."""
-    encode_ahead: int = 4 * _MIB
+    encode_ahead: int = 32 * _MIB
     """Sender: encoded bytes that wait for the link, for anchors and again for residuals."""
     residual_floor: float = 0.1
     """Share of the link that residuals keep while anchors saturate it."""

@@ -40,9 +40,12 @@ PolicyName = Literal["lynx", "exact", "raw", "bf16", "int8", "int4"]
 Importance = Literal["attention", "even", "key-norms", "position"]
 _Positions = range | NDArray[np.int64]
 
-#: Frames of words that go as they are take so long on the link at most, and have so many bytes.
+#: Frames take so long on the link at most, and have so many bytes.
 _FRAME_S = 3e-3
 _FRAME_BYTES = 8 << 20
+#: A coded tile's largest level is about a third of it; larger ones than this would leave threads without work.
+_LEVELS = 3
+_CODED_BYTES = 4 << 20
 
 _RAW: Mapping[str, Any] = {"id": "raw"}
 _BODY: Mapping[str, Any] = {"id": "hq", "preset": "balanced"}
@@ -118,14 +121,14 @@ class Policy:
         Of one level are ``raw`` or ``bf16`` (the words) and, lossy, the baselines ``int8`` and ``int4``.
         """
         if name == "lynx":
-            return cls()
+            return cls(grow=True)
         if name == "exact":
-            return cls(body=dict(_FINE), sinks=0, recent=0)
+            return cls(body=dict(_FINE), sinks=0, recent=0, grow=True)
         if name in ("raw", "bf16"):
             return cls(body=dict(_RAW), sinks=0, recent=0, tile_bytes=2 << 20, grow=True)
         if name in ("int8", "int4"):
             body = {"id": "hq", "anchor_bits": int(name[3:]), "levels": 1}
-            return cls(body=body, sinks=0, recent=0)
+            return cls(body=body, sinks=0, recent=0, grow=True)
         raise ConfigError(f"unknown policy {name!r}; known: lynx, exact, raw, bf16, int8, int4")
 
     @classmethod
@@ -134,7 +137,7 @@ class Policy:
 
         ``levels``: 3 with an 8-bit level between the anchor and the exact words, 2 without.
         """
-        return cls(body=get_codec("hq", preset=preset, calibration=calibration, levels=levels).get_config())
+        return cls(body=get_codec("hq", preset=preset, calibration=calibration, levels=levels).get_config(), grow=True)
 
     @classmethod
     def progressive(cls, dtype: str) -> Policy:
@@ -143,8 +146,8 @@ class Policy:
         8-bit types travel as they are: an anchor of theirs would save little.
         """
         if dtype == "float32":
-            return cls(body={"id": "bitplane", "planes": [12, 20]}, sinks=0, recent=0)
-        return cls() if DTYPES[dtype].itemsize == 2 else cls.named("raw")
+            return cls(body={"id": "bitplane", "planes": [12, 20]}, sinks=0, recent=0, grow=True)
+        return cls.named("lynx") if DTYPES[dtype].itemsize == 2 else cls.named("raw")
 
     @classmethod
     def auto(cls, calibration: Calibration | None = None, *, exact_weight: float = 1.0) -> AutoPolicy:
@@ -250,11 +253,16 @@ class Policy:
         return self.plan(dtype, layer, importance).tiles
 
     def for_link(self, bytes_per_second: float, most: int) -> Policy:
-        """With ``grow``, larger tiles for a faster link: what it carries in 3 ms, up to 8 MiB and ``most`` bytes.
+        """With ``grow``, larger tiles for a faster link: frames of what it carries in 3 ms, tiles of ``most`` bytes.
 
-        It is for words that go as they are, which take little but a look at each frame.
+        Words that go as they are travel in tiles of up to 8 MiB, coded ones, a frame for each level, of up to 4 MiB.
+        What a frame costs hardly depends on its size, and some of it is done by one thread for all.
         """
-        nbytes = min(bytes_per_second * _FRAME_S, _FRAME_BYTES, most)
+        nbytes = bytes_per_second * _FRAME_S
+        if get_codec(self.body).verbatim:
+            nbytes = min(nbytes, _FRAME_BYTES, most)
+        else:
+            nbytes = min(_LEVELS * nbytes, _CODED_BYTES, most)
         if not self.grow or nbytes < 2 * self.tile_bytes:
             return self
         return replace(self, tile_bytes=1 << (int(nbytes).bit_length() - 1))

@@ -75,7 +75,7 @@ def test_tiles_are_bounded_and_cut_between_groups(policy, layer):
 
 
 def test_baselines():
-    assert Policy.named("lynx") == Policy()
+    assert Policy.named("lynx") == Policy(grow=True)
     assert not Policy.named("lynx").lossy
     assert not Policy.named("bf16").lossy
     for name in ("int8", "int4"):
@@ -92,10 +92,14 @@ def test_refused(arguments):
         Policy.named("int5")
 
 
-def test_words_as_they_are_travel_in_larger_tiles_on_faster_links() -> None:
+def test_tiles_are_larger_on_faster_links() -> None:
     bf16, plenty = Policy.named("bf16"), 1 << 30
     sizes = [bf16.for_link(rate, plenty).tile_bytes >> 20 for rate in (0.0, 1e8, 1.3e9, 1.5e9, 3e9, 1e11)]
     assert sizes == [2, 2, 2, 4, 8, 8]
     assert bf16.for_link(1e11, 5 << 20).tile_bytes == 4 << 20, "several must fit into the peer's window"
-    for policy in (Policy.named("lynx"), Policy.named("exact"), Policy(body={"id": "raw"}, sinks=0, recent=0)):
+    for coded in (Policy.named("lynx"), Policy.named("exact"), Policy.lynx("fast")):
+        sizes = [coded.for_link(rate, plenty).tile_bytes >> 20 for rate in (0.0, 2e8, 3e8, 5e8, 1e11)]
+        assert sizes == [1, 1, 2, 4, 4]
+        assert coded.for_link(1e11, 3 << 20).tile_bytes == 2 << 20
+    for policy in (Policy(), Policy(body={"id": "raw"}, sinks=0, recent=0)):
         assert policy.for_link(1e11, plenty) is policy

@@ -23,12 +23,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lynxproto.errors import BenchmarkError
+
+if TYPE_CHECKING:
+    from lynxproto.policy import PolicyName
 
 __all__ = [
     "CONTESTANTS",
@@ -71,20 +74,25 @@ def manifest(nbytes: int, layers: int = _LAYERS) -> Any:
     )
 
 
-def cache_arrays(described: Any, *, seed: int | None) -> dict[Any, NDArray[np.uint16]]:
-    """Its arrays: random words, or for ``seed`` None memory that is there (no page faults) and holds none of them."""
+def cache_arrays(described: Any, *, seed: int | None, policy: str = "bf16") -> dict[Any, NDArray[np.uint16]]:
+    """Its arrays, or for ``seed`` None memory that is there (no page faults) and holds none of its words.
+
+    Random words; for a ``policy`` that codes them normal ones, of channels that differ as those of a model do.
+    """
     layer = described.layers[0]
     shape = (layer.kv_heads, layer.tokens, layer.key_dim)
     rng = np.random.default_rng(seed)
-    return {
-        (index, part): (
-            np.full(shape, 0xFFFF, np.uint16)
-            if seed is None
-            else np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16).reshape(shape).copy()
-        )
-        for index in range(len(described.layers))
-        for part in ("key", "value")
-    }
+
+    def words() -> NDArray[np.uint16]:
+        if seed is None:
+            return np.full(shape, 0xFFFF, np.uint16)
+        if policy == "bf16":
+            return np.frombuffer(rng.bytes(2 * int(np.prod(shape))), np.uint16).reshape(shape).copy()
+        values = rng.standard_normal(shape, np.float32)
+        values *= rng.lognormal(0.0, 1.0, (layer.kv_heads, 1, layer.key_dim)).astype(np.float32)
+        return np.ascontiguousarray(values.view(np.uint16)[..., 1::2])
+
+    return {(index, part): words() for index in range(len(described.layers)) for part in ("key", "value")}
 
 
 class Child:
@@ -267,11 +275,11 @@ def _config() -> Any:
     return Config(secret=b"only for this benchmark", limits=Limits(**WINDOWS), peer_timeout=3600.0)
 
 
-def _lynx_receive(nbytes: int, url: str, tls: dict[str, str] | None) -> None:
-    asyncio.run(_lynx_receive_all(nbytes, url, tls))
+def _lynx_receive(nbytes: int, url: str, tls: dict[str, str] | None, policy: str = "bf16") -> None:
+    asyncio.run(_lynx_receive_all(nbytes, url, tls, policy))
 
 
-async def _lynx_receive_all(nbytes: int, url: str, tls: dict[str, str] | None) -> None:
+async def _lynx_receive_all(nbytes: int, url: str, tls: dict[str, str] | None, policy: str) -> None:
     from lynxproto.session import listen
     from lynxproto.transports import server_context
 
@@ -285,22 +293,22 @@ async def _lynx_receive_all(nbytes: int, url: str, tls: dict[str, str] | None) -
         while await asyncio.to_thread(hear) == "again":
             transfer = await anext(receiver)
             await transfer.exact()
-    expected = cache_arrays(described, seed=1)
+    expected = cache_arrays(described, seed=1, policy=policy)
     say(all(np.array_equal(arrays[key], expected[key]) for key in arrays))
 
 
-def _lynx_send(nbytes: int, url: str, tls: dict[str, str] | None) -> None:
+def _lynx_send(nbytes: int, url: str, tls: dict[str, str] | None, policy: PolicyName = "bf16") -> None:
     from lynxproto import blocking
     from lynxproto.cachefile import Cache
     from lynxproto.policy import Policy
     from lynxproto.transports import client_context
 
     described = manifest(nbytes)
-    cache = Cache(manifest=described, arrays=cache_arrays(described, seed=1))
+    cache = Cache(manifest=described, arrays=cache_arrays(described, seed=1, policy=policy))
     context = (
         None if tls is None else client_context(ca=tls["certificate"], certificate=tls["certificate"], key=tls["key"])
     )
-    with blocking.connect(hear(), _config(), policy=Policy.named("bf16"), tls=context, insecure=True) as sender:
+    with blocking.connect(hear(), _config(), policy=Policy.named(policy), tls=context, insecure=True) as sender:
         while hear() == "again":
             started = time.perf_counter()
             sender.open(described).send(cache)
@@ -410,6 +418,7 @@ CONTESTANTS: Final = (
         "raw+checksums", "summed", True, "", "raw-reno, with the checksums of lynxproto in the same native calls"
     ),
     Contestant("tcp", "lynx", False, "lynxproto", _LYNX),
+    Contestant("tcp-coded", "lynx", False, "lynxproto", "policy lynx, coded and decoded on the way; GB/s of words"),
     Contestant("tcps", "lynx", False, "lynxproto", f"{_LYNX}, TLS 1.3"),
     Contestant("unix", "lynx", False, "lynxproto", _LYNX),
     Contestant("ucx", "lynx", False, "lynxproto", f"{_LYNX}, UCX chooses the device (UCX_TLS)"),
