@@ -120,18 +120,22 @@ void lynx_avx512_pack_params(const lynx_params *params, lynx_packed *packed, uin
     store(least, ends);
     *packed = packed_as(least[0], ~least[8], least[16], ~least[24]);
     const __m512i s_low = _mm512_set1_epi16((int16_t)packed->s_low), z_low = _mm512_set1_epi16((int16_t)packed->z_low);
-    const __m512i lower = _mm512_set1_epi32(0xffff);
-    const __m128i up = _mm_cvtsi32_si128(packed->s_bits), next = _mm_cvtsi32_si128(packed->s_bits + packed->z_bits);
-    uint64_t pairs[ROW / 2];
+    /* Scales and zero points of two groups in each 64 bits: channels 8 i to 8 i + 3 in the lower half of lane i of `first`. */
+    _Alignas(64) uint64_t first[ROW / 4], second[ROW / 4];
     for (int i = 0; i < 2; i++) {
         const __m512i scale = _mm512_srli_epi16(_mm512_sub_epi16(s[i], s_low), 2), zero = _mm512_sub_epi16(z[i], z_low);
-        const __m512i first = _mm512_or_si512(_mm512_and_si512(scale, lower), _mm512_sll_epi32(_mm512_and_si512(zero, lower), up));
-        const __m512i second = _mm512_or_si512(_mm512_srli_epi32(scale, 16), _mm512_sll_epi32(_mm512_srli_epi32(zero, 16), up));
-        for (int j = 0; j < 2; j++) {
-            const __m512i a = _mm512_cvtepu32_epi64(j == 0 ? _mm512_castsi512_si256(first) : _mm512_extracti64x4_epi64(first, 1));
-            const __m512i b = _mm512_cvtepu32_epi64(j == 0 ? _mm512_castsi512_si256(second) : _mm512_extracti64x4_epi64(second, 1));
-            store(pairs + 16 * i + 8 * j, _mm512_or_si512(a, _mm512_sll_epi64(b, next)));
-        }
+        store(first + 8 * i, _mm512_unpacklo_epi16(scale, zero));
+        store(second + 8 * i, _mm512_unpackhi_epi16(scale, zero));
+    }
+    IN_MEMORY(first);
+    IN_MEMORY(second);
+    const uint64_t field = ((1ull << packed->s_bits) - 1) | ((1ull << packed->z_bits) - 1) << 16, pair = field | field << 32;
+    uint64_t pairs[ROW / 2];
+    for (int i = 0; i < ROW / 4; i += 2) {
+        pairs[2 * i] = _pext_u64(first[i], pair);
+        pairs[2 * i + 1] = _pext_u64(first[i + 1], pair);
+        pairs[2 * i + 2] = _pext_u64(second[i], pair);
+        pairs[2 * i + 3] = _pext_u64(second[i + 1], pair);
     }
     put_fields(pairs, (uint32_t)(packed->s_bits + packed->z_bits), out);
 }

@@ -6,9 +6,9 @@
 
 #define INTEGERS 0x1.8p23f /* binary32 near it holds integers only: what is added is rounded to one, in the lower bits */
 
-/* At most so many bits of level 2 for integers of each size, the last also for larger ones; as in avx2.c, where the largest
- * have a bit less. */
-#define RANK_BITS _mm512_set_epi8(3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 8, 28)
+/* At most so many bits of level 2 for integers from 4 i to 4 i + 3, as bytes: from 0 up, and from -128 on, which are last. The
+ * largest have a bit less, as in avx2.c. */
+#define RANK_BITS _mm512_set_epi8(8, 6, 5, 5, 4, 4, 4, 4, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 28)
 
 /* To the nearest integer, of products that are no ties: inverses are a little larger than 1 / s. Returns the bound on the bits
  * of level 2 if that is `wanted`. A row `ahead` is fetched with each: more at once would keep other loads waiting. */
@@ -30,7 +30,7 @@ INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t
                                              0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302, 0x07060302);
     const __m512i order = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x08080808)), within);
     const __m512i lowest = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)); /* byte of 32 bits */
-    const __m512i none = _mm512_setzero_si512(), bits_of = RANK_BITS, largest = _mm512_set1_epi8(63);
+    const __m512i none = _mm512_setzero_si512(), bits_of = RANK_BITS;
     __m512i zero = lower_bytes(load(params->offset), load(params->offset + 32)), few = none, sum = none;
     const uint16_t *next = ahead == NULL ? NULL : ahead->row;
     int left = ahead == NULL ? 0 : ahead->count;
@@ -70,8 +70,8 @@ INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t
         store(codes + t * ROW, bytes);
         if (wanted) { /* integers modulo 256 are no larger than those they stand for, and their bits no fewer */
             zero = part == LYNX_KEY ? zero : _mm512_set1_epi32((int)zeros[t]);
-            const __m512i size = _mm512_min_epu8(_mm512_abs_epi8(_mm512_sub_epi8(bytes, zero)), largest);
-            few = _mm512_add_epi8(few, _mm512_maskz_permutexvar_epi8(used, size, bits_of));
+            const __m512i fours = _mm512_srli_epi16(_mm512_sub_epi8(bytes, zero), 2); /* in the lower 6 bits of each byte */
+            few = _mm512_add_epi8(few, _mm512_maskz_permutexvar_epi8(used, fours, bits_of));
             if (t % 8 == 7 || t == tokens - 1) { /* 8 times 28 is a byte */
                 sum = _mm512_add_epi64(sum, _mm512_sad_epu8(few, none));
                 few = none;

@@ -38,19 +38,20 @@ void lynx_avx512_rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t 
     }
 }
 
-/* Up to 8 rows, of which the words that do not simply move are looked for afterwards, in all at once. */
+/* Up to 8 rows, of which the words that do not simply move are looked for afterwards, in all at once: words of INNER on, and below
+ * INNER + SPAN. With 0x580 more those outside, some others, and no more, have two bits that are zeros. */
 INLINE void rescale_octet(const __m512i shift[2], const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int count,
                           uint16_t *out) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff), inner = _mm512_set1_epi16(RESCALE_INNER);
-    __m512i farthest = _mm512_setzero_si512();
+    const __m512i up = _mm512_set1_epi16(0x8000 - (RESCALE_INNER + RESCALE_SPAN)), upper = _mm512_set1_epi16(0x6000);
+    __mmask32 inside = ~0u;
     for (int t = 0; t < count; t++) {
         for (int i = 0; i < 2; i++) {
             const __m512i word = load(rows + t * stride + 32 * i);
-            farthest = _mm512_max_epu16(farthest, _mm512_sub_epi16(_mm512_and_si512(word, magnitude), inner));
+            inside = _mm512_mask_test_epi16_mask(inside, _mm512_add_epi16(word, up), upper);
             store(out + t * ROW + 32 * i, _mm512_sub_epi16(word, shift[i]));
         }
     }
-    if (__builtin_expect(_mm512_cmpge_epu16_mask(farthest, _mm512_set1_epi16(RESCALE_SPAN)) != 0, 0)) {
+    if (__builtin_expect(inside != ~0u, 0)) {
         for (int t = 0; t < count; t++) {
             for (int i = 0; i < 2; i++) {
                 uint16_t *at = out + t * ROW + 32 * i;
@@ -125,18 +126,24 @@ void lynx_avx512_rescale_range(const int16_t *shifts, const uint16_t *rows, ptrd
 
 #define PREFETCHED 64 /* rows ahead */
 
-INLINE void survey_row(const uint16_t *row, const uint16_t *ahead, __m512i least[2], __m512i largest[2], __m512i negative[2]) {
+/* Words are put in order by a comparison: a shift would share the port of the extremes. */
+INLINE void survey_row(const uint16_t *row, const uint16_t *ahead, bool signs, __m512i least[2], __m512i largest[2],
+                       __m512i negative[2]) {
     for (int i = 0; i < 2; i++) {
         __builtin_prefetch(ahead + 32 * i, 0, 2);
-        const __m512i word = load(row + 32 * i), o = ordered16(word);
+        const __m512i word = load(row + 32 * i);
+        const __mmask32 below = _mm512_cmplt_epi16_mask(word, _mm512_setzero_si512());
+        const __m512i o = _mm512_mask_sub_epi16(word, below, _mm512_set1_epi16(0x7fff), word);
         least[i] = _mm512_min_epi16(least[i], o);
         largest[i] = _mm512_max_epi16(largest[i], o);
-        negative[i] = _mm512_sub_epi16(negative[i], _mm512_srai_epi16(word, 15));
+        if (signs) {
+            negative[i] = _mm512_mask_add_epi16(negative[i], below, negative[i], _mm512_set1_epi16(1));
+        }
     }
 }
 
 /* Both halves in turn: two streams come from memory faster than one. Fetched into the cache that holds the tile until it is encoded. */
-void lynx_avx512_survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
+INLINE void survey_as(bool with_signs, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
     const int half = tokens / 2;
     __m512i least[2], largest[2], negative[2];
     for (int i = 0; i < 2; i++) {
@@ -145,18 +152,26 @@ void lynx_avx512_survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int1
         negative[i] = _mm512_setzero_si512();
     }
     for (int t = 0; t < half; t++, rows += stride) {
-        survey_row(rows, rows + PREFETCHED * stride, least, largest, negative);
-        survey_row(rows + half * stride, rows + (half + PREFETCHED) * stride, least, largest, negative);
+        survey_row(rows, rows + PREFETCHED * stride, with_signs, least, largest, negative);
+        survey_row(rows + half * stride, rows + (half + PREFETCHED) * stride, with_signs, least, largest, negative);
     }
     if (tokens % 2 != 0) {
-        survey_row(rows + half * stride, rows, least, largest, negative);
+        survey_row(rows + half * stride, rows, with_signs, least, largest, negative);
     }
     for (int i = 0; i < 2; i++) {
         store(low + 32 * i, least[i]);
         store(high + 32 * i, largest[i]);
-        if (signs != NULL) {
+        if (with_signs) {
             store(signs + 32 * i, negative[i]);
         }
+    }
+}
+
+void lynx_avx512_survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
+    if (signs == NULL) {
+        survey_as(false, rows, stride, tokens, low, high, NULL);
+    } else {
+        survey_as(true, rows, stride, tokens, low, high, signs);
     }
 }
 

@@ -117,38 +117,48 @@ static void zero_pad(const lynx_block *block, uint8_t *codes) {
     memset(codes + block->tokens * ROW, 0, (size_t)(8 * block->octets - block->tokens) * ROW);
 }
 
-/* Pack the block's codes and move the sections' ends. Only uniform planes can be written in place: kernels overrun the
- * end of others, where another thread's block may begin. */
+/* A section's planes to where its end is, which moves. */
+typedef struct {
+    uint8_t *end;  /* null: not made */
+    uint64_t left; /* room for this block and those behind it */
+} section_writer;
+
+static void add(section_writer *to, const uint8_t *from, uint64_t size) {
+    if (from != to->end) {
+        memcpy(to->end, from, size);
+    }
+    to->end += size;
+    to->left -= size;
+}
+
+/* Pack the block's codes into sections that are not null. Kernels overrun the end of planes that are not uniform: where another
+ * thread's block may begin, or what is written already, those are made apart. */
 static void pack_planes(const lynx_kernels *kernels, const lynx_block *block, const lynx_planes *planes,
-                        const uint8_t *codes, lynx_scratch *s, uint8_t **anchor, uint8_t **rest) {
-    if (*anchor == NULL && *rest == NULL) {
+                        const uint8_t *codes, lynx_scratch *s, section_writer *anchor, section_writer *rest) {
+    if (anchor == NULL && rest == NULL) {
         return;
     }
-    const size_t anchor_size = (size_t)block->octets * planes->anchor_octet;
-    const size_t rest_size = (size_t)block->octets * planes->rest_octet;
-    if (planes->uniform) {
-        kernels->pack(planes, codes, block->tokens, *anchor, *rest);
-    } else {
-        kernels->pack(planes, codes, block->tokens, *anchor == NULL ? NULL : s->anchor, *rest == NULL ? NULL : s->rest);
-    }
-    if (*anchor != NULL) {
-        if (!planes->uniform) {
-            memcpy(*anchor, s->anchor, anchor_size);
+    const uint64_t size[2] = {(uint64_t)block->octets * planes->anchor_octet, (uint64_t)block->octets * planes->rest_octet};
+    section_writer *const to[2] = {anchor, rest};
+    uint8_t *const apart[2] = {s->anchor, s->rest};
+    uint8_t *made[2] = {NULL, NULL};
+    for (int i = 0; i < 2; i++) {
+        if (to[i] != NULL) {
+            made[i] = planes->uniform || to[i]->left >= size[i] + SLACK ? to[i]->end : apart[i];
         }
-        *anchor += anchor_size;
     }
-    if (*rest != NULL) {
-        if (!planes->uniform) {
-            memcpy(*rest, s->rest, rest_size);
+    kernels->pack(planes, codes, block->tokens, made[0], made[1]);
+    for (int i = 0; i < 2; i++) {
+        if (to[i] != NULL) {
+            add(to[i], made[i], size[i]);
         }
-        *rest += rest_size;
     }
 }
 
 /* A section of centred planes in folded form, if that is smaller, and its entry in the fold table. */
 static bool fold_section(const lynx_kernels *kernels, const lynx_block *block, const lynx_fold *fold,
                          const uint8_t *flat,
-                         lynx_scratch *s, uint8_t *entry, uint8_t **out) {
+                         lynx_scratch *s, uint8_t *entry, section_writer *out) {
     store16(entry, FLAT);
     if ((fold->three | fold->two) == 0) {
         return false;
@@ -159,20 +169,19 @@ static bool fold_section(const lynx_kernels *kernels, const lynx_block *block, c
         return false;
     }
     store16(entry, made);
-    memcpy(*out, s->folded, size);
-    *out += size;
+    add(out, s->folded, size);
     return true;
 }
 
 /* The block's planes, folded where that is smaller, and the entries in the fold tables. */
-static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block *block,
-                        const lynx_planes *planes, lynx_scratch *s, uint8_t *anchor_entry, uint8_t *rest_entry, uint8_t **anchor, uint8_t **rest) {
-    uint8_t *none = NULL, *flat = s->flat, *late = s->flat_rest;
-    const bool fold_anchor = *anchor != NULL && anchor_entry != NULL, fold_rest = *rest != NULL && rest_entry != NULL;
+static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block *block, const lynx_planes *planes, lynx_scratch *s,
+                        uint8_t *anchor_entry, uint8_t *rest_entry, section_writer *anchor, section_writer *rest) {
+    const bool fold_anchor = anchor != NULL && anchor_entry != NULL, fold_rest = rest != NULL && rest_entry != NULL;
     int16_t zeros_of_tokens[ROW];
     const int16_t *zeros = zeros_of(part, planes, &s->params, zeros_of_tokens);
     if (kernels->pack_folded != NULL) {
-        uint8_t *entry[2] = {anchor_entry, rest_entry}, *made[2] = {s->folded, s->folded_rest}, **to[2] = {anchor, rest};
+        uint8_t *entry[2] = {anchor_entry, rest_entry}, *made[2] = {s->folded, s->folded_rest};
+        section_writer *to[2] = {anchor, rest};
         const bool wanted[2] = {fold_anchor && block->column.folded[0] > 0, fold_rest && block->column.folded[1] > 0};
         uint32_t entries[2] = {FLAT, FLAT};
         if (wanted[0] || wanted[1]) {
@@ -185,21 +194,21 @@ static void pack_folded(const lynx_kernels *kernels, int part, const lynx_block 
             const uint32_t size = (uint32_t)(block->octets * fold->folded_size) + (entries[i] & FOLD_SIZE);
             folded[i] = wanted[i] && size < (uint32_t)(block->octets * fold->flat_size);
             if (folded[i]) {
-                memcpy(*to[i], made[i], size);
-                *to[i] += size;
+                add(to[i], made[i], size);
             }
             if (entry[i] != NULL) {
                 store16(entry[i], folded[i] ? entries[i] : FLAT);
             }
         }
-        pack_planes(kernels, block, planes, s->codes, s, folded[0] ? &none : anchor, folded[1] ? &none : rest);
+        pack_planes(kernels, block, planes, s->codes, s, folded[0] ? NULL : anchor, folded[1] ? NULL : rest);
         return;
     }
+    section_writer flat = {s->flat, sizeof s->flat}, late = {s->flat_rest, sizeof s->flat_rest};
     kernels->centre(planes, zeros, s->codes, block->tokens, s->centred);
-    pack_planes(kernels, block, planes, s->centred, s, fold_anchor ? &flat : &none, fold_rest ? &late : &none);
+    pack_planes(kernels, block, planes, s->centred, s, fold_anchor ? &flat : NULL, fold_rest ? &late : NULL);
     const bool done = fold_anchor && fold_section(kernels, block, &planes->fold[0], s->flat, s, anchor_entry, anchor);
     const bool done_rest = fold_rest && fold_section(kernels, block, &planes->fold[1], s->flat_rest, s, rest_entry, rest);
-    pack_planes(kernels, block, planes, s->codes, s, done ? &none : anchor, done_rest ? &none : rest);
+    pack_planes(kernels, block, planes, s->codes, s, done ? NULL : anchor, done_rest ? NULL : rest);
 }
 
 /* How far a channel's values lie from zero, by their signs, in units of 4 codes: round(15 (positive - negative) / n). */
@@ -330,7 +339,9 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
     lynx_scratch *s = lynx_scratch_of(scratch);
     forget_setups(s);
     uint8_t *fold_table = tile->fold ? out->fold_table : NULL, *rest_table = tile->fold ? out->rest_table : NULL;
-    uint8_t *anchor = out->anchor, *rest = out->rest, *headers = out->param_headers, *params = out->params;
+    section_writer anchor = {out->anchor, out->anchor_left}, rest = {out->rest, out->rest_left};
+    section_writer *to_anchor = out->anchor == NULL ? NULL : &anchor, *to_rest = out->rest == NULL ? NULL : &rest;
+    uint8_t *headers = out->param_headers, *params = out->params;
     uint8_t *table = out->rank_table, *ranks = out->rank;
     uint64_t last_ranks = 0; /* bytes of the block before */
     lynx_hq_piece *made = &out->made;
@@ -339,8 +350,8 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         const lynx_setup *setup = lynx_set_up(kernels, tile, &block, s);
         const lynx_planes *planes = &setup->planes;
         const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
-        prefetch(anchor, (uint64_t)block.octets * planes->anchor_octet);
-        prefetch(rest, (uint64_t)block.octets * planes->rest_octet);
+        prefetch(anchor.end, (uint64_t)block.octets * planes->anchor_octet);
+        prefetch(rest.end, (uint64_t)block.octets * planes->rest_octet);
         prefetch(ranks, last_ranks);
         ptrdiff_t stride;
         prefetch_next(tile, view, &block, 0, false);
@@ -357,16 +368,16 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         }
         prefetch_next(tile, view, &block, 1, false);
         const bool special = choose_params(kernels, tile, &block, planes, rows, stride, s);
-        const bool bounded = table == NULL && out->wants_rank_bound;
+        const bool bounded = table == NULL && out->wants_rank_bound && out->rank_most >= out->rank_room;
         const uint64_t bound = quantise(kernels, tile, view, &block, planes, rows, stride, special, bounded, ahead, s);
         prefetch_next(tile, view, &block, 2, false);
         zero_pad(&block, s->codes);
         if (fold_table != NULL || rest_table != NULL) {
-            pack_folded(kernels, tile->part, &block, planes, s, fold_table, rest_table, &anchor, &rest);
+            pack_folded(kernels, tile->part, &block, planes, s, fold_table, rest_table, to_anchor, to_rest);
             fold_table = fold_table == NULL ? NULL : fold_table + FOLD_HEADER;
             rest_table = rest_table == NULL ? NULL : rest_table + FOLD_HEADER;
         } else {
-            pack_planes(kernels, &block, planes, s->codes, s, &anchor, &rest);
+            pack_planes(kernels, &block, planes, s->codes, s, to_anchor, to_rest);
         }
         prefetch_next(tile, view, &block, 3, false);
         const uint64_t params_size = write_params(kernels, &s->params, block.groups, headers, params);
@@ -381,7 +392,7 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         uint64_t size = 2 * values;
         if (bounded && bound != 0) {
             size = (bound + 7) / 8 + 3;
-        } else if (!special) {
+        } else if (!special && (bounded || table != NULL)) {
             const lynx_kernels *ranker = s->params.constant != 0 ? &lynx_scalar : kernels;
             ranker->rank(tile->part, tile->dtype, rows, stride, s->codes, block.tokens, block.channels, &s->params,
                             &s->streams);
@@ -389,6 +400,7 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         }
         const bool raw = size >= 2 * values;
         made->rank_bound += RANK_HEADER + (raw ? 2 * values : size);
+        out->rank_most -= raw ? 0 : 2 * values - size;
         if (table == NULL) {
             continue;
         }
@@ -403,12 +415,14 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         }
         table += RANK_HEADER;
     }
-    made->anchor += anchor == NULL ? 0 : (uint64_t)(anchor - out->anchor);
-    made->rest += rest == NULL ? 0 : (uint64_t)(rest - out->rest);
+    made->anchor += out->anchor_left - anchor.left;
+    made->rest += out->rest_left - rest.left;
     made->rank += ranks == NULL ? 0 : (uint64_t)(ranks - out->rank);
-    out->anchor = anchor;
+    out->anchor = anchor.end;
+    out->anchor_left = anchor.left;
     out->fold_table = fold_table;
-    out->rest = rest;
+    out->rest = rest.end;
+    out->rest_left = rest.left;
     out->rest_table = rest_table;
     out->param_headers = headers;
     out->params = params;

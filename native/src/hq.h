@@ -41,7 +41,9 @@ typedef struct {
     uint8_t *param_headers, *params;
     uint8_t *rest_table, *rest;
     uint8_t *rank_table, *rank;
-    bool wants_rank_bound; /* whether to work rank_bound out where there is no rank table */
+    bool wants_rank_bound; /* whether to work rank_bound out where there is no rank table, */
+    uint64_t rank_most, rank_room; /* which may stop when `rank_most`, what all blocks' ranks take at most, is below `rank_room` */
+    uint64_t anchor_left, rest_left; /* room of the sections from here on, for these blocks */
     lynx_hq_piece made;
 } lynx_encoded;
 

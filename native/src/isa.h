@@ -1,5 +1,5 @@
 /* The kernels that an instruction set provides, and their dispatch. One table per instruction set; the drivers in
- * bitplane.c and hq.c do everything else. A new instruction set is one new file with one new table. */
+ * bitplane.c, encode.c and decode.c do everything else. A new instruction set is one new table. */
 #ifndef LYNX_ISA_H
 #define LYNX_ISA_H
 

@@ -112,24 +112,43 @@ int lynx_hq_measure(const lynx_hq_config *config, lynx_hq_bounds *bounds) {
 
 /* --- encoder -------------------------------------------------------------------------------------------------- */
 
+/* How many gains of channels are above `middle`: weights are compared with what each bit asks of them, in 16 bits. */
+static uint64_t gains_above(const uint16_t *weights, uint64_t channels, int middle) {
+    int16_t asked[MAX_RANGE_WIDTH];
+    uint64_t above = 0;
+    for (int b = 0; b < MAX_RANGE_WIDTH; b++) {
+        const int weight = middle - GAINS[b];
+        above += weight < 0 ? channels : 0;
+        asked[b] = (int16_t)((weight < 0 || weight > UINT16_MAX ? UINT16_MAX : weight) - 0x8000);
+    }
+    for (uint64_t i = 0; i < channels; i++) {
+        const int16_t weight = (int16_t)(weights[i] - 0x8000);
+        int16_t count = 0;
+        for (int b = 0; b < MAX_RANGE_WIDTH; b++) {
+            count = (int16_t)(count + (weight > asked[b]));
+        }
+        above += (uint16_t)count;
+    }
+    return above;
+}
+
 /* Widths 0..7 of `bits` in all: each next bit goes to the channel that gains most, the first of those that gain the same. */
 static void choose_widths(const uint16_t *weights, uint64_t channels, uint64_t bits, uint8_t *widths) {
-    int least = GAINS[MAX_RANGE_WIDTH - 1] - 1, most = 0x10000; /* gains above `least`, and above `most`: all, none */
-    uint64_t above_most = 0;
     if (bits >= MAX_RANGE_WIDTH * channels) {
         memset(widths, MAX_RANGE_WIDTH, channels);
         return;
     }
+    int least = UINT16_MAX, most = 0;
+    for (uint64_t i = 0; i < channels; i++) {
+        least = weights[i] < least ? weights[i] : least;
+        most = weights[i] > most ? weights[i] : most;
+    }
+    least += GAINS[MAX_RANGE_WIDTH - 1] - 1; /* all gains are above it, */
+    most += GAINS[0];                        /* and none above this */
+    uint64_t above_most = 0;
     while (most - least > 1) { /* the smallest `most` of which no more gains lie above than there are bits */
-        const int middle = (least + most) / 2;
-        uint64_t above = 0;
-        for (uint64_t i = 0; i < channels; i++) {
-            int count = 0;
-            for (int b = 0; b < MAX_RANGE_WIDTH; b++) {
-                count += weights[i] + GAINS[b] > middle;
-            }
-            above += (uint64_t)count;
-        }
+        const int middle = least + (most - least) / 2;
+        const uint64_t above = gains_above(weights, channels, middle);
         if (above > bits) {
             least = middle;
         } else {
@@ -234,16 +253,20 @@ static lynx_layout layout_of(const lynx_plan *plan) {
     return at;
 }
 
-/* Where blocks from `first` on are encoded to. */
-static lynx_encoded destination(const lynx_plan *plan, uint64_t first, uint8_t *const levels[3]) {
-    lynx_sizes before = {0};
-    if (first > 0) {
+/* Where blocks [first, last) are encoded to. */
+static lynx_encoded destination(const lynx_plan *plan, uint64_t first, uint64_t last, uint8_t *const levels[3]) {
+    lynx_sizes before = {0}, sizes = plan->sizes;
+    if (first > 0 || last < plan->sizes.blocks) {
         lynx_measure(&plan->tile, 0, first, &before);
+        lynx_measure(&plan->tile, first, last, &sizes);
     }
     const lynx_layout at = layout_of(plan);
     uint8_t *anchor = levels[0], *rest = plan->levels > 1 ? levels[1] : NULL;
     uint8_t *rank = plan->levels > 1 ? levels[plan->levels - 1] : NULL;
-    lynx_encoded out = {.wants_rank_bound = plan->levels > 1};
+    lynx_encoded out = {.wants_rank_bound = plan->levels > 1,
+                        .anchor_left = sizes.anchor,
+                        .rest_left = sizes.rest,
+                        .rank_most = RANK_HEADER * sizes.blocks + sizes.max_rank};
     if (anchor != NULL) {
         out.fold_table = plan->fold_table == 0 ? NULL : anchor + at.fold_table + FOLD_HEADER * first;
         out.anchor = anchor + at.anchor + before.anchor;
@@ -267,7 +290,7 @@ int lynx_hq_encode(const void *memory, const lynx_view *view, uint64_t first, ui
     if (first > last || last > plan->sizes.blocks) {
         return LYNX_ERR_ARGUMENT;
     }
-    lynx_encoded out = destination(plan, first, levels);
+    lynx_encoded out = destination(plan, first, last, levels);
     out.made = (lynx_hq_piece){.first = first, .last = last};
     lynx_encode(&plan->tile, view, first, last, plan->extremes, false, &out, scratch);
     *piece = out.made;
@@ -299,6 +322,12 @@ static uint8_t *write_nibbles(const uint8_t *values, int plus, uint64_t count, u
     return out;
 }
 
+/* What a tile is taken to take without ranks, which decides whether it is stored. */
+static uint64_t all_but_ranks(const lynx_plan *plan, uint64_t params) {
+    const uint64_t first = plan->side + plan->fold_table + plan->sizes.anchor + PARAM_HEADER * plan->sizes.blocks + params;
+    return HEADER * (uint64_t)plan->levels + first + (plan->levels > 1 ? plan->rest_table + plan->sizes.rest : 0);
+}
+
 static int assemble(const lynx_plan *plan, uint8_t *const levels[3], const lynx_hq_piece *pieces, uint64_t count, uint64_t sizes[3]) {
     const lynx_layout at = layout_of(plan);
     const uint64_t blocks = plan->sizes.blocks;
@@ -308,11 +337,7 @@ static int assemble(const lynx_plan *plan, uint8_t *const levels[3], const lynx_
         rank += pieces[i].rank;
         rank_bound += pieces[i].rank_bound;
     }
-    uint64_t total = HEADER * (uint64_t)plan->levels + plan->side + plan->fold_table + plan->sizes.anchor +
-                     PARAM_HEADER * blocks + params;
-    if (plan->levels > 1) {
-        total += plan->rest_table + plan->sizes.rest + rank_bound;
-    }
+    const uint64_t total = all_but_ranks(plan, params) + (plan->levels > 1 ? rank_bound : 0);
     if (total >= 2 * plan->channels * plan->tile.tokens) {
         return plan->levels == 1 || levels[plan->levels - 1] != NULL ? LYNX_STORED : LYNX_UNDECIDED;
     }
@@ -386,8 +411,10 @@ int lynx_hq_encode_tile(const lynx_hq_config *config, const lynx_view *view, uin
     look(plan, view, 0, step, config->range_bits, scratch);
     size_plan(plan);
     const uint64_t blocks = plan->sizes.blocks / config->heads;
-    lynx_encoded out = destination(plan, 0, levels);
+    lynx_encoded out = destination(plan, 0, plan->sizes.blocks, levels);
     out.made.last = plan->sizes.blocks;
+    const uint64_t words = 2 * plan->channels * config->tokens, others = all_but_ranks(plan, plan->sizes.max_params);
+    out.rank_room = words > others ? words - others : 0;
     for (uint32_t head = 0; head < config->heads; head += step) {
         const uint32_t next = head + step;
         lynx_encode(&plan->tile, view, head * blocks, next * blocks, plan->extremes, next < config->heads, &out, scratch);

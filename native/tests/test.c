@@ -112,11 +112,19 @@ static encoded encode(const lynx_tile *tile, const uint16_t *words, uint64_t cut
                                .rest_table = e->section[REST_TABLE],
                                .rest = e->section[REST],
                                .rank_table = e->section[RANK_TABLE],
-                               .rank = e->section[RANKS]};
+                               .rank = e->section[RANKS],
+                               .anchor_left = own.anchor,
+                               .rest_left = own.rest};
         lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, false, &out, scratch);
         lynx_encoded bound = {.wants_rank_bound = 1};
         lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, false, &bound, scratch);
+        lynx_encoded enough = {.wants_rank_bound = 1,
+                               .rank_most = RANK_HEADER * own.blocks + own.max_rank,
+                               .rank_room = bound.made.rank_bound + 1 + own.max_rank / 4};
+        lynx_encode(tile, &view, cuts[part], cuts[part + 1], NULL, false, &enough, scratch);
         const lynx_hq_piece *made = &out.made;
+        CHECK(enough.made.rank_bound >= made->rank_bound && enough.made.rank_bound < enough.rank_room &&
+              enough.made.rank_bound == enough.rank_most);
         CHECK(bound.made.rank_bound >= made->rank_bound && bound.made.params == made->params);
         CHECK(made->rank_bound == made->rank + RANK_HEADER * own.blocks);
         CHECK(made->rest <= e->size[REST] && (e->section[REST_TABLE] != NULL || made->rest == e->size[REST]));
