@@ -26,12 +26,13 @@ INLINE __m256i ordered16(__m256i w) {
 
 #define PREFETCHED 64 /* rows ahead */
 
-/* Of 32 channels; with `count` also how many are negative. Words are compared as they are, with and without signs: the least is the
- * largest without, if any has a sign; the largest the largest with, if any has none. Both halves of the rows in turn: two streams
- * come from memory faster than one. */
-INLINE void survey_half(bool count, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
-    __m256i first[2], last[2], most[2], negative[2];
-    for (int i = 0; i < 2; i++) {
+/* Of 16 * `count` channels; unless `signs` is null also how many are negative. Words are compared as they are, with and without signs:
+ * the least is the largest without, if any has a sign; the largest the largest with, if any has none. Both halves of the rows in turn:
+ * two streams come from memory faster than one. With `fetch` whole rows go to the cache that holds the tile until it is encoded. */
+INLINE void survey_part(int count, bool fetch, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high,
+                        uint16_t *signs) {
+    __m256i first[4], last[4], most[4], negative[4];
+    for (int i = 0; i < count; i++) {
         first[i] = last[i] = most[i] = load(rows + 16 * i);
         negative[i] = _mm256_setzero_si256();
     }
@@ -40,33 +41,35 @@ INLINE void survey_half(bool count, const uint16_t *rows, ptrdiff_t stride, int 
         const bool both = t < tokens / 2;
         for (int j = both ? 0 : 1; j < 2; j++) {
             const uint16_t *row = rows + (j == 0 ? 0 : second);
-            __builtin_prefetch(row + PREFETCHED * stride);
-            for (int i = 0; i < 2; i++) {
+            if (fetch) {
+                __builtin_prefetch(row + PREFETCHED * stride, 0, 2);
+                __builtin_prefetch(row + PREFETCHED * stride + 32, 0, 2);
+            }
+            for (int i = 0; i < count; i++) {
                 const __m256i word = load(row + 16 * i);
                 first[i] = _mm256_min_epu16(first[i], word);
                 last[i] = _mm256_max_epu16(last[i], word);
                 most[i] = _mm256_max_epi16(most[i], word);
-                negative[i] = count ? _mm256_sub_epi16(negative[i], _mm256_srai_epi16(word, 15)) : negative[i];
+                negative[i] = signs != NULL ? _mm256_sub_epi16(negative[i], _mm256_srai_epi16(word, 15)) : negative[i];
             }
         }
     }
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < count; i++) {
         const __m256i any = _mm256_srai_epi16(last[i], 15), all = _mm256_srai_epi16(most[i], 15); /* have signs */
         store(low + 16 * i, ordered16(_mm256_blendv_epi8(first[i], last[i], any)));
         store(high + 16 * i, ordered16(_mm256_blendv_epi8(most[i], first[i], all)));
-        if (count) {
+        if (signs != NULL) {
             store(signs + 16 * i, negative[i]);
         }
     }
 }
 
 static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
-    for (int c = 0; c < ROW; c += 32) {
-        if (signs == NULL) {
-            survey_half(false, rows + c, stride, tokens, low + c, high + c, NULL);
-        } else {
-            survey_half(true, rows + c, stride, tokens, low + c, high + c, signs + c);
-        }
+    if (signs == NULL) {
+        survey_part(4, true, rows, stride, tokens, low, high, NULL);
+    } else { /* registers for half of them */
+        survey_part(2, true, rows, stride, tokens, low, high, signs);
+        survey_part(2, false, rows + 32, stride, tokens, low + 32, high + 32, signs + 32);
     }
 }
 
@@ -184,20 +187,36 @@ static void choose(int dtype, const lynx_planes *planes, const int16_t *low, con
 
 #define INTEGERS 0x1.8p23f /* binary32 near it holds integers only: what is added is rounded to one, in the lower bits */
 
-/* To the nearest integer, of products that are no ties: inverses are a little larger than 1 / s. */
-INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
-                        const lynx_params *params, uint8_t *codes) {
+/* To the nearest integer, of products that are no ties: inverses are a little larger than 1 / s. Returns the bound on the bits of
+ * level 2 of the channels in `used` if that is `wanted`. With each row one of those `ahead` is fetched. */
+INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_params *params,
+                            uint64_t used, bool wanted, const lynx_stretch *ahead, ptrdiff_t ahead_stride, uint8_t *codes) {
     _Alignas(32) float inverses[ROW], offsets[ROW], offset_of[ROW];
+    _Alignas(32) uint8_t zeros[ROW];
     for (int g = 0; g < ROW; g++) {
         offset_of[g] = INTEGERS + (float)params->offset[g];
+        zeros[g] = (uint8_t)params->offset[g];
     }
     for (int g = 0; g < ROW && part == LYNX_KEY; g++) { /* even channels of each 16, then odd ones */
         const int at = g / 16 * 16 + g % 2 * 8 + g % 16 / 2;
         inverses[at] = params->inverse[g];
         offsets[at] = offset_of[g];
     }
-    const __m256i low = _mm256_set1_epi16(255);
+    const __m256i none = _mm256_setzero_si256();
+    __m256i bits[2] = {none, none}, sum = none;
+    const uint16_t *next = ahead == NULL ? NULL : ahead->row;
+    int left = ahead == NULL ? 0 : ahead->count;
     for (int t = 0; t < tokens; t++) {
+        if (ahead != NULL) {
+            __builtin_prefetch(next, 0, 2);
+            __builtin_prefetch(next + 32, 0, 2);
+            next += ahead_stride;
+            if (--left == 0) {
+                ahead++;
+                next = ahead->row;
+                left = ahead->count;
+            }
+        }
         const __m256 inverse = _mm256_set1_ps(params->inverse[t]), offset = _mm256_set1_ps(offset_of[t]);
         __m256i code[4];
         for (int i = 0; i < 4; i++) {
@@ -216,25 +235,45 @@ INLINE void quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t str
             const __m256 y = _mm256_fmadd_ps(odd, key ? _mm256_load_ps(inverses + 16 * i + 8) : inverse,
                                              key ? _mm256_load_ps(offsets + 16 * i + 8) : offset);
             const __m256i upper = _mm256_slli_epi32(_mm256_castps_si256(y), 16);
-            code[i] = _mm256_and_si256(_mm256_blend_epi16(_mm256_castps_si256(x), upper, 0xaa), low);
+            code[i] = _mm256_blend_epi16(_mm256_castps_si256(x), upper, 0xaa); /* codes are bytes */
         }
-        store(codes + t * ROW, in_order(_mm256_packus_epi16(code[0], code[1])));
-        store(codes + t * ROW + 32, in_order(_mm256_packus_epi16(code[2], code[3])));
+        for (int half = 0; half < 2; half++) {
+            const __m256i bytes = in_order(_mm256_packus_epi16(code[2 * half], code[2 * half + 1]));
+            store(codes + t * ROW + 32 * half, bytes);
+            if (wanted) {
+                const __m256i zero = part == LYNX_KEY ? load(zeros + 32 * half) : _mm256_set1_epi8((char)zeros[t]);
+                bits[half] = _mm256_add_epi8(bits[half], most_rank_bits(bytes, zero));
+            }
+        }
+        for (int half = 0; half < 2 && wanted && (t % 8 == 7 || t == tokens - 1); half++) { /* 8 times 24 is a byte */
+            sum = _mm256_add_epi64(sum, _mm256_sad_epu8(_mm256_and_si256(bits[half], bytes_of((uint32_t)(used >> 32 * half))), none));
+            bits[half] = none;
+        }
     }
+    return wanted ? sum64(sum) + (uint64_t)(LEAST_BOUND * tokens) * (uint64_t)_mm_popcnt_u64(used) : 0;
 }
 
 static void quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens,
                      const lynx_planes *planes, const lynx_params *params, uint8_t *codes) {
     (void)planes; /* codes of finite words are in range without clamping */
-    if (dtype == LYNX_BFLOAT16) {
-        if (part == LYNX_KEY) {
-            quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
-        } else {
-            quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, codes);
-        }
+    if (dtype == LYNX_FLOAT16) {
+        quantise_as(part, LYNX_FLOAT16, rows, stride, tokens, params, 0, false, NULL, 0, codes);
+    } else if (part == LYNX_KEY) {
+        quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, 0, false, NULL, 0, codes);
     } else {
-        quantise_as(part, LYNX_FLOAT16, rows, stride, tokens, params, codes);
+        quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, 0, false, NULL, 0, codes);
     }
+}
+
+static uint64_t quantise_ahead(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
+                               const lynx_params *params, bool bounded, const lynx_stretch *ahead, ptrdiff_t ahead_stride,
+                               uint8_t *codes) {
+    const uint64_t used = planes->used;
+    if (part == LYNX_KEY) {
+        return quantise_as(LYNX_KEY, LYNX_BFLOAT16, rows, stride, tokens, params, used, true, NULL, 0, codes);
+    }
+    return bounded ? quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, used, true, ahead, ahead_stride, codes)
+                   : quantise_as(LYNX_VALUE, LYNX_BFLOAT16, rows, stride, tokens, params, used, false, ahead, ahead_stride, codes);
 }
 
 static void shuffles(lynx_planes *planes) {
@@ -479,6 +518,7 @@ const lynx_kernels lynx_avx2 = {
     .stream = stream,
     .rank = lynx_avx2_rank,
     .unrank = lynx_avx2_unrank,
+    .quantise_ahead = quantise_ahead,
     .rank_bound = lynx_avx2_rank_bound,
     .pack_row = lynx_avx2_pack_row,
     .unpack_row = lynx_avx2_unpack_row,

@@ -89,6 +89,23 @@ INLINE __m256i bytes_of(uint32_t bits) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
 }
 
+INLINE uint64_t sum64(__m256i v) {
+    uint64_t parts[4];
+    store(parts, v);
+    return parts[0] + parts[1] + parts[2] + parts[3];
+}
+
+#define LEAST_BOUND 4 /* bits of level 2 that most_rank_bits leaves out */
+
+/* At most so many bits of level 2 for 32 codes, and LEAST_BOUND: of an integer of size a, at most 512 / (2a + 1) + 1 words make a
+ * cell, 214 for a = 1, and a zero cell takes at most 12 + 16 bits. Integers modulo 256 are no larger than those they stand for, and
+ * their bits no fewer. */
+INLINE __m256i most_rank_bits(__m256i codes, __m256i zero) {
+    const __m256i below_16 = _mm256_broadcastsi128_si256(_mm_setr_epi8(24, 4, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1));
+    const __m256i size = _mm256_abs_epi8(_mm256_sub_epi8(codes, zero));
+    return _mm256_shuffle_epi8(below_16, _mm256_adds_epu8(size, _mm256_set1_epi8(0x70))); /* 0 from 16 on */
+}
+
 /* Floats of 64 channels in unpacking order. */
 INLINE void unpack_order(const float *in, float *out) {
     for (int i = 0; i < ROW; i += 16) {

@@ -245,34 +245,63 @@ INLINE int unrank_any(int part, int dtype, const uint8_t *codes, int tokens, int
 /* A register of 16-bit lanes has channels 0..7 and 16..23 of half a row, or 8..15 and 24..31: what bytes in their order unpack to,
  * and what packs to that. Of 32-bit lanes a register has the even or the odd ones of these. */
 
-/* Scales, and what takes (2 (LIFT + offset) + 1) / 2 scales away, or one scale less, as in avx512_ranks.c: of channels in the order
- * of lanes, or, of values, of tokens. */
+/* What makes cells of codes, in binary32: an integer's size is |code - offset| with the offset within a byte, plus what that leaves
+ * of it, which is part of the sums. Of channels in the order of lanes, or, of values, of tokens. */
 typedef struct {
     _Alignas(32) float scale[ROW], lower[ROW], upper[ROW];
+    _Alignas(32) uint8_t offset[4 * ROW], sign[4 * ROW]; /* 128 where integers can be negative; of tokens in 4 bytes each */
     __m256i none[2]; /* 1 in channels that there are none of, */
     __m256i keep[2]; /* 255 in others */
     bool whole;      /* all are there */
 } cell_scales;
 
+/* Floats of 64 channels in the order of lanes of cells_of_half. */
+INLINE void lane_order(const float *in, float *out) {
+    for (int at = 0; at < ROW; at += 16, out += 16) {
+        const float *first = in + at / 32 * 32 + at % 32 / 2;
+        const __m256 a = _mm256_loadu_ps(first), b = _mm256_loadu_ps(first + 16);
+        const __m256 x = _mm256_permute2f128_ps(a, b, 0x20), y = _mm256_permute2f128_ps(a, b, 0x31);
+        _mm256_store_ps(out, _mm256_shuffle_ps(x, y, 0x88));
+        _mm256_store_ps(out + 8, _mm256_shuffle_ps(x, y, 0xdd));
+    }
+}
+
 /* False if binary32 does not hold all products. */
 static bool start_cells(int part, int channels, const lynx_params *params, cell_scales *l) {
     uint32_t wild = 0;
+    float lower[ROW], upper[ROW];
     for (int g = 0; g < ROW; g++) {
         const uint32_t s = params->s[g];
         wild |= (s % SCALE_UNIT) | (MOST_PLACED - s) >> 31;
     }
-    float lower[ROW], upper[ROW];
     for (int g = 0; g < ROW; g++) {
-        const float half = params->scale[g] * 0.5f;
-        const int twice = -2 * (LIFT + params->offset[g]);
-        lower[g] = (float)(twice - 1) * half;
-        upper[g] = (float)(twice + 1) * half;
+        const int offset = params->offset[g], inside = offset < 0 ? 0 : offset > 255 ? 255 : offset;
+        const int twice = 2 * (offset < inside ? inside - offset : offset - inside);
+        /* Ends of cells less an eighth of what all of them are multiples of: the words below them. */
+        const float half = params->scale[g] * 0.5f, little = bits_float((uint32_t)(params->s[g] & 0x7f80) << 16) * 0x1p-9f;
+        lower[g] = (float)(twice - 1) * half - little;
+        upper[g] = (float)(twice + 1) * half - little;
     }
+    uint8_t inside[ROW], sign[ROW];
     for (int g = 0; g < ROW; g++) {
-        const int lane = g / 32 * 32 + g % 16 / 8 * 16 + g % 2 * 8 + g % 32 / 16 * 4 + g % 8 / 2, at = part == LYNX_KEY ? lane : g;
-        l->scale[at] = params->scale[g];
-        l->lower[at] = lower[g];
-        l->upper[at] = upper[g];
+        const int16_t offset = params->offset[g];
+        inside[g] = (uint8_t)(offset < 0 ? 0 : offset > 255 ? 255 : offset);
+        sign[g] = offset < 0 ? 0 : 128;
+    }
+    if (part == LYNX_KEY) {
+        lane_order(params->scale, l->scale);
+        lane_order(lower, l->lower);
+        lane_order(upper, l->upper);
+        memcpy(l->offset, inside, sizeof inside);
+        memcpy(l->sign, sign, sizeof sign);
+    } else {
+        memcpy(l->scale, params->scale, sizeof l->scale);
+        memcpy(l->lower, lower, sizeof lower);
+        memcpy(l->upper, upper, sizeof upper);
+        for (int t = 0; t < ROW; t++) {
+            store32(l->offset + 4 * t, inside[t] * 0x01010101u);
+            store32(l->sign + 4 * t, sign[t] * 0x01010101u);
+        }
     }
     l->whole = channels == ROW;
     for (int half = 0; half < 2; half++) {
@@ -282,41 +311,46 @@ static bool start_cells(int part, int channels, const lynx_params *params, cell_
     return wild == 0;
 }
 
-/* Cells of half a row: their least words by magnitude, with the integers' signs; how many words they have, 1 in zero cells; which
- * those are. */
+/* Cells of half a row: the words below their least ones, without signs; how many words they have, 0 in zero cells; which those are;
+ * and signs of integers, in bytes. */
 typedef struct {
-    __m256i low[2], count;
+    __m256i below[2], count, sign;
     uint32_t zeros;
 } half_cells;
 
-INLINE half_cells cells_of_half(int part, const uint8_t *codes, int token, int half, const cell_scales *l) {
-    const __m256i code = load(codes + token * ROW + 32 * half), magic = _mm256_set1_epi32(0x47000000);
+INLINE __m256i of_group(int part, const uint8_t *bytes, int token, int half) {
+    return part == LYNX_KEY ? load(bytes + 32 * half) : _mm256_set1_epi32((int)load32(bytes + 4 * token));
+}
+
+/* `least`: of cells but zero cells. */
+INLINE half_cells cells_of_half(int part, const uint8_t *codes, int token, int half, const cell_scales *l, __m256i *least) {
+    const __m256i code = load(codes + token * ROW + 32 * half), offset = of_group(part, l->offset, token, half);
+    const __m256i above = _mm256_subs_epu8(code, offset), size = _mm256_or_si256(above, _mm256_subs_epu8(offset, code));
     half_cells cells;
     __m256i n[2];
     for (int i = 0; i < 2; i++) {
         __m256i lower[2], upper[2];
         for (int odd = 0; odd < 2; odd++) {
             const int c = 8 * i + odd, at = 32 * half + 16 * i + 8 * odd;
-            const __m256i pick = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, (char)c, -1, -1, -1, (char)(c + 2), -1, -1, -1, (char)(c + 4), -1, -1, -1, (char)(c + 6), -1, -1));
-            const __m256i lifted = _mm256_or_si256(_mm256_shuffle_epi8(code, pick), magic);
+            const __m256i pick = _mm256_broadcastsi128_si256(_mm_setr_epi8((char)c, -1, -1, -1, (char)(c + 2), -1, -1, -1, (char)(c + 4), -1, -1, -1, (char)(c + 6), -1, -1, -1));
+            const __m256 x = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(size, pick));
             const bool key = part == LYNX_KEY;
             const __m256 scale = key ? _mm256_load_ps(l->scale + at) : _mm256_set1_ps(l->scale[token]);
-            lower[odd] = number(lifted, scale, key ? _mm256_load_ps(l->lower + at) : _mm256_set1_ps(l->lower[token]), 0xffff);
-            upper[odd] = number(lifted, scale, key ? _mm256_load_ps(l->upper + at) : _mm256_set1_ps(l->upper[token]), 0xffff);
+            lower[odd] = _mm256_castps_si256(_mm256_fmadd_ps(x, scale, key ? _mm256_load_ps(l->lower + at) : _mm256_set1_ps(l->lower[token])));
+            upper[odd] = _mm256_castps_si256(_mm256_fmadd_ps(x, scale, key ? _mm256_load_ps(l->upper + at) : _mm256_set1_ps(l->upper[token])));
         }
-        /* Ends of cells as words with signs: of negative integers in reverse order, of 0 with either. */
-        const __m256i first = _mm256_blend_epi16(_mm256_srli_epi32(lower[0], 16), lower[1], 0xaa);
-        const __m256i second = _mm256_blend_epi16(_mm256_srli_epi32(upper[0], 16), upper[1], 0xaa);
-        cells.low[i] = _mm256_min_epu16(first, second);
-        n[i] = _mm256_abs_epi16(_mm256_sub_epi16(second, first)); /* -32768 of 0 */
+        cells.below[i] = _mm256_blend_epi16(_mm256_srli_epi32(lower[0], 16), lower[1], 0xaa);
+        n[i] = _mm256_sub_epi16(_mm256_blend_epi16(_mm256_srli_epi32(upper[0], 16), upper[1], 0xaa), cells.below[i]);
     }
-    const __m256i zero = _mm256_cmpgt_epi8(_mm256_setzero_si256(), _mm256_packs_epi16(n[0], n[1]));
-    cells.count = _mm256_sub_epi8(_mm256_packus_epi16(n[0], n[1]), zero);
-    cells.zeros = bits_of(zero);
+    __m256i count = _mm256_packus_epi16(n[0], n[1]); /* of 0, whose lower end is negative, 32767 and so 255 */
     if (!l->whole) {
-        cells.count = _mm256_or_si256(_mm256_and_si256(cells.count, l->keep[half]), l->none[half]);
-        cells.zeros &= bits_of(l->keep[half]);
+        count = _mm256_or_si256(_mm256_and_si256(count, l->keep[half]), l->none[half]);
     }
+    *least = _mm256_min_epu8(*least, count);
+    const __m256i zero = _mm256_cmpeq_epi8(count, _mm256_set1_epi8(-1));
+    cells.count = _mm256_sub_epi8(count, zero);
+    cells.zeros = bits_of(zero);
+    cells.sign = _mm256_and_si256(_mm256_cmpeq_epi8(above, _mm256_setzero_si256()), of_group(part, l->sign, token, half));
     return cells;
 }
 
@@ -327,9 +361,11 @@ INLINE uint64_t flagged_of(const __m256i extra[2], const __m256i field[2]) {
 
 INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, const lynx_params *params,
                     const cell_scales *l, lynx_streams *streams) {
+    const __m256i magnitude = _mm256_set1_epi16(0x7fff);
     bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
     zero_list all_zeros;
     uint16_t *end = all_zeros.at;
+    __m256i least = magnitude; /* encoders choose scales with which none is empty */
     for (int first = 0; first < tokens; first += 8) {
         const int count = tokens - first < 8 ? tokens - first : 8;
         _Alignas(32) uint64_t fields[8 * 8], masks[8 * 8];
@@ -338,14 +374,15 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
             __m256i field[2], extra[2];
             uint64_t zeros = 0, same = 0;
             for (int half = 0; half < 2; half++) {
-                const half_cells in = cells_of_half(part, codes, first + t, half, l);
+                const half_cells in = cells_of_half(part, codes, first + t, half, l, &least);
                 __m256i r[2];
                 for (int i = 0; i < 2; i++) {
                     const __m128i low = _mm_loadu_si128((const __m128i *)(row + 32 * half + 8 * i));
                     const __m128i high = _mm_loadu_si128((const __m128i *)(row + 32 * half + 16 + 8 * i));
-                    r[i] = _mm256_sub_epi16(_mm256_set_m128i(high, low), in.low[i]);
+                    r[i] = _mm256_sub_epi16(_mm256_and_si256(_mm256_set_m128i(high, low), magnitude), in.below[i]);
                 }
-                const __m256i rank = _mm256_packus_epi16(r[0], r[1]), mask = width_mask8(in.count);
+                const __m256i rank = _mm256_add_epi8(_mm256_packus_epi16(r[0], r[1]), _mm256_set1_epi8(-1));
+                const __m256i mask = width_mask8(in.count);
                 field[half] = _mm256_and_si256(rank, mask);
                 extra[half] = _mm256_sub_epi8(in.count, _mm256_sub_epi8(mask, _mm256_set1_epi8(-1)));
                 store(fields + 8 * t + 4 * half, field[half]);
@@ -400,13 +437,14 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, const lynx_para
             const int16_t *at = shifts == NULL ? NULL : shifts + 32 * half + 8 * i;
             shift[half][i] = at == NULL ? _mm256_setzero_si256()
                                         : _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(at + 16)), _mm_loadu_si128((const __m128i *)at));
+            shift[half][i] = _mm256_add_epi16(shift[half][i], _mm256_set1_epi16(1));
         }
     }
     for (int first = 0; first < tokens; first += 8) {
         const int count = tokens - first < 8 ? tokens - first : 8;
         _Alignas(32) uint64_t fields[8 * 8], masks[8 * 8];
         uint64_t *field_of = fields;
-        __m256i low[8][2][2], extra[8][2], more[8][2];
+        __m256i low[8][2][2], extra[8][2], more[8][2], sign[8][2];
         for (int t = 0; t < count; t++) {
             uint64_t zeros = 0;
             if (first + 8 + t < tokens) {
@@ -414,14 +452,14 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, const lynx_para
                 __builtin_prefetch(rows[first + 8 + t] + 32, 1);
             }
             for (int half = 0; half < 2; half++) {
-                const half_cells in = cells_of_half(part, codes, first + t, half, l);
+                const half_cells in = cells_of_half(part, codes, first + t, half, l, &least);
                 const __m256i mask = width_mask8(in.count);
-                least = _mm256_min_epu8(least, in.count);
+                sign[t][half] = in.sign;
                 store(masks + 8 * t + 4 * half, mask);
                 more[t][half] = _mm256_sub_epi8(mask, _mm256_set1_epi8(-1));
                 extra[t][half] = _mm256_sub_epi8(in.count, more[t][half]);
                 for (int i = 0; i < 2; i++) {
-                    low[t][half][i] = part == LYNX_KEY ? in.low[i] : _mm256_add_epi16(in.low[i], shift[half][i]);
+                    low[t][half][i] = part == LYNX_KEY ? in.below[i] : _mm256_add_epi16(in.below[i], shift[half][i]);
                 }
                 zeros |= (uint64_t)in.zeros << 32 * half;
             }
@@ -442,9 +480,9 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, const lynx_para
             for (int half = 0; half < 2; half++) {
                 const __m256i spread = _mm256_shuffle_epi8(flags, _mm256_add_epi8(pick, _mm256_set1_epi8((char)(4 * half))));
                 const __m256i high = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit), more[t][half]);
-                const __m256i rank = _mm256_add_epi8(field[half], high);
-                const __m256i a = _mm256_add_epi16(low[t][half][0], _mm256_unpacklo_epi8(rank, _mm256_setzero_si256()));
-                const __m256i b = _mm256_add_epi16(low[t][half][1], _mm256_unpackhi_epi8(rank, _mm256_setzero_si256()));
+                const __m256i rank = _mm256_add_epi8(part == LYNX_KEY ? _mm256_add_epi8(field[half], _mm256_set1_epi8(1)) : field[half], high);
+                const __m256i a = _mm256_add_epi16(low[t][half][0], _mm256_unpacklo_epi8(rank, sign[t][half]));
+                const __m256i b = _mm256_add_epi16(low[t][half][1], _mm256_unpackhi_epi8(rank, sign[t][half]));
                 store(rows[first + t] + 32 * half, _mm256_permute2x128_si256(a, b, 0x20));
                 store(rows[first + t] + 32 * half + 16, _mm256_permute2x128_si256(a, b, 0x31));
             }
@@ -486,34 +524,21 @@ int lynx_avx2_unrank(int part, int dtype, const uint8_t *codes, int tokens, int 
     return unrank_as(LYNX_VALUE, codes, tokens, params, &l, streams, shifts, rows);
 }
 
-/* ceil(log2) of the largest cell of an integer of magnitude a: at most 512 / (2a + 1) + 1 words, 214 for a = 1. A zero
- * cell takes at most 12 + 16 bits. */
 uint64_t lynx_avx2_rank_bound(int part, const uint8_t *codes, int tokens, int channels, const lynx_params *params) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i below_16 =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(28, 8, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 5, 5, 5, 5));
-    const __m256i from_16 = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 4, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1));
-    _Alignas(32) uint8_t offsets[ROW], valid[ROW];
-    for (int g = 0; g < ROW; g++) { /* an offset outside a byte makes integers larger than they count here */
-        const int offset = params->offset[g];
-        offsets[g] = (uint8_t)(offset < 0 ? 0 : offset > 255 ? 255 : offset);
-        valid[g] = g < channels ? 255 : 0;
+    _Alignas(32) uint8_t zeros[ROW];
+    for (int g = 0; g < ROW; g++) {
+        zeros[g] = (uint8_t)params->offset[g];
     }
     __m256i sum = _mm256_setzero_si256();
-    for (int t = 0; t < tokens; t++) {
-        for (int half = 0; half < ROW; half += 32) {
-            const __m256i code = load(codes + t * ROW + half);
-            const __m256i offset = part == LYNX_KEY ? load(offsets + half) : _mm256_set1_epi8((char)offsets[t]);
-            const __m256i a = _mm256_or_si256(_mm256_subs_epu8(code, offset), _mm256_subs_epu8(offset, code));
-            const __m256i low = _mm256_shuffle_epi8(below_16, _mm256_and_si256(a, nibble));
-            const __m256i high = _mm256_shuffle_epi8(from_16, _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble));
-            const __m256i bits = _mm256_and_si256(_mm256_min_epu8(low, high), load(valid + half));
-            sum = _mm256_add_epi64(sum, _mm256_sad_epu8(bits, _mm256_setzero_si256()));
+    for (int half = 0; half < 2; half++) {
+        const __m256i keep = kept_channels(channels, half);
+        for (int t = 0; t < tokens; t++) {
+            const __m256i zero = part == LYNX_KEY ? load(zeros + 32 * half) : _mm256_set1_epi8((char)zeros[t]);
+            const __m256i bits = most_rank_bits(load(codes + t * ROW + 32 * half), zero);
+            sum = _mm256_add_epi64(sum, _mm256_sad_epu8(_mm256_and_si256(bits, keep), _mm256_setzero_si256()));
         }
     }
-    _Alignas(32) uint64_t parts[4];
-    store(parts, sum);
-    return parts[0] + parts[1] + parts[2] + parts[3];
+    return sum64(sum) + (uint64_t)(LEAST_BOUND * tokens * channels);
 }
 
 AVX2_END

@@ -335,6 +335,12 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                                       (uint64_t)anchor_size, (uint64_t)rest_size,
                                       folding == NULL ? FLAT : load16(folding),
                                       rest_folding == NULL ? FLAT : load16(rest_folding)};
+                if (rest == NULL || entry != NULL) { /* with the rest alone it costs more than it saves */
+                    prefetch(anchor + anchor_size, (uint64_t)anchor_size);
+                }
+                if (entry != NULL) {
+                    prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
+                }
                 const bool folded = sections.anchor_entry != FLAT || (rest != NULL && sections.rest_entry != FLAT);
                 if (!direct || folded) {
                     const int bad = read_codes(kernels, tile, &block, planes, sections, s);
@@ -359,9 +365,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                 }
                 prefetch_next(tile, view, &block, 2, true);
                 if (entry != NULL) {
-                    prefetch(anchor + anchor_size, (uint64_t)anchor_size);
                     prefetch(rest + rest_size, (uint64_t)rest_size);
-                    prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
                     read_ranks(entry, levels->rank + ranks, &s->streams);
                     const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
                     if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,
