@@ -92,7 +92,10 @@ class Codec(ABC):
 
     @abstractmethod
     def max_encoded_size(self, spec: ChunkSpec, level: int) -> int:
-        """The largest payload, in bytes, that ``level`` of such a tile can have. Receivers refuse larger ones."""
+        """The largest payload, in bytes, that ``level`` of such a tile can have. Receivers refuse larger ones.
+
+        Tiles of as many tokens have the same, whichever tokens these are.
+        """
 
     @abstractmethod
     def get_config(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
@@ -20,7 +20,7 @@ from lynxproto.events import Event
 from lynxproto.frames import Body, control_frame
 from lynxproto.manifest import Manifest
 
-__all__ = ["Backoff", "Context", "Land", "Lend", "Peer", "build_codec", "max_sizes"]
+__all__ = ["Backoff", "Context", "Land", "Lend", "Peer", "Sizes", "build_codec"]
 
 Land = Callable[[int, Tile], memoryview | None]
 Lend = Callable[[int, Tile], memoryview]
@@ -120,10 +120,25 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
     return codec
 
 
-def max_sizes(codec: Codec, manifest: Manifest, tile: Tile) -> tuple[int, ...]:
-    """The largest payload of each level of ``tile``."""
-    spec = tile.spec(manifest.dtype, manifest.layer(tile.layer).head_dim(tile.part))
-    return tuple(codec.max_encoded_size(spec, level) for level in range(codec.levels))
+class Sizes:
+    """The largest payload of each level of a transfer's tiles: the same for all that differ only in their tokens."""
+
+    __slots__ = ("_codecs", "_known", "_manifest")
+
+    def __init__(self, codecs: Sequence[Codec], manifest: Manifest) -> None:
+        self._codecs = codecs
+        self._manifest = manifest
+        self._known: dict[tuple[Hashable, ...], tuple[int, ...]] = {}
+
+    def of(self, tile: Tile) -> tuple[int, ...]:
+        """Bytes by level. Raises what the codec raises for such a tile."""
+        key = (tile.layer, tile.part, tile.head_start, tile.heads, len(tile.tokens), tile.codec)
+        found = self._known.get(key)
+        if found is None:
+            codec, layer = self._codecs[tile.codec], self._manifest.layer(tile.layer)
+            spec = tile.spec(self._manifest.dtype, layer.head_dim(tile.part))
+            found = self._known[key] = tuple(codec.max_encoded_size(spec, level) for level in range(codec.levels))
+        return found
 
 
 ALL_LEVELS = MAX_LEVELS - 1

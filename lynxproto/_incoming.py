@@ -38,7 +38,7 @@ from lynxproto.errors import (
     TransferCancelledError,
     TransportError,
 )
-from lynxproto.frames import HeldLayer, Plan, TileKey
+from lynxproto.frames import HeldLayer, Plan
 from lynxproto.manifest import LayerSpec, Manifest, Want
 
 if TYPE_CHECKING:
@@ -347,11 +347,9 @@ class Incoming:
     def on_plan(self, event: events.PlanReceived) -> None:
         """The tiles of a layer."""
         layer = self.manifest.layer(event.layer)
-        totals = tuple(self._codecs[tile.codec].levels for tile in event.tiles)
-        plan = Plan(layer=layer.index, tiles=tuple(map(TileKey.of, event.tiles)), levels=totals)
-        if plan != self._plans.get(layer.index):  # else the session is another, and its tiles are as they were
+        if event.plan != self._plans.get(layer.index):  # else the session is another, and its tiles are as they were
             self._tiles = {tile: state for tile, state in self._tiles.items() if tile.layer != layer.index}
-            self._plans[layer.index], self._places[layer.index] = plan, event.tiles
+            self._plans[layer.index], self._places[layer.index] = event.plan, event.tiles
             self._behind[layer.index] = [0] * MAX_LEVELS
         for tile, levels, held in zip(event.tiles, event.levels, event.held, strict=True):
             if levels:

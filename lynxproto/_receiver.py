@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from typing import Any, Final
 
 from lynxproto import _cbor, frames
-from lynxproto._context import ALL_LEVELS, Backoff, Context, build_codec, max_sizes
+from lynxproto._context import ALL_LEVELS, Backoff, Context, Sizes, build_codec
 from lynxproto._stripe import Target
 from lynxproto.chunk import PARTS, Tile
 from lynxproto.codecs.abc import Codec
@@ -121,6 +121,7 @@ class Incoming:
         self.id = transfer
         self.manifest = manifest
         self.codecs = codecs
+        self.sizes = Sizes(codecs, manifest)
         self.state = IncomingState.OFFERED
         self.wants: tuple[Want, ...] = ()
         self.held: dict[int, frames.HeldLayer] = {}  # from another session
@@ -373,7 +374,7 @@ class Receiver:
             has.tile = key.tile()
             has.place, has.levels = place, levels
             try:
-                has.max_sizes = max_sizes(t.codecs[key.codec], t.manifest, has.tile)
+                has.max_sizes = t.sizes.of(has.tile)
             except (LynxError, ValueError) as error:
                 raise ProtocolError(f"{what}: {error}") from error
             has.want = min(wanted_levels(t.wants, has.tile, levels), t.level + 1)
@@ -393,9 +394,9 @@ class Receiver:
             text = f"{what}: a chunk may have {most} bytes, the smallest window is {largest}"
             self.fail(t, ProtocolError(text, ErrorCode.LIMIT))
             return
-        for windows in (t.windows, self.windows):
-            for has in layer.tiles:
-                for window, size in zip(windows, has.max_sizes, strict=False):
+        for sizes in {has.max_sizes for has in layer.tiles}:
+            for windows in (t.windows, self.windows):
+                for window, size in zip(windows, sizes, strict=False):
                     window.largest = max(window.largest, size)
         layer.open = len(layer.tiles)
         layer.packed = bytearray(frames.TILE_STATUS_SIZE * len(layer.tiles))
@@ -403,14 +404,15 @@ class Receiver:
             layer.note(has)
         tiles = tuple(t_.tile for t_ in layer.tiles if t_.tile is not None)
         wants, before = tuple(t_.want for t_ in layer.tiles), tuple(t_.before for t_ in layer.tiles)
-        self.ctx.events.append(PlanReceived(transfer=t.id, layer=layer.index, tiles=tiles, levels=wants, held=before))
+        self.ctx.events.append(PlanReceived(transfer=t.id, plan=body, tiles=tiles, levels=wants, held=before))
         if layer.digests is not None:
             self._ended(t, layer)
         for has in layer.tiles:
-            self._drop_unwanted(t, has)
-            self._deliver(t, has)
-            self._judge(t, layer, has)
-        self._touch(t, layer, has)
+            if has.held:  # its chunks came before the plan
+                self._drop_unwanted(t, has)
+                self._deliver(t, has)
+        self._judge_all(t, layer)
+        self._touch(t, layer)
 
     def on_end(self, t: Incoming, body: frames.End, now: float) -> None:
         layer = self._layer(t, body.layer)
@@ -418,8 +420,7 @@ class Receiver:
             layer.digests = body.digests
             if layer.plan is not None:
                 self._ended(t, layer)
-                for has in layer.tiles:
-                    self._judge(t, layer, has)
+                self._judge_all(t, layer)
         elif layer.digests != body.digests:
             raise ProtocolError(f"a second, different END of layer {layer.index}", ErrorCode.STATE)
         self._touch(t, layer)
@@ -786,6 +787,11 @@ class Receiver:
             self._soil(t, pressing=True)
             self.ctx.events.append(TransferComplete(transfer=t.id))
 
+    def _judge_all(self, t: Incoming, layer: _Layer) -> None:
+        if layer.digests is not None:  # without them no tile is done
+            for has in layer.tiles:
+                self._judge(t, layer, has)
+
     def _cut(self, t: Incoming, level: int) -> None:
         t.level = level
         self.ctx.events.append(LevelsCancelled(transfer=t.id, level=level))
@@ -793,8 +799,7 @@ class Receiver:
             for has in layer.by_key.values():
                 has.want = min(has.want, level + 1)
                 self._drop_unwanted(t, has)
-            for has in layer.tiles:
-                self._judge(t, layer, has)
+            self._judge_all(t, layer)
         self._touch(t, None)
 
     def _touch(self, t: Incoming, layer: _Layer | None, has: _Tile | None = None, *, pressing: bool = True) -> None:

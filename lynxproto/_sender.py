@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from lynxproto import frames
-from lynxproto._context import ALL_LEVELS, Backoff, Context, build_codec, max_sizes
+from lynxproto._context import ALL_LEVELS, Backoff, Context, Sizes, build_codec
 from lynxproto.chunk import PARTS, Tile
 from lynxproto.codecs.abc import Codec
 from lynxproto.config import MAX_LEVELS
@@ -110,7 +110,7 @@ class _Tile:
         self.key = key
         self.codec_id = codec.wire_id
         self.levels = codec.levels
-        self.max_sizes = max_sizes(codec, transfer.manifest, tile)
+        self.max_sizes = transfer.sizes.of(tile)
         self.verbatim = codec.verbatim
         self.lent = codec.verbatim and lend  # its payload is had when its turn comes
         self.digested = False
@@ -176,6 +176,7 @@ class Outgoing:
         self.fetch = fetch
         self.resume = resume
         self.codecs = [build_codec(config) for config in manifest.codecs]
+        self.sizes = Sizes(self.codecs, manifest)
         self.state = OutgoingState.OFFERED
         self.layers: dict[int, _Layer] = {}
         self.by_tile: dict[Tile, _Tile] = {}

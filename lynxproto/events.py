@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lynxproto.chunk import Tile
 from lynxproto.errors import ErrorCode, ProtocolError, RemoteError
+from lynxproto.frames import Plan
 from lynxproto.manifest import FetchKey, Manifest, Want
 
 __all__ = [
@@ -138,10 +139,15 @@ class PlanReceived:
     """
 
     transfer: int
-    layer: int
+    plan: Plan
     tiles: tuple[Tile, ...]
     levels: tuple[int, ...]
     held: tuple[int, ...]
+
+    @property
+    def layer(self) -> int:
+        """Whose tiles they are."""
+        return self.plan.layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
@@ -330,8 +330,14 @@ def check_wants(wants: Sequence[Want]) -> None:
         raise SpecError(f"{len(wants)} wants, a frame holds {MAX_WANTS}; use larger rectangles")
 
 
+#: What most receivers ask for.
+_EVERYTHING: Final = (Want(),)
+
+
 def wanted_levels(wants: Iterable[Want], tile: Tile, levels: int) -> int:
     """How many of the ``levels`` of ``tile`` some of ``wants`` ask for."""
+    if wants == _EVERYTHING:
+        return levels
     return max((want.levels_of(tile, levels) for want in wants), default=0)
 
 
