@@ -78,7 +78,8 @@ class Codec(ABC):
     def decode(self, spec: ChunkSpec, levels: Sequence[Buffer], out: Any | None, *, threads: int = 1) -> DecodeState:
         """Decode levels ``0 .. len(levels) - 1`` into ``out`` (``[heads, tokens, head_dim]``, any strides).
 
-        ``out`` None only checks and keeps the payloads. The state returned borrows the payloads.
+        ``out`` None only checks and keeps the payloads, briefly: sessions do it on their I/O thread. The state returned
+        borrows the payloads.
 
         Raises :class:`~lynxproto.errors.PayloadError` for a broken payload, before writing out of any bound;
         ``out`` is then untouched or holds values that mean nothing.

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lynxproto import events
-from lynxproto._io import Signal
+from lynxproto._io import Signal, outcome_of
 from lynxproto._options import Deadline, Options
 from lynxproto._outgoing import part_words, tile_view
 from lynxproto._stats import Progress, Result, TransferStats
@@ -525,7 +525,10 @@ class Incoming:
                 self._keep(fresh)
                 return _decode(tile, state, payloads, show, digest)
 
-            self._run(tile, level, chunks, work)
+            if show or digest or self.spool is not None:
+                self._run(tile, level, chunks, work)
+            else:  # it costs less than a thread's attention
+                self._done(tile, tile.attempt, level, chunks, outcome_of(work))
         elif tile.landed and tile.digest:
             landed, tile.landed = tile.landed, None
             self._check_digest(tile, landed)

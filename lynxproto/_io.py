@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from lynxproto.errors import StreamClosedError
 
-__all__ = ["IOThread", "Signal", "Workers"]
+__all__ = ["IOThread", "Signal", "Workers", "outcome_of"]
 
 T = TypeVar("T")
 
@@ -121,6 +121,16 @@ class _Job:
         return self.key < other.key
 
 
+def outcome_of(work: Callable[[], T]) -> Future[T]:
+    """Run ``work`` here and now."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except BaseException as error:  # whoever waits for the work is to see it
+        future.set_exception(error)
+    return future
+
+
 class Workers:
     """Runs codec work on ``threads`` threads, the most urgent first. To be used from one event loop.
 
@@ -191,12 +201,7 @@ class Workers:
                     return
                 job = heapq.heappop(self._queue)
                 self._running.add(job)
-            future: Future[Any] = Future()
-            try:
-                future.set_result(job.work())
-            except BaseException as error:  # whoever waits for the work is to see it
-                future.set_exception(error)
-            self._end(job, future)
+            self._end(job, outcome_of(job.work))
 
     def _fail_queue(self, error: RuntimeError) -> None:
         """A thread could not be started: if no other serves the queue, nobody will."""
