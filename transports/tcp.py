@@ -95,10 +95,10 @@ def _stream(sock: socket.socket) -> SocketStream:
 class TCPStream(SocketStream):
     """A TCP connection that keeps little under way, so that what is sent next arrives soon.
 
-    Most congestion control fills the queue of a router on the way: tens of milliseconds of bytes that a more urgent
-    frame cannot overtake. BBR does not, and then only the kernel's unsent bytes need a bound. With any other, this
-    stream lets no more be under way than the link carries in 1.5 round trips and 3 ms: BBR's idea in user space. What
-    the link carries is what the peer acknowledges; while it carries more, the bound grows by half in each measurement.
+    Congestion control fills the queue of a router on the way: tens of milliseconds of bytes that a more urgent frame
+    cannot overtake, and with BBR, which means not to, several still. This stream lets no more be under way than the
+    link carries in 1.5 round trips and 3 ms. What the link carries is what the peer acknowledges; while it carries
+    more, the bound grows by half in each measurement.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -108,7 +108,6 @@ class TCPStream(SocketStream):
         self._since = 0.0
         self._busy = False  # the link had something to do since then
         self._unsent = UNSENT_BYTES
-        self._kernel_bounds = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr")
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
         """See :meth:`ByteStream.send`."""
@@ -130,7 +129,7 @@ class TCPStream(SocketStream):
             self._rates.append((acked - self._acked) / elapsed)
             self._since, self._acked = now, acked
             self._set_unsent(max(self._rates))
-        if not self._rates or self._kernel_bounds:
+        if not self._rates:
             return 0.0
         rate = max(1.0, *self._rates)
         over = under_way - max(rate * (1.5e-6 * min(min_rtt, rtt) + _QUEUE_S), _QUEUE_BYTES)
