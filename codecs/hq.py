@@ -259,25 +259,36 @@ class HQ(Codec):
             if level not in self._every:
                 raise SpecError(f"hq: levels {list(wanted)} of a codec with {self._levels}")
         view = view_of(spec, array)
-        buffers = {level: np.empty(job.sizes[level], np.uint8) for level in wanted}
-        outcome, sizes = self._encode(job, view, buffers, threads)
+        made = wanted if levels is None or len(wanted) == 1 else sorted(set(wanted))
+        outcome, memory, places, sizes = self._encode(job, view, made, threads)
         if outcome == lib.LYNX_UNDECIDED:  # what the ranks take at most does not tell whether the tile would grow
-            last = self._levels - 1
-            outcome, sizes = self._encode(job, view, {**buffers, last: np.empty(job.sizes[last], np.uint8)}, threads)
+            outcome, memory, places, sizes = self._encode(job, view, [*made, self._levels - 1], threads)
         if outcome == lib.LYNX_STORED:
             return [self._stored(job, spec, view, level) for level in wanted]
-        for level, buffer in buffers.items():
-            buffer.resize(sizes[level], refcheck=False)  # gives the memory back that was not needed
-        return [buffers[level].data for level in wanted]
+        if made:
+            memory.resize(places[made[-1]] + sizes[made[-1]], refcheck=False)  # gives back what was not needed
+        whole = memory.data
+        return [whole] if len(wanted) == 1 else [whole[places[i] : places[i] + sizes[i]] for i in wanted]
 
     @staticmethod
-    def _encode(job: _Job, view: View, buffers: Mapping[int, NDArray[np.uint8]], threads: int) -> tuple[int, Any]:
-        """Levels into their buffers: LYNX_OK, LYNX_STORED or LYNX_UNDECIDED, and their sizes."""
+    def _encode(
+        job: _Job, view: View, wanted: Sequence[int], threads: int
+    ) -> tuple[int, NDArray[np.uint8], dict[int, int], Any]:
+        """Ascending levels: LYNX_OK, LYNX_STORED or LYNX_UNDECIDED; their memory, in which they have places and sizes.
+
+        One piece of memory, because each takes longer to get and to give back than the call needs beside.
+        """
         own = workspace(job.plan)
         levels, sizes, plan = own.levels, own.sizes, own.plan
+        places, room = {}, 0
+        for level in wanted:
+            places[level] = room
+            room += job.sizes[level]
+        memory = np.empty(room, np.uint8)
+        start = ffi.from_buffer(_OCTETS, memory)
         levels[0] = levels[1] = levels[2] = _NULL
-        for level, buffer in buffers.items():
-            levels[level] = ffi.from_buffer(_OCTETS, buffer)
+        for level, place in places.items():
+            levels[level] = start + place
         count = 1 if threads == 1 else part_count(job.blocks, threads)
         if count == 1:
             outcome = lib.lynx_hq_encode_tile(job.config, view.c, levels, sizes, plan, own.scratch)
@@ -292,7 +303,7 @@ class HQ(Codec):
             outcome = lib.lynx_hq_assemble(plan, levels, pieces, count, sizes)
         if outcome not in _OUTCOMES:
             check(outcome)
-        return outcome, sizes
+        return outcome, memory, places, sizes
 
     def decode(self, spec: ChunkSpec, levels: Sequence[Buffer], out: Any | None, *, threads: int = 1) -> DecodeState:
         """See :meth:`Codec.decode`. Without ``out`` sizes and tables are checked, and codes and ranks are not."""

@@ -88,15 +88,25 @@ INLINE __m512i mask_width(__m512i mask) {
     return _mm512_popcnt_epi8(mask);
 }
 
-INLINE void add_zeros(zero_list *list, __mmask64 zeros, int token) {
-    const __m512i channels = _mm512_set_epi8(63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i found = _mm512_maskz_compress_epi8(zeros, channels), first = _mm512_set1_epi16((int16_t)(ROW * token));
-    const uint32_t count = (uint32_t)_mm_popcnt_u64(zeros);
-    store(list->at + list->count, _mm512_or_si512(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(found)), first));
-    if (__builtin_expect(count > 32, 0)) {
-        store(list->at + list->count + 32, _mm512_or_si512(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(found, 1)), first));
+/* Zero cells of a block in order, from a mask for each token. Few tokens have some, and few of those more than one. */
+INLINE void list_zeros(const uint64_t *masks, int tokens, zero_list *list) {
+    uint64_t found[ROW + 8], token_of[ROW + 8];
+    uint32_t rows = 0;
+    for (int first = 0; first < tokens; first += 8) {
+        const __m512i token = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+        const __mmask8 there = (__mmask8)(tokens - first < 8 ? (1 << (tokens - first)) - 1 : 255);
+        const __m512i some = _mm512_maskz_loadu_epi64(there, masks + first);
+        const __mmask8 any = _mm512_test_epi64_mask(some, some);
+        store(found + rows, _mm512_maskz_compress_epi64(any, some));
+        store(token_of + rows, _mm512_maskz_compress_epi64(any, token));
+        rows += (uint32_t)_mm_popcnt_u32(any);
     }
-    list->count += count;
+    list->count = 0;
+    for (uint32_t i = 0; i < rows; i++) {
+        for (uint64_t left = found[i]; left != 0; left = _blsr_u64(left)) {
+            list->at[list->count++] = (uint16_t)(ROW * token_of[i] + _tzcnt_u64(left));
+        }
+    }
 }
 
 INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint8_t *codes, int tokens, int channels,
@@ -106,8 +116,7 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
     cell_lanes l;
     start_cells(part, params, &l);
     bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
-    zero_list zeros;
-    zeros.count = 0;
+    uint64_t zeros_of_row[ROW];
     for (int t = 0; t < tokens; t++) {
         const row_cells cells = cells_of(part, load(codes + t * ROW), t, params, &l, none);
         __m512i rank16[2];
@@ -133,10 +142,12 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
             put(&b, _pext_u32((uint32_t)above, first), (uint32_t)_mm_popcnt_u32(first));
             put(&b, _pext_u32((uint32_t)(above >> 32), second), (uint32_t)_mm_popcnt_u32(second));
         }
-        add_zeros(&zeros, cells.zeros, t);
+        zeros_of_row[t] = cells.zeros;
     }
     streams->a_bits = position(&a, streams->a);
     streams->b_bits = position(&b, streams->b);
+    zero_list zeros;
+    list_zeros(zeros_of_row, tokens, &zeros);
     rank_zeros(part, LYNX_BFLOAT16, &zeros, rows, stride, params, streams);
 }
 
@@ -150,8 +161,7 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
     const __m512i shift[2] = {shifts == NULL ? nothing : load(shifts), shifts == NULL ? nothing : load(shifts + 32)};
     cell_lanes l;
     start_cells(part, params, &l);
-    zero_list zeros;
-    zeros.count = 0;
+    uint64_t zeros_of_row[ROW];
     uint32_t a_bits = 0, b_bits = 0;
     __mmask64 empty = 0;
     for (int t = 0; t < tokens; t++) {
@@ -187,10 +197,12 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
             const __m512i least = part == LYNX_KEY ? cells.low[i] : _mm512_add_epi16(cells.low[i], shift[i]);
             store(rows[t] + 32 * i, _mm512_add_epi16(least, _mm512_cvtepu8_epi16(rank8)));
         }
-        add_zeros(&zeros, cells.zeros, t);
+        zeros_of_row[t] = cells.zeros;
     }
     streams->a_bits = a_bits;
     streams->b_bits = b_bits;
+    zero_list zeros;
+    list_zeros(zeros_of_row, tokens, &zeros);
     const bool good = unrank_zeros(part, LYNX_BFLOAT16, &zeros, shifts, rows, params, streams);
     return good && empty == 0 ? LYNX_OK : LYNX_ERR_RANK;
 }

@@ -305,7 +305,7 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint32_t first_h
     }
 }
 
-/* Bytes that will be written, so that the lines are there by then. */
+/* Bytes that will be written, so that the lines are there by then. Section by section, because all at once would keep loads waiting. */
 static void prefetch(const uint8_t *p, uint64_t size) {
     for (uint64_t i = 0; p != NULL && i < size; i += 64) {
         __builtin_prefetch(p + i, 1);
@@ -351,8 +351,6 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         const lynx_planes *planes = &setup->planes;
         const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
         prefetch(anchor.end, (uint64_t)block.octets * planes->anchor_octet);
-        prefetch(rest.end, (uint64_t)block.octets * planes->rest_octet);
-        prefetch(ranks, last_ranks);
         ptrdiff_t stride;
         prefetch_next(tile, view, &block, 0, false);
         const uint16_t *rows = block_rows(view, &block, &stride, s);
@@ -371,6 +369,7 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         const bool bounded = table == NULL && out->wants_rank_bound && out->rank_most >= out->rank_room;
         const uint64_t bound = quantise(kernels, tile, view, &block, planes, rows, stride, special, bounded, ahead, s);
         prefetch_next(tile, view, &block, 2, false);
+        prefetch(rest.end, (uint64_t)block.octets * planes->rest_octet);
         zero_pad(&block, s->codes);
         if (fold_table != NULL || rest_table != NULL) {
             pack_folded(kernels, tile->part, &block, planes, s, fold_table, rest_table, to_anchor, to_rest);
@@ -386,6 +385,7 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
             params += params_size;
             headers += PARAM_HEADER;
         }
+        prefetch(ranks, last_ranks);
         if (table == NULL && !out->wants_rank_bound) {
             continue;
         }

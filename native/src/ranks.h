@@ -40,30 +40,50 @@ typedef struct {
     uint16_t at[BLOCK_VALUES + ROW];
 } zero_list;
 
+/* Largest magnitude word in the zero cell of each group. */
+static inline void tops_of(int dtype, const lynx_params *params, uint16_t *tops) {
+    for (int g = 0; g < ROW; g++) {
+        tops[g] = (uint16_t)(ceil_word(dtype, params->scale[g] * 0.5f) - 1);
+    }
+}
+
+/* A zero cell's field of 12 bits; in streams X what that does not hold. */
+static inline uint32_t zero_field(int part, uint32_t at, const uint16_t *rows, ptrdiff_t stride, const uint16_t *tops,
+                                  lynx_streams *streams) {
+    const uint32_t t = at / ROW, c = at % ROW, word = rows[(ptrdiff_t)t * stride + c], magnitude = word & 0x7fff;
+    uint32_t code = tops[part == LYNX_KEY ? c : t] - magnitude;
+    if (__builtin_expect(code >= ZERO_WORD || magnitude == 0, 0)) {
+        code = magnitude == 0 ? ZERO_WORD : ZERO_ESCAPE;
+        if (magnitude != 0) {
+            streams->x[streams->x_count++] = (uint16_t)word;
+        }
+    }
+    return code | word >> 15 << 11;
+}
+
 /* The fields of zero cells, two to three bytes, and the words that W does not hold. */
 static inline void rank_zeros(int part, int dtype, const zero_list *zeros, const uint16_t *rows, ptrdiff_t stride,
                        const lynx_params *params, lynx_streams *streams) {
-    uint32_t pair = 0;
-    streams->w_count = dtype == LYNX_BFLOAT16 ? zeros->count : 0;
+    const uint32_t count = zeros->count;
+    streams->w_count = dtype == LYNX_BFLOAT16 ? count : 0;
     streams->x_count = 0;
-    for (uint32_t i = 0; i < zeros->count; i++) {
-        const int t = zeros->at[i] / ROW, c = zeros->at[i] % ROW;
-        const uint16_t word = rows[t * stride + c];
-        if (dtype == LYNX_FLOAT16) {
-            streams->x[streams->x_count++] = word;
-            continue;
+    if (dtype == LYNX_FLOAT16) {
+        for (uint32_t i = 0; i < count; i++) {
+            streams->x[i] = rows[zeros->at[i] / ROW * stride + zeros->at[i] % ROW];
         }
-        const uint32_t magnitude = word & 0x7fff;
-        uint32_t code = ceil_word(LYNX_BFLOAT16, params->scale[part == LYNX_KEY ? c : t] * 0.5f) - 1 - magnitude;
-        if (__builtin_expect(magnitude == 0, 0)) {
-            code = ZERO_WORD;
-        } else if (__builtin_expect(code >= ZERO_WORD, 0)) {
-            code = ZERO_ESCAPE;
-            streams->x[streams->x_count++] = word;
-        }
-        code |= (uint32_t)(word >> 15) << 11;
-        pair = i & 1 ? pair | code << 12 : code;
-        store32(streams->w + 3 * (i >> 1), pair);
+        streams->x_count = count;
+        return;
+    }
+    uint16_t tops[ROW];
+    tops_of(LYNX_BFLOAT16, params, tops);
+    uint8_t *w = streams->w;
+    for (uint32_t i = 0; i + 2 <= count; i += 2, w += 3) {
+        const uint32_t first = zero_field(part, zeros->at[i], rows, stride, tops, streams);
+        const uint32_t second = zero_field(part, zeros->at[i + 1], rows, stride, tops, streams);
+        store32(w, first | second << 12);
+    }
+    if (count % 2 != 0) {
+        store32(w, zero_field(part, zeros->at[count - 1], rows, stride, tops, streams));
     }
 }
 
