@@ -409,18 +409,18 @@ def test_large_tiles_may_lie_anywhere(name: str, part: str, preset: str) -> None
     codec = get_codec("hq", preset=preset)
     levels = codec.encode(spec, words)
     with isa("scalar"):
-        expected = [decoded(codec, spec, levels[:n]) for n in (1, 2)]
+        expected = [decoded(codec, spec, levels[:n]) for n in (1, 2, 3)]
     memory = np.empty(words.size + 128, np.uint16)
     line = -memory.ctypes.data // 2 % 32
     with isa(name):
-        for n, offset in itertools.product((1, 2), (0, 1, 2, 8, 30, 31)):
+        for n, offset in itertools.product((1, 2, 3), (0, 1, 2, 8, 16, 24, 31)):
             start = line + offset
             memory[:] = 0xDEAD
             codec.decode(spec, levels[:n], memory[start : start + words.size].reshape(words.shape))
             assert np.array_equal(memory[start : start + words.size].reshape(words.shape), expected[n - 1])
             assert (memory[:start] == 0xDEAD).all()
             assert (memory[start + words.size :] == 0xDEAD).all()
-        for n, width in itertools.product((1, 2), (2, 3)):  # rows that lie apart: [tokens, heads, head_dim]
+        for n, width in itertools.product((1, 2, 3), (2, 3)):  # rows that lie apart: [tokens, heads, head_dim]
             apart = np.full((1090, width, 64), 0xDEAD, np.uint16)
             codec.decode(spec, levels[:n], apart.transpose(1, 0, 2)[:2], threads=n)
             assert np.array_equal(apart.transpose(1, 0, 2)[:2], expected[n - 1])

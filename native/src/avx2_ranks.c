@@ -424,6 +424,23 @@ INLINE uint32_t get_pair(const uint8_t *stream, uint32_t at, const uint64_t *mas
     return end;
 }
 
+/* A row of words in registers of cells. Rows that are half a register off, as allocators place them, go in pieces none of which
+ * crosses a line. */
+INLINE void put_words(uint16_t *row, const __m256i words[4]) {
+    if (((uintptr_t)row & 31) == 16) {
+        _mm_storeu_si128((__m128i *)row, _mm256_castsi256_si128(words[0]));
+        store(row + 8, _mm256_blend_epi32(words[1], words[0], 0xf0));
+        store(row + 24, _mm256_permute2x128_si256(words[1], words[2], 0x21));
+        store(row + 40, _mm256_blend_epi32(words[3], words[2], 0xf0));
+        _mm_storeu_si128((__m128i *)(row + 56), _mm256_extracti128_si256(words[3], 1));
+    } else {
+        for (int i = 0; i < 4; i += 2) {
+            store(row + 16 * i, _mm256_permute2x128_si256(words[i], words[i + 1], 0x20));
+            store(row + 16 * i + 16, _mm256_permute2x128_si256(words[i], words[i + 1], 0x31));
+        }
+    }
+}
+
 INLINE int unrank_as(int part, const uint8_t *codes, int tokens, const lynx_params *params, const cell_scales *l,
                      lynx_streams *streams, const int16_t *shifts, uint16_t *const *rows) {
     zero_list all_zeros;
@@ -477,15 +494,15 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, const lynx_para
             b_bits += flags_here;
             IN_MEMORY(above);
             const __m256i flags = _mm256_set1_epi64x((long long)above);
+            __m256i words[4];
             for (int half = 0; half < 2; half++) {
                 const __m256i spread = _mm256_shuffle_epi8(flags, _mm256_add_epi8(pick, _mm256_set1_epi8((char)(4 * half))));
                 const __m256i high = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit), more[t][half]);
                 const __m256i rank = _mm256_add_epi8(part == LYNX_KEY ? _mm256_add_epi8(field[half], _mm256_set1_epi8(1)) : field[half], high);
-                const __m256i a = _mm256_add_epi16(low[t][half][0], _mm256_unpacklo_epi8(rank, sign[t][half]));
-                const __m256i b = _mm256_add_epi16(low[t][half][1], _mm256_unpackhi_epi8(rank, sign[t][half]));
-                store(rows[first + t] + 32 * half, _mm256_permute2x128_si256(a, b, 0x20));
-                store(rows[first + t] + 32 * half + 16, _mm256_permute2x128_si256(a, b, 0x31));
+                words[2 * half] = _mm256_add_epi16(low[t][half][0], _mm256_unpacklo_epi8(rank, sign[t][half]));
+                words[2 * half + 1] = _mm256_add_epi16(low[t][half][1], _mm256_unpackhi_epi8(rank, sign[t][half]));
             }
+            put_words(rows[first + t], words);
         }
     }
     streams->a_bits = a_bits;

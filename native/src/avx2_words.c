@@ -9,94 +9,81 @@
 
 /* --- where words go ------------------------------------------------------------------------------------------- */
 
-/* An octet of rows, behind those words of its first line that are still to be written: streamed rows that are not at lines make
- * whole ones there. */
+/* Rows past the caches go in chunks of 16 words at multiples of 32 bytes. Rows that are 8 words off that are turned: a chunk is the
+ * upper half of the words before and the lower half of the next ones. */
+enum { CACHED, STREAMED, TURNED };
 typedef struct {
     const lynx_stretch *rows; /* stretches that come next */
     int left;                 /* rows of this one */
     uint16_t *at;             /* of the next row */
     ptrdiff_t stride;         /* words */
-    lynx_tail *tail;          /* not null: past the caches */
-    int before;               /* words of a line that come before a row, when streamed */
-    int skip;                 /* of the first line, words that are not ours */
-    _Alignas(64) uint16_t held[9 * ROW];
+    int way;
+    bool begun;               /* TURNED: `last` holds the words before */
+    __m256i last;
 } row_writer;
 
 #define AHEAD 8 /* rows that are fetched: long strides and pages are not foreseen by hardware */
 
 INLINE void write_rows(row_writer *out, const lynx_stretch *stretches, ptrdiff_t stride, lynx_tail *tail) {
     uint16_t *rows = stretches->row;
-    const int before = (int)((uintptr_t)rows / 2 & 31);
-    const bool whole = before % 16 == 0 ? stride % 16 == 0 : stride == ROW;
+    const unsigned before = (unsigned)((uintptr_t)rows & 31);
     out->rows = stretches + 1;
     out->left = stretches->count;
     out->at = rows;
     out->stride = stride;
-    out->tail = tail != NULL && (uintptr_t)rows % 2 == 0 && whole ? tail : NULL;
-    out->before = before % 16 == 0 ? 0 : before;
-    out->skip = out->before;
-    if (out->tail != NULL && out->before != 0 && tail->count == before && tail->end == rows) {
-        memcpy(out->held, tail->words + 32 - before, 2 * (size_t)before);
-        out->skip = 0;
-        tail->count = 0;
+    out->way = tail == NULL                       ? CACHED
+               : before == 0 && stride % 16 == 0  ? STREAMED
+               : before == 16 && stride == ROW    ? TURNED
+                                                  : CACHED;
+    out->begun = out->way == TURNED && tail->count == 8 && tail->end == rows;
+    out->last = out->begun ? load(tail->words + 16) : _mm256_setzero_si256();
+    if (out->way == TURNED) {
+        tail->count = out->begun ? 0 : tail->count;
+        lynx_end_tail(tail);
     }
 }
 
-/* Where the words of the octet's row t go. */
-INLINE uint16_t *row_at(row_writer *out, int t) {
-    if (out->tail != NULL && out->before != 0) {
-        return out->held + out->before + ROW * t;
-    }
+INLINE void write_row(row_writer *out, const __m256i words[4]) {
     uint16_t *row = out->at;
     out->at += out->stride;
-    if (out->tail == NULL) {
+    if (out->way == STREAMED) {
+        for (int i = 0; i < 4; i++) {
+            _mm256_stream_si256((__m256i *)(row + 16 * i), words[i]);
+        }
+    } else if (out->way == TURNED) {
+        if (__builtin_expect(out->begun, 1)) {
+            _mm256_stream_si256((__m256i *)(row - 8), _mm256_permute2x128_si256(out->last, words[0], 0x21));
+        } else { /* what comes before is not ours */
+            _mm_storeu_si128((__m128i *)row, _mm256_castsi256_si128(words[0]));
+            out->begun = true;
+        }
+        for (int i = 1; i < 4; i++) {
+            _mm256_stream_si256((__m256i *)(row - 8 + 16 * i), _mm256_permute2x128_si256(words[i - 1], words[i], 0x21));
+        }
+        out->last = words[3];
+    } else {
         const uint16_t *ahead = out->left > AHEAD      ? row + AHEAD * out->stride
                                 : out->rows->count > 0 ? out->rows->row + (AHEAD - out->left) * out->stride
                                                        : row;
         __builtin_prefetch(ahead, 1);
         __builtin_prefetch(ahead + 32, 1);
+        for (int i = 0; i < 4; i++) {
+            store(row + 16 * i, words[i]);
+        }
         if (--out->left == 0) {
             out->at = out->rows->row;
             out->left = out->rows->count;
             out->rows++;
         }
     }
-    return row;
 }
 
-INLINE void write_words(const row_writer *out, uint16_t *row, __m256i words) {
-    if (out->tail != NULL && out->before == 0) {
-        _mm256_stream_si256((__m256i *)row, words);
-    } else {
-        store(row, words);
-    }
-}
-
-INLINE void end_octet(row_writer *out, int tokens) {
-    if (out->tail == NULL || out->before == 0) {
-        return;
-    }
-    uint16_t *to = out->at - out->before;
-    int i = 0;
-    if (out->skip != 0) {
-        memcpy(to + out->skip, out->held + out->skip, 2 * (size_t)(32 - out->skip));
-        out->skip = 0;
-        i = 32;
-    }
-    for (; i < ROW * tokens; i += 16) {
-        _mm256_stream_si256((__m256i *)(to + i), load(out->held + i));
-    }
-    store(out->held, load(out->held + ROW * tokens)); /* `before` words */
-    store(out->held + 16, load(out->held + ROW * tokens + 16));
-    out->at += ROW * tokens;
-}
-
-INLINE void end_rows(const row_writer *out) {
-    if (out->tail != NULL && out->before != 0) {
-        lynx_end_tail(out->tail);
-        out->tail->end = out->at;
-        out->tail->count = out->before;
-        memcpy(out->tail->words + 32 - out->before, out->held, 2 * (size_t)out->before);
+/* The words of a chunk that is not whole wait for the next block. */
+INLINE void end_rows(const row_writer *out, lynx_tail *tail) {
+    if (out->way == TURNED) {
+        tail->end = out->at;
+        tail->count = 8;
+        store(tail->words + 16, out->last);
     }
 }
 
@@ -192,7 +179,7 @@ INLINE bool words_as(int part, const lynx_planes *planes, const lynx_params *par
         anchor += planes->anchor_octet;
         rest = rest == NULL ? NULL : rest + planes->rest_octet;
         for (int t = 0; t < count; t++) {
-            uint16_t *row = row_at(out, t);
+            __m256i words[4];
             const __m256 scale = _mm256_set1_ps(params->scale[first + t]), minus = _mm256_set1_ps(less_of[first + t]);
             for (int half = 0; half < 2; half++) {
                 const __m256i x = r[half][t];
@@ -202,16 +189,15 @@ INLINE bool words_as(int part, const lynx_planes *planes, const lynx_params *par
                 const __m256i part_of[2] = {_mm256_slli_epi16(x, 8), _mm256_and_si256(x, _mm256_set1_epi16((short)0xff00))};
                 for (int i = 0; i < 2; i++) {
                     const int at = 32 * half + 16 * i;
-                    const __m256i words =
+                    const __m256i made =
                         part == LYNX_KEY ? words_of(part_of[i], _mm256_load_ps(scales + at), _mm256_load_ps(less + at),
                                                     _mm256_load_ps(scales + at + 8), _mm256_load_ps(less + at + 8))
                                          : words_of(part_of[i], scale, minus, scale, minus);
-                    write_words(out, row + at,
-                                part == LYNX_KEY || shifts == NULL ? words : shifted(words, load(shifts + at)));
+                    words[2 * half + i] = part == LYNX_KEY || shifts == NULL ? made : shifted(made, load(shifts + at));
                 }
             }
+            write_row(out, words);
         }
-        end_octet(out, count);
     }
     return _mm256_testz_si256(bad, bad);
 }
@@ -265,15 +251,15 @@ INLINE void words_by_table(const lynx_params *params, const uint8_t *anchor, con
             tables[t + 1] = _mm256_permute4x64_epi64(split, 0xee);
         }
         for (int t = 0; t < count; t++) {
-            uint16_t *row = row_at(out, t);
+            __m256i words[4];
             for (int half = 0; half < 2; half++) {
                 const __m256i l = _mm256_shuffle_epi8(tables[t], r[half][t]);
                 const __m256i h = _mm256_shuffle_epi8(tables[t], _mm256_or_si256(r[half][t], _mm256_set1_epi8(8)));
-                write_words(out, row + 32 * half, _mm256_subs_epu16(_mm256_unpacklo_epi8(l, h), less[2 * half]));
-                write_words(out, row + 32 * half + 16, _mm256_subs_epu16(_mm256_unpackhi_epi8(l, h), less[2 * half + 1]));
+                words[2 * half] = _mm256_subs_epu16(_mm256_unpacklo_epi8(l, h), less[2 * half]);
+                words[2 * half + 1] = _mm256_subs_epu16(_mm256_unpackhi_epi8(l, h), less[2 * half + 1]);
             }
+            write_row(out, words);
         }
-        end_octet(out, count);
     }
 }
 
@@ -294,7 +280,7 @@ bool lynx_avx2_place(int part, const lynx_planes *planes, const lynx_params *par
     } else {
         good = words_as(LYNX_VALUE, planes, params, anchor, rest, codes, full, tokens, shifts, &out);
     }
-    end_rows(&out);
+    end_rows(&out, tail);
     return good;
 }
 

@@ -335,13 +335,13 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                                       (uint64_t)anchor_size, (uint64_t)rest_size,
                                       folding == NULL ? FLAT : load16(folding),
                                       rest_folding == NULL ? FLAT : load16(rest_folding)};
-                if (rest == NULL || entry != NULL) { /* with the rest alone it costs more than it saves */
+                const bool folded = sections.anchor_entry != FLAT || (rest != NULL && sections.rest_entry != FLAT);
+                if (entry != NULL || (rest == NULL && folded)) { /* elsewhere it costs more than it saves */
                     prefetch(anchor + anchor_size, (uint64_t)anchor_size);
                 }
                 if (entry != NULL) {
                     prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
                 }
-                const bool folded = sections.anchor_entry != FLAT || (rest != NULL && sections.rest_entry != FLAT);
                 if (!direct || folded) {
                     const int bad = read_codes(kernels, tile, &block, planes, sections, s);
                     if (bad >= 0) {
