@@ -12,7 +12,7 @@ After any call, the shell takes the events (:meth:`Connection.next_event`), asks
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,7 +20,8 @@ from random import Random, SystemRandom
 from typing import Any, Final
 
 from lynxproto import frames
-from lynxproto._context import Backoff, Context, Land, Lend, Peer
+from lynxproto._context import Context, Land, Lend, Peer
+from lynxproto._fetches import Fetches
 from lynxproto._handshake import Handshake, PeerRefusal, as_refusal, hello_session
 from lynxproto._receiver import Receiver
 from lynxproto._sender import Chunk, Sender
@@ -35,21 +36,16 @@ from lynxproto.errors import (
     DeadlineError,
     ErrorCode,
     ExpiredSecretError,
-    ForbiddenError,
     LocalError,
-    NotFoundError,
     PeerError,
     ProtocolError,
     RemoteError,
-    SpecError,
     VersionError,
 )
 from lynxproto.events import (
     ConnectionClosed,
     ConnectionFailed,
     Event,
-    FetchFailed,
-    FetchRequested,
     HandshakeCompleted,
     LinkMeasured,
     StripeClosed,
@@ -57,7 +53,7 @@ from lynxproto.events import (
     UnknownFrame,
 )
 from lynxproto.frames import HEADER_SIZE, MAX_HELLO, VERSION, FrameType, Header
-from lynxproto.manifest import FetchKey, Manifest, Want, check_wants
+from lynxproto.manifest import FetchKey, Manifest, Want
 from lynxproto.state import SESSION, STRIPE, IncomingState, SessionState, advance
 from lynxproto.windows import Budget
 
@@ -81,13 +77,6 @@ class ChunkRequest:
     transfer: int
     tile: Tile
     level: int
-
-
-@dataclass(slots=True)
-class _Fetch:
-    body: frames.Fetch
-    backoff: Backoff
-    expires_at: float
 
 
 class _Handler:
@@ -156,9 +145,7 @@ class Connection:
         #: Control frames cost no credit; their rate is limited instead: frames and bytes. A shell may add budgets that
         #: several sessions share.
         self.control_budgets = [(Budget(config.control_rate), Budget(config.control_byte_rate))]
-        self._fetches: dict[int, _Fetch] = {}
-        #: requests of the peer -> what was answered, if it was not OPEN
-        self._requests: OrderedDict[int, frames.NotFound | None] = OrderedDict()
+        self._fetches = Fetches(ctx)
 
     # --- what it is
 
@@ -343,7 +330,7 @@ class Connection:
         if self.closed:
             return None
         config = self._ctx.config
-        times = [self._sender.timer(), self._receiver.timer()]
+        times = [self._sender.timer(), self._receiver.timer(), self._fetches.timer()]
         for stripe in self._stripes.values():
             if stripe.ready:
                 times.append(stripe.heard_at + config.peer_timeout)
@@ -354,8 +341,6 @@ class Connection:
                 times.append(stripe.opened_at + self._handshake_timeout)
         if self._alone_since is not None:
             times.append(self._alone_since + config.session_timeout)
-        for fetch in self._fetches.values():
-            times.append(min(fetch.expires_at, fetch.backoff.at) if self._ctx.ready else fetch.expires_at)
         return min((time for time in times if time is not None), default=None)
 
     def handle_timer(self, now: float) -> None:
@@ -378,14 +363,7 @@ class Connection:
         self._receiver.handle_timer(now)
         if self._sender.handle_timer(now):
             self._probe()
-        for request, fetch in list(self._fetches.items()):
-            if now >= fetch.expires_at:
-                del self._fetches[request]
-                text = f"FETCH was not answered for {config.lease:g} s"
-                self._ctx.events.append(FetchFailed(request=request, error=DeadlineError(text)))
-            elif self._ctx.ready and now >= fetch.backoff.at:
-                self._ctx.emit(fetch.body, request)
-                fetch.backoff.tried(now)
+        self._fetches.handle_timer(now)
 
     def close(self, now: float, code: ErrorCode = ErrorCode.NO_ERROR, text: str = "") -> None:
         """End the session: release all transfers now, send GOAWAY. Idempotent. Drain data_to_send, then hang up."""
@@ -423,7 +401,7 @@ class Connection:
         transfer = self._new_id()
         self._sender.open(transfer, manifest, now, deadline, fetch=fetch, resume=resume)
         if fetch is not None:
-            self._requests.pop(fetch, None)
+            self._fetches.answered(fetch)
         return transfer
 
     def plan(self, transfer: int, layer: int, tiles: Sequence[Tile], now: float) -> None:
@@ -491,10 +469,7 @@ class Connection:
     def not_found(self, request: int, now: float, code: ErrorCode = ErrorCode.NOT_FOUND, text: str = "") -> None:
         """Answer a :class:`~lynxproto.events.FetchRequested`: nothing is held under that key, or FORBIDDEN."""
         self._ctx.now = now
-        if request not in self._requests:
-            raise LocalError(f"no FETCH {request:032x} is open")
-        answer = self._requests[request] = frames.NotFound(code=code, text=text)
-        self._ctx.emit(answer, request)
+        self._fetches.refuse(request, code, text)
 
     # --- receiving side
 
@@ -556,13 +531,7 @@ class Connection:
         self._check_open()
         self._ctx.now = now
         request = self._new_id()
-        body = frames.Fetch(key=key, wants=(Want(),) if wants is None else tuple(wants), lease=float(lease))
-        check_wants(body.wants)
-        size = len(frames.control_frame(body)) + 64
-        if self._ctx.peer is not None and size > self._ctx.peer.limits.control_bytes:
-            raise SpecError(f"a FETCH of {size} bytes, the peer's limit is {self._ctx.peer.limits.control_bytes}")
-        self._fetches[request] = _Fetch(body, Backoff(self._ctx.config, now), now + self._ctx.config.lease)
-        self._ctx.emit(body, request)
+        self._fetches.ask(request, key, now, wants, lease)
         return request
 
     # --- both sides
@@ -732,8 +701,7 @@ class Connection:
     def _resync(self) -> None:
         self._sender.resync(self._ctx.now)
         self._receiver.resync(self._ctx.now)
-        for request, fetch in self._fetches.items():
-            self._ctx.emit(fetch.body, request)
+        self._fetches.resync()
 
     # --- stripes: the end of one, the end of all
 
@@ -770,7 +738,7 @@ class Connection:
                 self._drop_stripe(other, error)
         self._receiver.abandon(error)
         self._receiver.start_over()
-        self._requests.clear()
+        self._fetches.forget_theirs()
         self._sender.start_over(self._ctx.now)
 
     def _drop_stripe(self, stripe: Stripe, error: RemoteError | None) -> None:
@@ -816,11 +784,7 @@ class Connection:
         self._ctx.control.clear()
         self._sender.abandon(error)
         self._receiver.abandon(error)
-        for request in self._fetches:
-            failure = error or ConnectionClosedError("the session was closed")
-            self._ctx.events.append(FetchFailed(request=request, error=failure))
-        self._fetches.clear()
-        self._requests.clear()
+        self._fetches.abandon(error or ConnectionClosedError("the session was closed"))
         self._alone_since = None
         for stripe in self._stripes.values():
             if not stripe.closed:
@@ -1000,7 +964,7 @@ class Connection:
         if isinstance(body, frames.Open):
             receiver.on_open(transfer, body, now)
             if body.fetch is not None and transfer in receiver.transfers:
-                self._fetches.pop(body.fetch, None)
+                self._fetches.on_open(body.fetch)
             return
         t = receiver.transfers.get(transfer)
         if t is None:
@@ -1043,29 +1007,11 @@ class Connection:
             self._fail(PeerError(text, body.code), tell=False)
 
     def _on_fetch(self, stripe: Stripe, request: int, body: frames.Fetch) -> None:
-        if any(t.fetch == request for t in self._sender.transfers.values()):
-            return  # OPEN is on its way
-        answer = self._requests.get(request)
-        if answer is not None:
-            self._ctx.reply(answer, request)
-        elif request not in self._requests:
-            waiting = sum(done is None for done in self._requests.values())
-            if waiting >= self._ctx.config.limits.transfers:
-                text = f"{waiting} requests are open already"
-                self._ctx.reply(frames.NotFound(code=ErrorCode.LIMIT, text=text), request)
-                return
-            self._requests[request] = None
-            while len(self._requests) > self._ctx.config.tombstones:
-                self._requests.popitem(last=False)
-            self._ctx.events.append(FetchRequested(request=request, key=body.key, wants=body.wants, lease=body.lease))
+        if not any(t.fetch == request for t in self._sender.transfers.values()):  # else OPEN is on its way
+            self._fetches.on_fetch(request, body)
 
     def _on_not_found(self, stripe: Stripe, request: int, body: frames.NotFound) -> None:
-        if self._fetches.pop(request, None) is not None:
-            text = body.text or "the peer holds no cache under this key"
-            kinds = {ErrorCode.NOT_FOUND: NotFoundError, ErrorCode.FORBIDDEN: ForbiddenError}
-            kind = kinds.get(body.code)
-            error = PeerError(text, body.code) if kind is None else kind(text)
-            self._ctx.events.append(FetchFailed(request=request, error=error))
+        self._fetches.on_not_found(request, body)
 
 
 _GREASE_RATE: Final = 1 / 64
