@@ -26,6 +26,7 @@ from lynxproto._handshake import Handshake, PeerRefusal, as_refusal, hello_sessi
 from lynxproto._receiver import Receiver
 from lynxproto._sender import Chunk, Sender
 from lynxproto._stripe import HANDSHAKE_TYPES, FrameReader, Stripe, Target
+from lynxproto._writer import Writer
 from lynxproto.chunk import Tile
 from lynxproto.config import Config, Limits
 from lynxproto.counters import Counters
@@ -137,6 +138,7 @@ class Connection:
         self._next_stripe = 0
         self._sender = Sender(ctx)
         self._receiver = Receiver(ctx)
+        self._writer = Writer(ctx, self._sender, self._receiver, self._stripes)
         self._alone_since: float | None = None  # without a ready stripe
         self._pings = 0
         self._measuring: set[int] = set()
@@ -271,36 +273,16 @@ class Connection:
         """
         self._ctx.now = now
         found = self._stripe(stripe)
-        chunks: list[memoryview] = []
-        found.lent.clear()
-        if self._paused(found):
-            return chunks
-        if found.lender is not None:
-            found.lent.add(found.lender)
-        more = limit if limit >= _LARGE else 0
-        while limit > 0 and (found.out or self._next_frame(found)):
-            part = found.out.popleft()
-            if part.nbytes > limit + more:
-                found.out.appendleft(part[limit:])
-                part = part[:limit]
-            chunks.append(part)
-            limit -= part.nbytes
-            if not found.out:
-                self._frame_written(found)
+        chunks, ended = self._writer.take(found, limit)
+        if ended:
+            self._news = self._news or News.CHUNKS
         return chunks
 
     def wants_to_send(self, now: float, stripe: int = 0) -> bool:
         """Whether :meth:`data_to_send` may have something. Cheap."""
         self._ctx.now = now
         found = self._stripe(stripe)
-        if found.out:
-            return not self._paused(found)
-        if found.control or found.pongs or found.probed:
-            return True
-        if not found.ready:
-            return False
-        waits = self._sender.anchors_wait if found is self._express() else self._sender.waits
-        return waits or bool(self._ctx.control) or self._receiver.due or self._sender.plans_wait
+        return self._writer.has_some(found)
 
     def unsent(self, stripe: int = 0) -> int:
         """Bytes of frames that have begun, or come before all others, and were not given out yet."""
@@ -335,8 +317,7 @@ class Connection:
             if stripe.ready:
                 times.append(stripe.heard_at + config.peer_timeout)
                 times.append(max(stripe.heard_at, stripe.pinged_at) + config.ping_interval)
-                if stripe.may_pause and stripe.paused_at is not None and self._ctx.now < stripe.paused_at + _PAUSE_S:
-                    times.append(stripe.paused_at + _PAUSE_S)
+                times.append(self._writer.timer(stripe))
             elif not stripe.closed:
                 times.append(stripe.opened_at + self._handshake_timeout)
         if self._alone_since is not None:
@@ -823,84 +804,6 @@ class Connection:
             stripe.note_probe(self._pings, self._sender.sequence)
         stripe.control.append(self._ctx.encode(frames.Ping(id=self._pings, probe=probe)))
 
-    def _express(self) -> Stripe | None:
-        """The stripe that is kept free of residuals: the first of several."""
-        first = None
-        for stripe in self._stripes.values():
-            if stripe.ready:
-                if first is not None:
-                    return first
-                first = stripe
-        return None
-
-    def _paused(self, stripe: Stripe) -> bool:
-        """Whether the rest of the residual's frame on ``stripe`` lets an anchor on another go first."""
-        if not stripe.may_pause or not stripe.ready:
-            return False
-        express = self._express()
-        if express is None or express.writing is None or express.writing.level > 0:
-            return False
-        if stripe.paused_at is None:
-            stripe.paused_at = self._ctx.now
-        return self._ctx.now < stripe.paused_at + _PAUSE_S
-
-    def _next_frame(self, stripe: Stripe) -> bool:
-        """Start the most urgent frame on ``stripe``; False if there is none."""
-        if not stripe.control and stripe.ready:
-            self._answer_pings(stripe)
-        if stripe.control:
-            self._start_control(stripe, stripe.control.popleft(), 0)
-            return True
-        if not stripe.ready:
-            return False
-        if not self._ctx.control and self._receiver.due:
-            self._receiver.flush()  # not before: while frames wait, more changes fit into the same ACK
-        if self._ctx.control:
-            self._start_control(stripe, *self._ctx.control.popleft())
-        else:
-            chunk = self._sender.next_frame(anchors_only=stripe is self._express())
-            if chunk is None:
-                self._sender.say_plan()
-                if not self._ctx.control:
-                    return False
-                self._start_control(stripe, *self._ctx.control.popleft())
-                return True
-            stripe.may_pause = chunk.level > 0 and not self._sender.anchors_wait  # else it is due though anchors wait
-            stripe.paused_at = None
-            while self._ctx.control:
-                self._start_control(stripe, *self._ctx.control.popleft())
-            if self._ctx.config.grease and self._ctx.grease.random() < _GREASE_RATE:
-                self._start_control(stripe, frames.grease_frame(self._ctx.grease), 0)
-            parts = self._sender.frame(chunk)
-            stripe.writing = chunk
-            stripe.lender = chunk.tile.transfer.id
-            stripe.lent.add(stripe.lender)
-            stripe.writing_bytes = sum(part.nbytes for part in parts)
-            stripe.out.extend(parts)
-        return True
-
-    def _answer_pings(self, stripe: Stripe) -> None:
-        """One status answers all probes that came before it; made only now, so that it does not wait many times."""
-        if stripe.probed:
-            stripe.control.extend(self._receiver.status_frames())
-            stripe.probed = False
-        stripe.control.extend(self._ctx.encode(frames.Pong(id=ping)) for ping in stripe.pongs)
-        stripe.pongs.clear()
-
-    def _start_control(self, stripe: Stripe, frame: bytes, transfer: int) -> None:
-        stripe.out.append(memoryview(frame))
-        found = self._sender.transfers.get(transfer) or self._receiver.transfers.get(transfer)
-        for counters in (self._ctx.counters, found.counters) if found else (self._ctx.counters,):
-            counters.control_frames_sent += 1
-            counters.control_bytes_sent += len(frame)
-
-    def _frame_written(self, stripe: Stripe) -> None:
-        chunk, stripe.writing, stripe.lender = stripe.writing, None, None
-        stripe.may_pause = False
-        self._news = self._news or News.CHUNKS
-        if chunk is not None:
-            self._sender.written(chunk, stripe.index, stripe.writing_bytes, self._ctx.now)
-
     # --- frames after the handshake
 
     def _dispatch(self, stripe: Stripe, header: Header, body: frames.Body) -> None:
@@ -1014,11 +917,6 @@ class Connection:
         self._fetches.on_not_found(request, body)
 
 
-_GREASE_RATE: Final = 1 / 64
-#: Bytes given out at once that are many.
-_LARGE: Final = 256 << 10
-#: A frame pauses so long at most: even if the stripe that it gives way to stalls.
-_PAUSE_S: Final = 0.1
 #: What ERROR without a transfer says of its stripe, and not of the session.
 _OF_STRIPE: Final = frozenset({ErrorCode.FRAME_CORRUPT, ErrorCode.VERSION})
 #: What a new attempt would not change.
