@@ -123,6 +123,7 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 }
 
 const lynx_kernels lynx_avx512 = {
+    .shuffles = lynx_avx512_shuffles,
     .range = lynx_avx512_range,
     .survey = lynx_avx512_survey,
     .add_spreads = lynx_avx512_add_spreads,

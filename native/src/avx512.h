@@ -105,6 +105,23 @@ INLINE __m512i places(int first) {
     return _mm512_slli_epi32(_mm512_add_epi32(_mm512_add_epi32(lane, lane), _mm512_set1_epi32(first)), 8);
 }
 
+/* --- planes --------------------------------------------------------------------------------------------------- */
+
+/* Bytes `count` to 63. */
+INLINE __mmask64 from_byte(int count) {
+    return count < 64 ? ~0ull << count : 0;
+}
+
+/* A plane of channels of several widths, from both sections or, with `rest` null, from the anchor alone. */
+INLINE __m512i mixed_plane(const lynx_planes *planes, int p, const uint8_t *anchor, const uint8_t *rest) {
+    const int count = planes->anchor_count[p];
+    if (rest == NULL) {
+        return _mm512_maskz_permutexvar_epi8(planes->in_anchor[p], load(planes->place[p]), load(anchor));
+    }
+    const __m512i both = _mm512_mask_loadu_epi8(load(anchor), from_byte(count), rest - count);
+    return _mm512_maskz_permutexvar_epi8(planes->used, load(planes->place[p]), both);
+}
+
 /* --- reductions ----------------------------------------------------------------------------------------------- */
 
 /* Of bfloat16 or float16 words, signed integers in the same order; and the reverse. */
@@ -150,6 +167,7 @@ void lynx_avx512_pack_params(const lynx_params *params, lynx_packed *packed, uin
 bool lynx_avx512_params(const lynx_fields *in, const lynx_planes *planes, bool full, lynx_params *params);
 
 /* avx512_planes.c */
+void lynx_avx512_shuffles(lynx_planes *planes);
 void lynx_avx512_quantise(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,
                           const lynx_params *params, uint8_t *codes);
 uint64_t lynx_avx512_quantise_ahead(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, const lynx_planes *planes,

@@ -116,9 +116,20 @@ INLINE void transpose_to_upper(__m512i *r) {
     SWAP(r[6], r[7], 1, 0x55);
 }
 
+void lynx_avx512_shuffles(lynx_planes *planes) {
+    const __m512i channel = _mm512_set_epi8(63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35, 34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int p = 0; p < 8; p++) {
+        const __mmask64 early = planes->in_anchor[p], late = planes->used & ~early;
+        const int count = planes->anchor_count[p];
+        const __m512i first = _mm512_maskz_compress_epi8(early, channel), others = _mm512_maskz_compress_epi8(late, channel);
+        store(planes->order[p], _mm512_mask_expand_epi8(first, from_byte(count), others));
+        const __m512i behind = _mm512_add_epi8(channel, _mm512_set1_epi8((char)count));
+        store(planes->place[p], _mm512_mask_expand_epi8(_mm512_maskz_expand_epi8(early, channel), late, behind));
+    }
+}
+
 void lynx_avx512_pack(const lynx_planes *planes, const uint8_t *codes, int tokens, uint8_t *anchor, uint8_t *rest) {
     const int bits = planes->widths[0];
-    const uint64_t *const masks = planes->in_anchor, used = planes->used;
     for (int first = 0; first < tokens; first += 8, codes += 8 * ROW) {
         __m512i r[8];
         for (int t = 0; t < 8; t++) {
@@ -143,12 +154,13 @@ void lynx_avx512_pack(const lynx_planes *planes, const uint8_t *codes, int token
         }
         for (int p = 0; p < 8; p++) {
             const int count = planes->anchor_count[p];
+            const __m512i v = _mm512_permutexvar_epi8(load(planes->order[p]), r[7 - p]);
             if (anchor != NULL && count != 0) {
-                store(anchor, _mm512_maskz_compress_epi8(masks[p], r[7 - p]));
+                store(anchor, v);
                 anchor += count;
             }
             if (rest != NULL && count != planes->channels) {
-                store(rest, _mm512_maskz_compress_epi8(used & ~masks[p], r[7 - p]));
+                _mm512_mask_storeu_epi8(rest - count, from_byte(count), v);
                 rest += planes->channels - count;
             }
         }
@@ -183,16 +195,12 @@ void lynx_avx512_unpack(const lynx_planes *planes, const uint8_t *anchor, const 
         }
         return;
     }
-    const uint64_t *const masks = planes->in_anchor, used = planes->used;
     for (int octet = 0; octet < octets; octet++, codes += 8 * ROW) {
         __m512i r[8];
         for (int p = 0; p < 8; p++) {
-            r[7 - p] = _mm512_maskz_expand_epi8(masks[p], load(anchor));
+            r[7 - p] = mixed_plane(planes, p, anchor, rest);
             anchor += planes->anchor_count[p];
-            if (rest != NULL) {
-                r[7 - p] = _mm512_mask_expand_epi8(r[7 - p], used & ~masks[p], load(rest));
-                rest += planes->channels - planes->anchor_count[p];
-            }
+            rest = rest == NULL ? NULL : rest + planes->channels - planes->anchor_count[p];
         }
         transpose(r, false);
         for (int t = 0; t < 8; t++) {

@@ -96,31 +96,27 @@ INLINE void end_rows(const row_writer *out) {
 
 /* Planes of 64 channels, octet by octet. */
 typedef struct {
+    const lynx_planes *planes;
     const uint8_t *anchor, *rest; /* of the next octet; `rest` may be null */
-    const uint64_t *masks;        /* channels with a plane in the anchor section */
-    const uint8_t *counts;        /* how many */
     bool upper;                   /* no planes but the first four */
 } plane_reader;
 
 INLINE plane_reader read_planes(const lynx_planes *planes, const uint8_t *anchor, const uint8_t *rest) {
-    return (plane_reader){.anchor = anchor,
-                          .rest = rest,
-                          .masks = planes->in_anchor,
-                          .counts = planes->anchor_count,
-                          .upper = rest == NULL && planes->in_anchor[4] == 0};
+    return (plane_reader){.planes = planes, .anchor = anchor, .rest = rest, .upper = rest == NULL && planes->in_anchor[4] == 0};
 }
 
 INLINE void codes_of_octet(plane_reader *in, __m512i r[8]) {
     for (int p = 0; p < 8; p++) {
-        r[7 - p] = _mm512_setzero_si512();
-        if (in->counts[p] != 0) {
-            r[7 - p] = _mm512_maskz_expand_epi8(in->masks[p], load(in->anchor));
-            in->anchor += in->counts[p];
+        const int count = in->planes->anchor_count[p];
+        if (count == ROW) {
+            r[7 - p] = load(in->anchor);
+        } else if (count == 0) {
+            r[7 - p] = in->rest == NULL ? _mm512_setzero_si512() : load(in->rest);
+        } else {
+            r[7 - p] = mixed_plane(in->planes, p, in->anchor, in->rest);
         }
-        if (in->rest != NULL && in->counts[p] != ROW) {
-            r[7 - p] = _mm512_mask_expand_epi8(r[7 - p], ~in->masks[p], load(in->rest));
-            in->rest += ROW - in->counts[p];
-        }
+        in->anchor += count;
+        in->rest = in->rest == NULL ? NULL : in->rest + ROW - count;
     }
     if (in->upper) {
         transpose(r, true);

@@ -213,7 +213,7 @@ static bool is_tame(const lynx_tile *tile, const lynx_setup *setup, const lynx_p
 
 /* A block's planes, as received. */
 typedef struct {
-    const uint8_t *anchor, *rest, *anchor_end;
+    const uint8_t *anchor, *rest, *anchor_end, *rest_end; /* ends of the sections of all blocks */
     uint64_t anchor_size, rest_size;
     uint32_t anchor_entry, rest_entry; /* of the fold tables; FLAT where there are none */
 } planes_in;
@@ -223,7 +223,7 @@ static void make_readable(planes_in *in, lynx_scratch *s) {
     if ((uint64_t)(in->anchor_end - in->anchor) < in->anchor_size + SLACK) {
         in->anchor = memcpy(s->anchor, in->anchor, in->anchor_size);
     }
-    if (in->rest != NULL) {
+    if (in->rest != NULL && (uint64_t)(in->rest_end - in->rest) < in->rest_size + SLACK) {
         in->rest = memcpy(s->rest, in->rest, in->rest_size);
     }
 }
@@ -332,7 +332,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                 uint16_t *const *to = apart ? made : places;
                 const int16_t *shifts = setup->shifted && tame ? setup->shifts : NULL;
                 planes_in sections = {anchor, rest, levels->anchor + levels->anchor_size,
-                                      (uint64_t)anchor_size, (uint64_t)rest_size,
+                                      rest == NULL ? NULL : levels->rest + levels->rest_size, (uint64_t)anchor_size, (uint64_t)rest_size,
                                       folding == NULL ? FLAT : load16(folding),
                                       rest_folding == NULL ? FLAT : load16(rest_folding)};
                 const bool folded = sections.anchor_entry != FLAT || (rest != NULL && sections.rest_entry != FLAT);

@@ -50,7 +50,10 @@ typedef struct {
     uint8_t low[ROW], high[ROW]; /* least and largest valid code */
     lynx_fold fold[2];           /* of the anchor section, of the rest section */
     int16_t bias[ROW];           /* how far a value channel's centre lies from the token's, in codes */
-    /* What follows is there if an instruction set has `shuffles`, and the planes are not uniform. Of the rest section
+    /* What follows is there if an instruction set's `shuffles` makes it, and the planes are not uniform. For bytes of 64 channels:
+     * of plane p the channels in the anchor section, then the others, and where in that order each channel is. */
+    uint8_t order[8][ROW], place[8][ROW];
+    /* For bytes of 16 channels. Of the rest section
      * FOLDED_REST is plane 2 of channels of 2 bits: what is left of it when folded. */
     uint8_t anchor_rank[9][4]; /* how many channels of plane p come before channel 16 q */
     uint8_t rest_rank[9][4];
