@@ -152,7 +152,7 @@ def _load(sender: Child, receiver: Child, count: int, raw: float, note: Callable
         "loaded_p99_s": _p99(loaded),
         "goodput_bytes_per_s": float(np.median(speeds)),
         "goodput_cost": 1 - float(np.median(speeds)) / raw,
-        "jain": float(np.median(shares)),
+        "jain": shares[0],
         "bytes_after_cancel": max(stops),
     }
 
@@ -283,7 +283,7 @@ class _Sender:
         say({"what": "probe", "id": name, "at": at, "loaded": loaded})
 
     async def load(self, transfers: int) -> None:
-        done = 0
+        done, fairness = 0, None
         while done < self.samples:
             for _ in range(_BLOCK):
                 await self.probe(loaded=False)
@@ -298,8 +298,9 @@ class _Sender:
                 await self.probe(loaded=True)
                 done += 1
             seconds = time.monotonic() - started
-            moved = sum(_sent(t, None) - b for t, b in zip(load, before, strict=True))
-            shares = np.array([_sent(transfer, 1) for transfer in load], float)
+            moved = [_sent(t, None) - b for t, b in zip(load, before, strict=True)]
+            if fairness is None:
+                fairness = await self._fairness(load, before)
             if any(transfer.released.is_set() for transfer in load):
                 raise BenchmarkError("the load ended before the probes; use a slower link")
             total = self.session_bytes()
@@ -308,14 +309,22 @@ class _Sender:
             say(
                 {
                     "what": "block",
-                    "bytes": moved + (done - probed) * _PROBE_BYTES,
+                    "bytes": sum(moved) + (done - probed) * _PROBE_BYTES,
                     "seconds": seconds,
-                    "jain": float(shares.sum() ** 2 / (len(shares) * (shares**2).sum())),
+                    "jain": fairness,
                     "bytes_after_cancel": after,
                 }
             )
             await asyncio.sleep(0.05)  # the link runs dry
         say({"what": "end"})
+
+    async def _fairness(self, load: Sequence[Any], before: Sequence[int]) -> float:
+        """Jain's index of the residual bytes of transfers that share the link, once each may have several frames."""
+        while True:
+            shares = np.array([_sent(t, None) - b for t, b in zip(load, before, strict=True)], float)
+            if shares.sum() >= _LOAD_BYTES // 4:
+                return float(shares.sum() ** 2 / (len(shares) * (shares**2).sum()))
+            await asyncio.sleep(1e-3)
 
     def session_bytes(self) -> int:
         """Bytes that the session handed to the kernel."""
