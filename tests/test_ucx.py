@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
@@ -50,6 +52,26 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("UCX_TLS", request.param)
     return str(request.param)
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    """Both ends of a stream: the server's, the client's."""
+    async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+        dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
+        async with await listener.accept() as server:
+            await server.send([])  # sets it up
+            async with await dialling as client:
+                yield server, client
+
+
+async def fill(stream: ByteStream, target: memoryview) -> None:
+    """Receive until ``target`` is full."""
+    there = 0
+    while there < target.nbytes:
+        count = await stream.receive_into(target[there:])
+        assert count
+        there += count
 
 
 @asynccontextmanager
@@ -115,24 +137,20 @@ def test_sends_of_any_size_while_the_peer_is_slow() -> None:
     """Long and short messages in one call, many windows' worth; the stream keeps the order and to the window."""
 
     async def main() -> None:
-        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
-            dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
-            async with await listener.accept() as server:
-                await server.send([])
-                async with await dialling as client:
-                    sizes = [1, 8191, 8192, 8193, 5 << 20, 100, 4096, 4097, 12 << 20, 700_000] + [2000] * 6000
-                    data = np.random.default_rng(1).bytes(sum(sizes))
-                    view, buffers = memoryview(data), []
-                    for size in sizes:
-                        buffers.append(view[:size])
-                        view = view[size:]
-                    sending = asyncio.ensure_future(client.send(buffers))
-                    target, there = memoryview(bytearray(len(data))), 0
-                    rooms = itertools.cycle((3, 9000, 70_000, 600_000, 9 << 20))
-                    while there < len(data):
-                        there += await server.receive_into(target[there : there + next(rooms)])
-                    await sending
-                    assert target == data
+        async with pair() as (server, client):
+            sizes = [1, 8191, 8192, 8193, 5 << 20, 100, 4096, 4097, 12 << 20, 700_000] + [2000] * 6000
+            data = np.random.default_rng(1).bytes(sum(sizes))
+            view, buffers = memoryview(data), []
+            for size in sizes:
+                buffers.append(view[:size])
+                view = view[size:]
+            sending = asyncio.ensure_future(client.send(buffers))
+            target, there = memoryview(bytearray(len(data))), 0
+            rooms = itertools.cycle((3, 9000, 70_000, 600_000, 9 << 20))
+            while there < len(data):
+                there += await server.receive_into(target[there : there + next(rooms)])
+            await sending
+            assert target == data
 
     run(main())
 
@@ -170,11 +188,7 @@ def test_closing_does_not_wait_for_a_peer_that_stopped() -> None:
 @pytest.mark.usefixtures("device")
 def test_a_cancelled_receive_leaves_the_memory_alone() -> None:
     async def main() -> None:
-        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
-            dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
-            server = await listener.accept()
-            await server.send([])  # a server's stream is set up on first use
-            client = await dialling
+        async with pair() as (server, client):
             target = np.zeros(1 << 20, np.uint8)
             sending = asyncio.ensure_future(client.send([memoryview(os.urandom(1 << 20))]))
             with pytest.raises(TimeoutError):
@@ -196,29 +210,24 @@ def test_a_cancelled_receive_leaves_the_memory_alone() -> None:
 def test_nothing_is_left_of_closed_streams() -> None:
     """Descriptors and operations: of streams that ended well, were cut in the middle, or were never set up."""
 
-    async def pair(cut: bool) -> None:
-        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
-            dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
-            async with await listener.accept() as server:
-                await server.send([])
-                async with await dialling as client:
-                    sending = asyncio.ensure_future(client.send([memoryview(bytes(3 << 20)), memoryview(b"!")]))
-                    buffer = memoryview(bytearray(1 << 20))
-                    there = 0
-                    while there < (1 if cut else (3 << 20) + 1):
-                        there += await server.receive_into(buffer)
-                    if not cut:
-                        await sending
-                await asyncio.wait((sending,))
-                sending.exception()
+    async def use(cut: bool) -> None:
+        async with pair() as (server, client):
+            sending = asyncio.ensure_future(client.send([memoryview(bytes(7 << 20)), memoryview(b"!")]))
+            target = memoryview(bytearray((7 << 20) + 1))
+            await (server.receive_into(target[:1]) if cut else fill(server, target))
+            if not cut:
+                await sending
+            await client.aclose()
+            await asyncio.wait((sending,))
+            sending.exception()
 
     async def main() -> None:
         for cut in (False, True):
-            await pair(cut)
+            await use(cut)
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
         for _ in range(5):
             for cut in (False, True):
-                await pair(cut)
+                await use(cut)
         assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
         assert not ABANDONED
 
@@ -234,24 +243,79 @@ def test_who_waits_for_long_sleeps(spin: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LYNXPROTO_UCX_SPIN_US", spin)
 
     async def main() -> None:
-        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
-            dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
-            async with await listener.accept() as server:
-                await server.send([])
-                async with await dialling as client:
-                    buffer = memoryview(bytearray(300_000))
-                    for _ in range(20):  # a busy time, in which it polls
-                        receiving = asyncio.ensure_future(server.receive_into(buffer))
-                        await client.send([memoryview(bytes(300_000))])
-                        assert await receiving == 300_000
-                    receiving = asyncio.ensure_future(server.receive_into(buffer))
-                    before = time.process_time()
-                    await asyncio.sleep(0.4)
-                    assert time.process_time() - before < 0.2
-                    await client.send([memoryview(b"!")])
-                    assert await receiving == 1
+        async with pair() as (server, client):
+            buffer = memoryview(bytearray(300_000))
+            for _ in range(20):  # a busy time, in which it polls
+                receiving = asyncio.ensure_future(fill(server, buffer))
+                await client.send([memoryview(bytes(300_000))])
+                await receiving
+            receiving = asyncio.ensure_future(server.receive_into(buffer))
+            before = time.process_time()
+            await asyncio.sleep(0.4)
+            assert time.process_time() - before < 0.2
+            await client.send([memoryview(b"!")])
+            await receiving
+            assert receiving.result() == 1
 
     run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+def test_nothing_is_copied_here() -> None:
+    """UCX sends from the caller's memory and receives into it: no memory is taken while megabytes move."""
+
+    async def main() -> None:
+        async with pair() as (server, client):
+            data = memoryview(np.random.default_rng(2).bytes(8 << 20))
+            target = memoryview(bytearray(8 << 20))
+            for measured in (False, True):  # the first time, what is kept for later is made
+                if measured:
+                    tracemalloc.start()
+                receiving = asyncio.ensure_future(fill(server, target))
+                await client.send([data])
+                await receiving
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert target == data
+            assert peak < 64 << 10
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.parametrize(
+    ("device", "eager", "rendezvous"),
+    [
+        ("tcp", "eager zero-copy copy-out", "rendezvous zero-copy"),  # long ones from memory to memory
+        ("sm", "eager copy-in copy-out", None),  # through memory that both have
+    ],
+)
+def test_what_ucx_does_with_messages(device: str, eager: str, rendezvous: str | None) -> None:
+    """In its own words: each comes as one packet, or the receiver asks for it; and how often it is copied."""
+    script = (
+        "import asyncio, test_ucx\n"
+        "async def main():\n"
+        "    async with test_ucx.pair() as (server, client):\n"
+        "        receiving = asyncio.ensure_future(test_ucx.fill(server, memoryview(bytearray(4 << 20))))\n"
+        "        await client.send([memoryview(bytes(4 << 20))])\n"
+        "        await receiving\n"
+        "        state = client._state\n"
+        "        print('cut', state.shortest, state.longest, state.enough)\n"
+        "asyncio.run(main())\n"
+    )
+    environment = {**os.environ, "UCX_TLS": device, "UCX_PROTO_INFO": "y", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    shortest, longest, enough = map(int, re.findall(r"^cut (\d+) (\d+) (\d+)$", done.stdout, re.MULTILINE)[0])
+    packet = re.search(rf"\.\.(\d+) +\| {eager} ", done.stdout)
+    assert packet
+    assert shortest <= int(packet[1])
+    if rendezvous is None:
+        assert longest == 0
+    else:
+        asked = re.search(rf"(\d+)K\.\.inf +\| \(\?\) {rendezvous} ", done.stdout)
+        assert asked
+        assert longest >= enough >= int(asked[1]) << 10
 
 
 def test_a_spin_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +335,7 @@ async def hostile_peer() -> AsyncIterator[tuple[ByteStream, Callable[[int, bytes
     async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
         worker = Worker()
         control = await open_stream(f"tcp://127.0.0.1:{parse_url(listener.url).port}", insecure=True)
-        hello = struct.pack("<8sQI", b"LYNXUCX2", 4, len(worker.address)) + worker.address
+        hello = struct.pack("<8sQI", b"LYNXUCX3", 4, len(worker.address)) + worker.address
         await control.send([memoryview(hello)])
         async with await listener.accept() as server:
             await server.send([])  # sets it up
@@ -281,13 +345,19 @@ async def hostile_peer() -> AsyncIterator[tuple[ByteStream, Callable[[int, bytes
             address = bytearray(nbytes)
             assert await control.receive_into(memoryview(address)) == nbytes
             endpoint = worker.connect(bytes(address))
+            stream = worker.open_stream(4)
+            worker.direct(stream, endpoint, tag)
             sent = []
+
+            def say(kind: int, data: bytes) -> None:
+                if data:
+                    stream.theirs, stream.shortest, stream.longest = tag | kind, len(data), 0
+                    sent.append(worker.send(stream, memoryview(data)))
+                else:
+                    sent.append(worker.tell(stream, kind))
+
             try:
-                yield (
-                    server,
-                    lambda kind, data: sent.append(endpoint.send(memoryview(data), tag | kind)),
-                    worker.progress,
-                )
+                yield server, say, worker.progress
             finally:
                 endpoint.close()
                 for _ in range(100):
@@ -303,7 +373,7 @@ async def hostile_peer() -> AsyncIterator[tuple[ByteStream, Callable[[int, bytes
     [
         (0, 0, 1, "a message that cannot be"),  # bytes of the stream: none, too many
         (0, (1 << 19) + 1, 1, "a message that cannot be"),
-        (0, 1 << 19, 9, "it sends more than it may"),
+        (0, 1 << 19, 11, "it sends more than it may"),
         (0, 100, 9000, "it sends more than it may"),
         (1, 0, 1, "a message that cannot be"),  # it has read what was never sent
         (1, 8, 1, "a message that cannot be"),

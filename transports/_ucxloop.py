@@ -6,18 +6,18 @@ import asyncio
 import os
 from collections.abc import Callable
 from time import monotonic_ns
-from typing import ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 from weakref import WeakKeyDictionary
 
 from lynxproto.errors import ConfigError
-from lynxproto.transports._ucxx import BUSY, FOUND, OVER, QUIET, Endpoint, Message, Operation, Worker
+from lynxproto.transports._ucxx import BUSY, FOUND, KIND, OVER, QUIET, Message, Operation, Worker
 
-__all__ = ["ABANDONED", "KIND", "TURN_NS", "Bell", "LoopWorker", "Receiver", "spin_ns"]
+__all__ = ["ABANDONED", "TURN_NS", "Bell", "LoopWorker", "Receiver", "spin_ns"]
 
-#: Bits of a tag that say what a message of a stream is; the others are the stream's.
-KIND: Final = 3
 #: Rounds in which UCX ends what was under way on a closed endpoint: it takes two or three.
 _LAST_ROUNDS: Final = 100
+#: Messages that a worker drops before it is closed, for UCX complains of others.
+_LAST_MESSAGES: Final = 10_000
 #: What it did not end: memory that it might still write to must never be anything else.
 ABANDONED: Final[list[Operation]] = []
 #: Nanoseconds of polling, and of calls that need not wait, after which other tasks of the loop get their turn.
@@ -34,8 +34,11 @@ _SHORT: Final = 10
 class Receiver(Protocol):
     """A stream, as its messages come."""
 
+    def news(self) -> None:
+        """It has a message, or may send."""
+
     def arrived(self, message: Message) -> None:
-        """One with its tag has."""
+        """A message with its tag has come that is not just bytes of it."""
 
 
 def spin_ns() -> int:
@@ -111,6 +114,9 @@ class LoopWorker:
         if self._users == 0:
             del self._all[self._loop]
             self._loop.remove_reader(self.ucx.fileno)
+            for _ in range(_LAST_MESSAGES):  # nobody's
+                if self._poll_once() != FOUND:
+                    break
             ABANDONED.extend(self._under_way)
             self._unschedule()
             self.ucx.close()
@@ -125,7 +131,7 @@ class LoopWorker:
 
     def drop(self, message: Message) -> None:
         """Nobody wants ``message``."""
-        self.start(self.ucx.receive(message, memoryview(bytearray())))
+        self.start(self.ucx.drop(message))
 
     def ring(self, bell: Bell) -> None:
         """Whoever waits for ``bell`` is to look again."""
@@ -146,11 +152,15 @@ class LoopWorker:
                     await self.take_turns()
                     if ready():
                         return
-            bell.future = self._loop.create_future()
-            try:
-                await bell.future
-            finally:
-                bell.future = None
+            await self.sleep(bell)
+
+    async def sleep(self, bell: Bell) -> None:
+        """Return when somebody rings."""
+        bell.future = self._loop.create_future()
+        try:
+            await bell.future
+        finally:
+            bell.future = None
 
     def nudge(self) -> None:
         """Make what progress there is to make now."""
@@ -197,27 +207,23 @@ class LoopWorker:
             pass
         return operation.done
 
-    def send(self, endpoint: Endpoint, buffer: memoryview, tag: int) -> Operation:
+    def send(self, stream: Any, buffer: memoryview) -> Operation:
         """Send, and poll until that is over or it is time to do something else."""
         operation = self._free.pop() if self._free else Operation()
-        outcome = self.ucx.send_poll(operation, endpoint, buffer, tag)
+        outcome = self.ucx.send_poll(operation, stream, buffer)
         if outcome != OVER:
             self.start(operation)
         self._after(outcome)
         return operation
 
-    def receive(self, tag: int, buffer: memoryview) -> Operation | None:
-        """Poll for the next message, and if it has ``tag`` and fits into ``buffer`` receive it: what does, or None."""
+    def receive(self, stream: Any, buffer: memoryview) -> tuple[Operation, int]:
+        """What receives what has come, or comes while this polls; the poll's outcome, BUSY if others are to go on."""
         operation = self._free.pop() if self._free else Operation()
-        outcome = self.ucx.receive_poll(operation, tag, buffer)
-        begun = outcome == OVER or operation.nbytes > 0
-        if begun and outcome != OVER:
+        outcome = self.ucx.receive_poll(operation, stream, buffer)
+        if operation.state.status:
             self.start(operation)
         self._after(outcome)
-        if begun:
-            return operation
-        self.free(operation)
-        return None
+        return operation, BUSY if self._woke else outcome
 
     def free(self, operation: Operation) -> None:
         """An operation that is over, or never began, is free to be another."""
@@ -242,7 +248,10 @@ class LoopWorker:
         if outcome == FOUND:
             message = self.ucx.found()
             stream = self._streams.get(message.tag & ~KIND)
-            if stream is None:
+            if not message.handle:
+                if stream is not None:
+                    stream.news()
+            elif stream is None:
                 self.drop(message)
             else:
                 stream.arrived(message)

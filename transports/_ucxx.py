@@ -21,12 +21,20 @@ from lynxproto.errors import MissingDependencyError, TransportError
 
 __all__ = [
     "BUSY",
+    "CONFIRM",
+    "CONFIRMED",
+    "COST",
+    "DATA",
+    "END",
     "FOUND",
+    "KIND",
     "LONG",
     "OVER",
     "PIECE",
     "QUIET",
     "SETTINGS",
+    "SHORTEST",
+    "WINDOW",
     "Endpoint",
     "Message",
     "Operation",
@@ -42,26 +50,52 @@ SETTINGS: Final = {
     # TCP in pieces of 8 KiB, UCX's default, is half as fast, and copies at the sender.
     "TCP_TX_SEG_SIZE": "64k",
     "TCP_RX_SEG_SIZE": "64k",
+    # Shared memory in pieces of 16 KiB instead of 8, and few of them, which stay in the cores' caches.
+    "POSIX_SEG_SIZE": "16448",
+    "SYSV_SEG_SIZE": "16448",
+    "SELF_SEG_SIZE": "16448",
+    "POSIX_FIFO_SIZE": "64",
+    "SYSV_FIFO_SIZE": "64",
 }
 #: Messages of so many bytes stay with the sender until the receiver says where they are to go.
-LONG: Final = 8 << 10
-#: Bytes of a message at most.
-PIECE: Final = 512 << 10
+_RENDEZVOUS: Final = 64 << 10
+#: Bytes of a message that comes as one packet of any device; of shared memory and TCP with the settings above.
+SHORTEST: Final = 8 << 10
+_SHARED_PACKET: Final = 16 << 10
+_TCP_PACKET: Final = (64 << 10) - 64
+#: On TCP the receiver's word comes late: bytes that are under way go before it.
+_TCP_RENDEZVOUS: Final = 256 << 10
+#: Transports, in UCX's words, that copy at both sides whatever the protocol.
+_SHARED: Final = frozenset({"self", "posix", "sysv"})
+
+PIECE: Final[int] = lib.LYNX_UCX_PIECE
+COST: Final[int] = lib.LYNX_UCX_COST
+WINDOW: Final[int] = lib.LYNX_UCX_WINDOW
+CONFIRMED: Final[int] = lib.LYNX_UCX_CONFIRMED
+DATA: Final[int] = lib.LYNX_UCX_DATA
+CONFIRM: Final[int] = lib.LYNX_UCX_CONFIRM
+END: Final[int] = lib.LYNX_UCX_END
+KIND: Final[int] = lib.LYNX_UCX_KIND
 
 #: What :meth:`Worker.poll` returns.
 QUIET: Final[int] = lib.LYNX_UCX_QUIET
 BUSY: Final[int] = lib.LYNX_UCX_BUSY
 OVER: Final[int] = lib.LYNX_UCX_OVER
 FOUND: Final[int] = lib.LYNX_UCX_FOUND
+LONG: Final[int] = lib.LYNX_UCX_LONG
 
 _IN_PROGRESS: Final = 1
+_LANES: Final = 16
 _CALLS: Final = (
     "ucp_worker_progress",
+    "ucp_request_cancel",
     "ucp_tag_probe_nb",
+    "ucp_tag_recv_nbx",
     "ucp_tag_msg_recv_nbx",
     "ucp_tag_send_nbx",
     "ucp_request_free",
     "ucp_ep_close_nbx",
+    "ucp_ep_query",
 )
 
 
@@ -102,6 +136,12 @@ class Operation:
         return nbytes
 
     @property
+    def cost(self) -> int:
+        """What its messages count."""
+        cost: int = self.state.nbytes + COST * self.state.messages
+        return cost
+
+    @property
     def error(self) -> str | None:
         """Why it failed, once it is over."""
         status = self.state.status
@@ -131,12 +171,12 @@ class Endpoint:
         self.handle = ffi.cast("void *", endpoint.handle)
         self._closed = False
 
-    def send(self, buffer: memoryview, tag: int) -> Operation:
-        """Send ``buffer`` as one message. Not after :meth:`close`."""
-        operation = Operation()
-        data = operation.buffer = ffi.from_buffer(buffer)
-        lib.lynx_ucx_send(self._calls, self.handle, data, len(data), tag, operation.state)
-        return operation
+    @property
+    def transports(self) -> frozenset[str]:
+        """The transports that UCX uses for it, in UCX's words."""
+        names = ffi.new("const char *[]", _LANES)
+        count = lib.lynx_ucx_transports(self._calls, self.handle, names, _LANES)
+        return frozenset(ffi.string(names[lane]).decode() for lane in range(count))
 
     def close(self) -> None:
         """Break the way off without waiting for the peer; what is under way ends. Idempotent."""
@@ -160,7 +200,7 @@ class Worker:
 
         self._api = libucxx
         config = {key: value for key, value in SETTINGS.items() if f"UCX_{key}" not in os.environ}
-        config["RNDV_THRESH"] = str(LONG)
+        config["RNDV_THRESH"] = str(_RENDEZVOUS)
         context = libucxx.UCXContext(config, (libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
         self._worker = libucxx.UCXWorker(context, False, False)
         self._worker.init_blocking_progress_mode()
@@ -184,11 +224,48 @@ class Worker:
                 f"UCX cannot reach the peer: {error}; UCX_TLS must name a transport that both sides have"
             ) from error
 
-    def receive(self, message: Message, buffer: memoryview) -> Operation:
-        """Receive ``message`` into ``buffer``. What does not fit is lost, and an error."""
+    def open_stream(self, tag: int) -> Any:
+        """A ``lynx_ucx_stream``, known by ``tag`` until :meth:`close_stream`. Before :meth:`direct` it only listens."""
+        stream = ffi.new("lynx_ucx_stream *")
+        stream.mine = tag
+        lib.lynx_ucx_open_stream(self.calls, stream)
+        return stream
+
+    def close_stream(self, stream: Any) -> None:
+        """Forget it. Its inbox must be empty."""
+        lib.lynx_ucx_close_stream(self.calls, stream)
+
+    def direct(self, stream: Any, endpoint: Endpoint, tag: int) -> None:
+        """``stream`` goes to ``endpoint``, where it is known by ``tag``."""
+        stream.endpoint, stream.theirs = endpoint.handle, tag
+        stream.shortest, stream.longest, stream.enough = _pieces(endpoint.transports)
+
+    def send(self, stream: Any, buffer: memoryview) -> Operation:
+        """Send ``buffer``. Not after the endpoint was closed."""
         operation = Operation()
-        data = operation.buffer = ffi.from_buffer(buffer, require_writable=True)
-        lib.lynx_ucx_receive(self.calls, message.handle, data, len(data), operation.state)
+        data = operation.buffer = ffi.from_buffer(buffer)
+        lib.lynx_ucx_send(self.calls, stream, data, len(data), operation.state)
+        return operation
+
+    def tell(self, stream: Any, kind: int) -> Operation:
+        """Send a message of this kind, which has no bytes. Not after the endpoint was closed."""
+        operation = Operation()
+        lib.lynx_ucx_tell(self.calls, stream, kind, operation.state)
+        return operation
+
+    def next(self, stream: Any) -> int:
+        """Bytes of the next message in the inbox, which is not empty."""
+        nbytes: int = stream.inbox[stream.first].nbytes
+        return nbytes
+
+    def take(self, stream: Any) -> Message | None:
+        """The next message out of the inbox."""
+        return self.found() if lib.lynx_ucx_take(self.calls, stream) else None
+
+    def drop(self, message: Message) -> Operation:
+        """Receive ``message``, and forget what it says."""
+        operation = Operation()
+        lib.lynx_ucx_receive(self.calls, message.handle, ffi.NULL, 0, operation.state)
         return operation
 
     def bound(self, quiet_ns: int, most_ns: int) -> None:
@@ -198,31 +275,30 @@ class Worker:
     def poll(self, operation: Operation | None = None) -> int:
         """Make progress, without Python's lock, until one of these:
 
-        a message comes (:data:`FOUND`: take it from :meth:`found`), ``operation`` is over (:data:`OVER`), nothing has
+        there is something to see (:data:`FOUND`, see :meth:`found`), ``operation`` is over (:data:`OVER`), nothing has
         happened for a while (:data:`QUIET`), or it is time for other things (:data:`BUSY`).
         """
         state = ffi.NULL if operation is None else operation.state
         outcome: int = lib.lynx_ucx_poll(self.calls, state)
         return outcome
 
-    def send_poll(self, operation: Operation, endpoint: Endpoint, buffer: memoryview, tag: int) -> int:
-        """Send ``buffer``, in messages of :data:`PIECE` bytes, as ``operation``, and :meth:`poll` until it is over."""
+    def send_poll(self, operation: Operation, stream: Any, buffer: memoryview) -> int:
+        """Send ``buffer`` as ``operation``, and :meth:`poll` until it is over."""
         data = operation.buffer = ffi.from_buffer(buffer)
-        outcome: int = lib.lynx_ucx_send_poll(self.calls, endpoint.handle, data, len(data), PIECE, tag, operation.state)
+        outcome: int = lib.lynx_ucx_send_poll(self.calls, stream, data, len(data), operation.state)
         return outcome
 
-    def receive_poll(self, operation: Operation, tag: int, buffer: memoryview) -> int:
-        """:meth:`poll`, but if the first message that comes has this tag and fits, ``operation`` receives it.
+    def receive_poll(self, operation: Operation, stream: Any, buffer: memoryview) -> int:
+        """Receive into ``buffer``, as ``operation``, what has come and what comes in a :meth:`poll`.
 
-        If it is long so do the next ones. The poll is :data:`OVER` then when all is there; the operation's size is 0 if
-        there was no such message.
+        :data:`LONG`: the next message is longer than ``buffer``.
         """
         data = operation.buffer = ffi.from_buffer(buffer, require_writable=True)
-        outcome: int = lib.lynx_ucx_receive_poll(self.calls, tag, data, len(data), PIECE, LONG, operation.state)
+        outcome: int = lib.lynx_ucx_receive_poll(self.calls, stream, data, len(data), operation.state)
         return outcome
 
     def found(self) -> Message:
-        """The message that was found last."""
+        """What was found last. Without a handle it is news for a stream that waits: it has a message, or may send."""
         found = self.calls.found
         return Message(found.handle, found.tag, found.nbytes)
 
@@ -238,6 +314,25 @@ class Worker:
     def close(self) -> None:
         """Let go of everything. All endpoints must be closed."""
         del self._worker
+
+
+def _pieces(transports: frozenset[str]) -> tuple[int, int, int]:
+    """How bytes become messages where these transports are used: ``shortest``, ``longest``, ``enough`` of ``ucx.h``.
+
+    A message of several packets is to be avoided: if its sender breaks off UCX waits for the rest for ever, and may
+    still write where it was to go. Rendezvous does not have that, and lands in place with RDMA and TCP; but shared
+    memory copies anyhow, and would only wait for the receiver's word.
+    """
+    if transports & _SHARED and transports <= _SHARED | {"cma", "tcp"}:
+        return _SHARED_PACKET if _ours("POSIX", "SYSV", "SELF") else SHORTEST, 0, 0
+    if transports == {"tcp"} and _ours("TCP"):
+        return _TCP_PACKET, PIECE, _TCP_RENDEZVOUS
+    return SHORTEST, PIECE, _RENDEZVOUS
+
+
+def _ours(*devices: str) -> bool:
+    """Whether the environment leaves the settings of these devices to us."""
+    return not any(f"UCX_{key}" in os.environ for key in SETTINGS if "SEG_SIZE" in key and key.startswith(devices))
 
 
 def _library(name: str) -> ctypes.CDLL:

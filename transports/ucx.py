@@ -4,14 +4,15 @@ A control connection over TCP comes first, to ``host:port``. It carries both wor
 each direction, and then nothing: its end tells at once that the peer is gone, which UCX does not on every device. With
 a TLS context it is TLS, so that only who was authenticated knows the tags; the data that UCX carries are not encrypted.
 
-Each message is a piece of the stream. UCX tells a message's size when it has come, and then the receiver names the
-buffer it is to land in: UCX copies nothing that it need not, and long ones stay with the sender until then. Two bits of
-the tag say what a message is:
+Each message is a piece of the stream, cut for the device: one packet, or, where bytes can land in place, a long one
+that stays with the sender until the receiver names its place. Who receives names a place before anything comes; what
+comes before anybody receives waits in UCX, up to a window that the receiver's confirmations open. Two bits of the tag
+say what a message is:
 
 | kind | length | message |
 |---|---|---|
 | 0 | 1 to 512 KiB | bytes of the stream |
-| 1 | 0 | this side has read another mebibyte of messages below 8 KiB, each counted with 512 bytes more |
+| 1 | 0 | this side has read another 512 KiB, each message counted with 512 bytes more |
 | 2 | 0 | the stream ends here |
 """
 
@@ -20,17 +21,26 @@ from __future__ import annotations
 import asyncio
 import secrets
 import struct
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Final
 
 from lynxproto.errors import ConfigError, StreamClosedError, TransportError
-from lynxproto.transports._ucxloop import KIND, TURN_NS, Bell, LoopWorker, spin_ns
+from lynxproto.transports._ucxloop import TURN_NS, Bell, LoopWorker, spin_ns
 from lynxproto.transports._ucxx import (
+    BUSY,
+    CONFIRM,
+    CONFIRMED,
+    COST,
+    DATA,
+    END,
+    KIND,
     LONG,
     PIECE,
+    QUIET,
+    SHORTEST,
+    WINDOW,
     Endpoint,
     Message,
     Operation,
@@ -47,16 +57,11 @@ __all__ = ["UCXStream", "UCXTransport"]
 
 #: Buffers up to this size are joined with their neighbours, up to this size.
 _JOINED: Final = 4 << 10
-#: What a short message counts beside its bytes.
-_COST: Final = 512
-#: Bytes, so counted, that may be under way: messages of LONG bytes until they are sent, which is when the peer has
-#: named their place; shorter ones, which UCX may hold for the peer, until it confirms that it read them.
-WINDOW: Final = 4 << 20
-_CONFIRMED: Final = WINDOW // 4
-#: A stream's tag is its random number and what the message is.
-_DATA, _CONFIRM, _END = 0, 1, 2
-
-_MAGIC: Final = b"LYNXUCX2"
+#: Bytes of one buffer that are given to UCX at a time.
+_PART: Final = 1 << 20
+#: Bytes, counted as in the window, that may be under way when a send returns: what has left no anchor can overtake.
+_LEFT: Final = 1 << 20
+_MAGIC: Final = b"LYNXUCX3"
 _HELLO: Final = struct.Struct("<8sQI")
 _ADDRESS_BYTES: Final = 64 << 10
 
@@ -71,7 +76,7 @@ class UCXStream(ByteStream):
         self._control = control
         self._mine = secrets.randbits(62) << 2
         self._worker = LoopWorker.acquire(self, self._mine)
-        self._theirs = 0
+        self._state = self._worker.ucx.open_stream(self._mine)
         self._endpoint: Endpoint | None = None
         self._setting_up = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
@@ -80,15 +85,12 @@ class UCXStream(ByteStream):
         self._cut = False  # UCX can carry nothing more
         # receiving
         self._coming = Bell()
-        self._inbox: deque[Message | None] = deque()  # None: the end
-        self._held = 0
         self._read = 0
         self._rest = memoryview(b"")  # of a message longer than the caller's buffer
         self._spare: bytearray | None = None  # where that is
         self._ended = False
         # sending
         self._allowed = Bell()
-        self._unconfirmed = 0
         self._eof_sent = False
 
     @property
@@ -110,8 +112,8 @@ class UCXStream(ByteStream):
             if self._endpoint is None:
                 address = self._worker.ucx.address
                 await self._control.send([memoryview(_HELLO.pack(_MAGIC, self._mine, len(address)) + address)])
-                magic, self._theirs, nbytes = _HELLO.unpack(await self._read_control(_HELLO.size))
-                if magic != _MAGIC or nbytes > _ADDRESS_BYTES or self._theirs & KIND:
+                magic, theirs, nbytes = _HELLO.unpack(await self._read_control(_HELLO.size))
+                if magic != _MAGIC or nbytes > _ADDRESS_BYTES or theirs & KIND:
                     other = magic[:-1] == _MAGIC[:-1] and magic != _MAGIC
                     raise TransportError(
                         f"{self.name} {'speaks another version of' if other else 'does not speak'} ucx://"
@@ -119,6 +121,7 @@ class UCXStream(ByteStream):
                 peer = await self._read_control(nbytes)
                 self._check()
                 self._endpoint = self._worker.ucx.connect(peer)
+                self._worker.ucx.direct(self._state, self._endpoint, theirs)
                 self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def _read_control(self, nbytes: int) -> bytes:
@@ -172,12 +175,11 @@ class UCXStream(ByteStream):
         self._check()
         return TransportError(f"the link to {self.name} broke: {self._gone or reason}")
 
-    def _usable(self) -> Endpoint:
-        """The endpoint, if UCX can still carry something."""
+    def _usable(self) -> None:
+        """Raise unless UCX can still carry something."""
         self._check()
         if self._endpoint is None or self._cut:
             raise self._broken("the peer hung up")
-        return self._endpoint
 
     async def _begin(self) -> None:
         """Of a call, if it is the first, or other tasks of the loop have waited for long."""
@@ -207,130 +209,81 @@ class UCXStream(ByteStream):
 
     # --- receiving
 
+    def news(self) -> None:
+        """See :class:`Receiver`."""
+        self._state.receiver_waits = 0  # it need not hear of every message
+        self._worker.ring(self._coming)
+        self._worker.ring(self._allowed)
+
     def arrived(self, message: Message) -> None:
-        """A message with this stream's tag has come."""
+        """See :class:`Receiver`."""
         kind = message.tag & KIND
-        if kind == _DATA and 0 < message.nbytes <= PIECE:
-            self._held += _cost(message.nbytes)
-            self._inbox.append(message)
-            if self._held > WINDOW:
-                self._break_off("it sends more than it may")
-        elif kind == _CONFIRM and message.nbytes == 0 and self._unconfirmed >= _CONFIRMED:
-            self._unconfirmed -= _CONFIRMED
-            self._worker.drop(message)
-            self._worker.ring(self._allowed)
-            return
-        elif kind == _END and message.nbytes == 0:
-            self._inbox.append(None)
-            self._worker.drop(message)
+        if kind == END and message.nbytes == 0:
+            self._ended = True
         else:
-            self._worker.drop(message)
-            self._break_off("a message that cannot be")
+            real = kind == DATA and 0 < message.nbytes <= PIECE
+            self._break_off("it sends more than it may" if real else "a message that cannot be")
+        self._worker.drop(message)
         self._worker.ring(self._coming)
 
     async def receive_into(self, buffer: memoryview, sums: Sums | None = None) -> int:
         """See :meth:`ByteStream.receive_into`. Cancelling it may break the stream. ``sums``: to be added to."""
         if self._endpoint is None or monotonic_ns() - self._worker.turned_ns > TURN_NS:
             await self._begin()
-        if not self._rest:
-            if not self._inbox and not self._ended and not self._cut:
-                target = buffer if sums is None else buffer[:PIECE]  # which are to be added while the next come
-                operation = self._worker.receive(self._mine | _DATA, target)
-                if operation is not None:
-                    nbytes = operation.nbytes
-                    if self._inbox or operation.state.status:  # more has come, or it is not over, or failed
-                        return await self._receive_all(operation, buffer, sums)
-                    self._worker.free(operation)
-                    self._count(nbytes)
-                    if sums is not None:
-                        sums.add(sums.there + nbytes)
-                    return nbytes
-                self._check()
-            message = await self._next()
-            if message is None:
-                return 0
-            operation = self._land(message, buffer)
-            if operation is not None:
-                return await self._receive_all(operation, buffer, sums)
-            await self._receive_rest(message)
-        count = min(buffer.nbytes, len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
+        count = await self._receive(buffer if sums is None else buffer[:PIECE]) if not self._rest else -1
+        if count < 0:
+            count = min(buffer.nbytes, len(self._rest))
+            buffer[:count] = self._rest[:count]
+            self._rest = self._rest[count:]
         if sums is not None:
             sums.add(sums.there + count)
         return count
+
+    async def _receive(self, buffer: memoryview) -> int:
+        """Into ``buffer``; 0 at the end, and -1 if what comes next is longer, and is the rest now."""
+        state, worker = self._state, self._worker
+        while state.count or not self._ended:
+            if self._cut and not state.count:
+                await self._failed("the peer hung up")
+                return 0
+            operation, outcome = worker.receive(state, buffer)
+            if operation.state.status:  # it is not over, or failed
+                await self._finish((operation,))
+            nbytes, cost = operation.nbytes, operation.cost
+            if nbytes:
+                worker.free(operation)
+                self._count(cost)
+                return nbytes
+            worker.free(operation)
+            self._check()
+            if outcome == LONG:
+                if self._spare is None:
+                    self._spare = bytearray(PIECE)
+                spare = memoryview(self._spare)[: worker.ucx.next(state)]
+                self._rest = spare[: await self._receive(spare)]
+                return -1
+            if outcome == BUSY:
+                await worker.take_turns()
+                self._check()
+            elif outcome == QUIET and not state.count and not self._ended and not self._cut:
+                state.receiver_waits = 1
+                try:
+                    await worker.sleep(self._coming)
+                finally:
+                    state.receiver_waits = 0
+                self._check()
+        return 0
 
     async def receive_summed(self, sums: Sums) -> int:
         """See :meth:`ByteStream.receive_summed`."""
         return await self.receive_into(sums.data[sums.there :], sums)
 
-    def _land(self, message: Message, buffer: memoryview) -> Operation | None:
-        """Receive ``message`` into ``buffer`` if it fits."""
-        if message.nbytes > buffer.nbytes:
-            return None
-        self._held -= _cost(message.nbytes)
-        return self._worker.start(self._worker.ucx.receive(message, buffer[: message.nbytes]))
-
-    async def _receive_rest(self, message: Message) -> None:
-        """A message longer than the caller's buffer: into memory of the stream's own, from which it is read later."""
-        if self._spare is None:
-            self._spare = bytearray(PIECE)
-        rest = memoryview(self._spare)[: message.nbytes]
-        operation = self._land(message, rest)
-        assert operation is not None
-        await self._finish((operation,))
-        self._count(message.nbytes)
-        self._rest = rest
-
-    async def _receive_all(self, first: Operation, buffer: memoryview, sums: Sums | None) -> int:
-        """What ``first`` receives, and what has come after it as long as it fits: the sender need not wait for us."""
-        start = 0 if sums is None else sums.there
-        under_way = deque((first,))
-        asked, there = first.nbytes, 0
-        while under_way:
-            while self._inbox and (following := self._fitting(buffer[asked:])) is not None:
-                under_way.append(following)
-                asked += following.nbytes
-            if sums is not None:
-                sums.add(start + there)
-            operation = under_way.popleft()
-            await self._finish((operation,))
-            self._count(operation.nbytes)
-            there += operation.nbytes
-            if not under_way and self._inbox and (following := self._fitting(buffer[asked:])) is not None:
-                under_way.append(following)
-                asked += following.nbytes
-        if sums is not None:
-            sums.add(start + there)
-        return there
-
-    def _fitting(self, buffer: memoryview) -> Operation | None:
-        """Receive the next message, if it has come and fits."""
-        message = self._inbox[0]
-        operation = None if message is None or self._cut else self._land(message, buffer)
-        if operation is not None:
-            self._inbox.popleft()
-        return operation
-
-    async def _next(self) -> Message | None:
-        """The next message of the stream; None at its end."""
-        if not self._inbox and not self._ended:
-            await self._worker.until(lambda: bool(self._inbox) or self._cut or self._closed, self._coming)
-            self._check()
-        if not self._inbox and not self._ended:
-            await self._failed("the peer hung up")
-            return None
-        message = None if self._ended else self._inbox.popleft()
-        self._ended = message is None
-        return message
-
-    def _count(self, nbytes: int) -> None:
-        """A message has been read. The peer is told of short ones, now and then."""
-        if nbytes < LONG:
-            self._read += _cost(nbytes)
-            if self._read >= _CONFIRMED and not self._cut:
-                self._read -= _CONFIRMED
-                self._worker.start(self._usable().send(memoryview(b""), self._theirs | _CONFIRM))
+    def _count(self, cost: int) -> None:
+        """So much has been read; the peer is told now and then."""
+        self._read += cost
+        while self._read >= CONFIRMED and not self._cut:
+            self._read -= CONFIRMED
+            self._worker.start(self._worker.ucx.tell(self._state, CONFIRM))
 
     # --- sending
 
@@ -338,44 +291,55 @@ class UCXStream(ByteStream):
         """See :meth:`ByteStream.send`. Cancelling it breaks the stream."""
         if self._endpoint is None or monotonic_ns() - self._worker.turned_ns > TURN_NS:
             await self._begin()
-        if len(buffers) == 1 and LONG <= buffers[0].nbytes <= WINDOW - self._unconfirmed:  # without a list of one
-            operation = self._worker.send(self._usable(), buffers[0], self._theirs | _DATA)
+        self._usable()
+        if len(buffers) == 1 and self._state.unconfirmed + _most(buffers[0].nbytes) <= WINDOW:  # without a list of one
+            operation = self._worker.send(self._state, buffers[0])
             if operation.state.status:  # it is not over, or failed
                 await self._finish((operation,))
             self._worker.free(operation)
-            return
-        short: list[Operation] = []
-        long: deque[Operation] = deque()
+        else:
+            await self._send_all(buffers)
+        if self._state.unconfirmed > _LEFT:
+            try:
+                await self._allow(WINDOW - _LEFT)
+            except asyncio.CancelledError:
+                self._break_off()
+                raise
+
+    async def _send_all(self, buffers: Sequence[memoryview]) -> None:
+        under_way: list[Operation] = []
         try:
-            for data in _messages(buffers):
-                cost = _cost(data.nbytes)
-                while long and self._unconfirmed + cost > WINDOW:
-                    await self._finish((long[0],))
-                    self._unconfirmed -= long.popleft().nbytes
-                if self._unconfirmed + cost > WINDOW:
-                    await self._allow(cost)
-                self._unconfirmed += cost
-                operation = self._worker.start(self._usable().send(data, self._theirs | _DATA))
-                (short if data.nbytes < LONG else long).append(operation)
+            for data in _parts(buffers):
+                if self._state.unconfirmed + _most(data.nbytes) > WINDOW:
+                    await self._allow(_most(data.nbytes))
+                self._usable()
+                under_way.append(self._worker.start(self._worker.ucx.send(self._state, data)))
         except asyncio.CancelledError:
             self._break_off()
             raise
         finally:
-            await self._finish((*short, *long))
-            self._unconfirmed -= sum(operation.nbytes for operation in long)
+            await self._finish(under_way)
 
     async def send_eof(self) -> None:
         """See :meth:`ByteStream.send_eof`."""
         if self._endpoint is None or monotonic_ns() - self._worker.turned_ns > TURN_NS:
             await self._begin()
         if not self._eof_sent:
+            self._usable()
             self._eof_sent = True
-            operation = self._worker.start(self._usable().send(memoryview(b""), self._theirs | _END))
+            operation = self._worker.start(self._worker.ucx.tell(self._state, END))
             await self._finish((operation,))
 
     async def _allow(self, cost: int) -> None:
         """Return when so much more may be under way."""
-        await self._worker.until(lambda: self._unconfirmed + cost <= WINDOW or self._cut or self._closed, self._allowed)
+        state = self._state
+        state.sender_waits = 1
+        try:
+            await self._worker.until(
+                lambda: state.unconfirmed + cost <= WINDOW or self._cut or self._closed, self._allowed
+            )
+        finally:
+            state.sender_waits = 0
         if self._cut or self._closed:
             await self._failed("the peer hung up")
 
@@ -386,10 +350,9 @@ class UCXStream(ByteStream):
         self._closed = True
         self._break_off()
         self._endpoint = None
-        for message in self._inbox:
-            if message is not None:
-                self._worker.drop(message)
-        self._inbox.clear()
+        while (message := self._worker.ucx.take(self._state)) is not None:
+            self._worker.drop(message)
+        self._worker.ucx.close_stream(self._state)
         await self._control.aclose()
         if self._watching is not None:
             with suppress(asyncio.CancelledError):
@@ -397,12 +360,13 @@ class UCXStream(ByteStream):
         self._worker.release(self._mine)
 
 
-def _cost(nbytes: int) -> int:
-    return nbytes if nbytes >= LONG else nbytes + _COST
+def _most(nbytes: int) -> int:
+    """What so many bytes count at most, cut into messages."""
+    return nbytes + (nbytes // SHORTEST + 1) * COST
 
 
-def _messages(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
-    """Cut ``buffers`` into messages: short neighbours joined, the rest as it lies."""
+def _parts(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+    """``buffers`` as they are to be sent: short neighbours joined, the rest as it lies."""
     short: list[memoryview] = []
     room = _JOINED
     for buffer in buffers:
@@ -411,8 +375,8 @@ def _messages(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
             yield short[0] if len(short) == 1 else memoryview(b"".join(short))
             short, room = [], _JOINED
         if view.nbytes > _JOINED:
-            for start in range(0, view.nbytes, PIECE):
-                yield view[start : start + PIECE]
+            for start in range(0, view.nbytes, _PART):
+                yield view[start : start + _PART]
         elif view.nbytes:
             short.append(view)
             room -= view.nbytes

@@ -4,12 +4,17 @@
 
 #include <sched.h>
 #include <stdbool.h>
+#include <stdlib.h>
 #include <time.h>
 
 #define IN_PROGRESS 1
+#define CANCELED (-16) /* UCS_ERR_CANCELED */
 #define LAST_ERROR (-100) /* UCS_ERR_LAST */
-#define YIELD 8 /* rounds without anything, after which whoever else wants this core gets it: it may be the peer */
-#define ROUNDS 16 /* of progress, each of which may be a piece of a few KiB, between looks at messages and the clock */
+#define YIELD 256 /* rounds without anything, some 20 us, after which whoever else wants this core gets it: it may be the peer */
+#define AGAIN 32 /* rounds until it gets it again */
+#define CLOCK 16 /* rounds with something, in which nobody looks at the clock */
+#define LANES 16 /* of an endpoint, at most */
+#define LINGER_NS 20000 /* without anything, after which a receiver of messages takes what it has */
 
 typedef int8_t ucs_status; /* a packed enum */
 
@@ -38,15 +43,51 @@ typedef struct {
     void *memh;
 } ucp_request_param;
 
-enum { FIELD_CALLBACK = 1 << 1, FIELD_USER_DATA = 1 << 2, FIELD_FLAGS = 1 << 4, FIELD_MEMORY_TYPE = 1 << 6 };
+enum {
+    FIELD_CALLBACK = 1 << 1,
+    FIELD_USER_DATA = 1 << 2,
+    FIELD_FLAGS = 1 << 4,
+    FIELD_MEMORY_TYPE = 1 << 6,
+    FIELD_RECV_INFO = 1 << 7,
+};
 enum { CLOSE_FORCE = 1, HOST_MEMORY = 0 };
 
+/* ucp_ep_attr_t; the addresses, which nobody asks for here, are as large as sockaddr_storage. */
+typedef struct {
+    const char *transport_name;
+    const char *device_name;
+} ucp_transport_entry;
+
+typedef struct {
+    uint64_t field_mask;
+    char name[32];
+    struct {
+        uint64_t words[16];
+    } local_sockaddr, remote_sockaddr;
+    struct {
+        ucp_transport_entry *entries;
+        unsigned num_entries;
+        size_t entry_size;
+    } transports;
+    void *user_data;
+} ucp_ep_attr;
+
+enum { FIELD_TRANSPORTS = 1 << 3 };
+
+typedef ucs_status query_function(void *endpoint, ucp_ep_attr *attributes);
 typedef unsigned progress_function(void *worker);
 typedef void *probe_function(void *worker, uint64_t tag, uint64_t mask, int remove, ucp_tag_recv_info *info);
+typedef void *post_function(
+    void *worker, void *data, size_t count, uint64_t tag, uint64_t mask, const ucp_request_param *param);
+typedef void cancel_function(void *worker, void *request);
 typedef void *receive_function(void *worker, void *data, size_t count, void *message, const ucp_request_param *param);
 typedef void *send_function(void *endpoint, const void *data, size_t count, uint64_t tag, const ucp_request_param *param);
 typedef void free_function(void *request);
 typedef void *close_function(void *endpoint, const ucp_request_param *param);
+
+static size_t smaller(size_t one, size_t other) {
+    return one < other ? one : other;
+}
 
 /* One of its messages is over, or no more will follow. */
 static void over(lynx_ucx_operation *operation, int status) {
@@ -58,7 +99,7 @@ static void over(lynx_ucx_operation *operation, int status) {
 
 static void completed(lynx_ucx_operation *operation, void *request, ucs_status status) {
     over(operation, status);
-    ((free_function *)operation->ucx->ucp_request_free)(request);
+    ((free_function *)operation->ucp_request_free)(request);
 }
 
 /* UCX calls these from progress, never from the call that begins the operation. */
@@ -72,7 +113,7 @@ static void received(void *request, ucs_status status, const ucp_tag_recv_info *
 }
 
 static void begin(const lynx_ucx *ucx, lynx_ucx_operation *operation) {
-    *operation = (lynx_ucx_operation){.status = IN_PROGRESS, .left = 1, .ucx = ucx};
+    *operation = (lynx_ucx_operation){.status = IN_PROGRESS, .left = 1, .ucp_request_free = ucx->ucp_request_free};
 }
 
 /* What a call returned: NULL, over; an error; or a request, which has a callback. */
@@ -92,6 +133,7 @@ static void send_one(const lynx_ucx *ucx, void *endpoint, const void *data, size
         .memory_type = HOST_MEMORY,
     };
     operation->left++;
+    operation->messages++;
     operation->nbytes += nbytes;
     settle(operation, ((send_function *)ucx->ucp_tag_send_nbx)(endpoint, data, nbytes, tag, &param));
 }
@@ -105,14 +147,43 @@ static void receive_one(
         .memory_type = HOST_MEMORY,
     };
     operation->left++;
+    operation->messages++;
     operation->nbytes += nbytes;
     settle(operation, ((receive_function *)ucx->ucp_tag_msg_recv_nbx)(ucx->worker, data, nbytes, message, &param));
 }
 
-void lynx_ucx_send(
-    const lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, uint64_t tag, lynx_ucx_operation *operation) {
+int lynx_ucx_transports(const lynx_ucx *ucx, void *endpoint, const char **names, int most) {
+    ucp_transport_entry entries[LANES];
+    ucp_ep_attr attributes = {
+        .field_mask = FIELD_TRANSPORTS,
+        .transports = {.entries = entries, .num_entries = LANES, .entry_size = sizeof entries[0]},
+    };
+    const ucs_status status = ((query_function *)ucx->ucp_ep_query)(endpoint, &attributes);
+    if (status != 0)
+        return status;
+    const int found = (int)smaller(attributes.transports.num_entries, (size_t)most);
+    for (int lane = 0; lane < found; lane++)
+        names[lane] = entries[lane].transport_name;
+    return found;
+}
+
+/* All at once: UCX keeps those that the device does not take yet. */
+void lynx_ucx_send(const lynx_ucx *ucx, lynx_ucx_stream *stream, const void *data, size_t nbytes, lynx_ucx_operation *operation) {
+    const uint8_t *from = data;
     begin(ucx, operation);
-    send_one(ucx, endpoint, data, nbytes, tag, operation);
+    while (nbytes) {
+        const size_t piece = smaller(nbytes, stream->longest && nbytes >= stream->enough ? stream->longest : stream->shortest);
+        stream->unconfirmed += piece + LYNX_UCX_COST;
+        send_one(ucx, stream->endpoint, from, piece, stream->theirs | LYNX_UCX_DATA, operation);
+        from += piece;
+        nbytes -= piece;
+    }
+    over(operation, 0);
+}
+
+void lynx_ucx_tell(const lynx_ucx *ucx, const lynx_ucx_stream *stream, int kind, lynx_ucx_operation *operation) {
+    begin(ucx, operation);
+    send_one(ucx, stream->endpoint, NULL, 0, stream->theirs | (uint64_t)kind, operation);
     over(operation, 0);
 }
 
@@ -128,61 +199,205 @@ static uint64_t now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Messages with this tag and at most so many bytes are received into `data` one after the other. */
-typedef struct {
-    uint64_t tag;
-    uint8_t *data;
-    size_t most;
-    size_t piece;
-    size_t enough;
-} expectation;
-
-/* Whether a message of `nbytes` is received by the operation that is to receive what is `expected`. */
-static bool wanted(const expectation *expected, const lynx_ucx_operation *operation, uint64_t tag, size_t nbytes) {
-    if (tag != expected->tag || nbytes == 0 || nbytes > expected->piece || nbytes > expected->most - operation->nbytes)
-        return false;
-    return operation->nbytes == 0 || nbytes >= expected->enough;
+void lynx_ucx_open_stream(lynx_ucx *ucx, lynx_ucx_stream *stream) {
+    stream->next = ucx->streams;
+    ucx->streams = stream;
+    ucx->dropped.ucp_request_free = ucx->ucp_request_free;
 }
 
-/* `expected`, or NULL: what becomes the operation. */
-static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, const expectation *expected) {
+void lynx_ucx_close_stream(lynx_ucx *ucx, lynx_ucx_stream *stream) {
+    lynx_ucx_stream **at = &ucx->streams;
+    while (*at != NULL && *at != stream)
+        at = &(*at)->next;
+    if (*at != NULL)
+        *at = stream->next;
+    free(stream->inbox);
+    stream->inbox = NULL;
+    stream->room = stream->count = 0;
+}
+
+/* The stream that is sent to most, as far as the last messages tell, is found first. */
+static lynx_ucx_stream *stream_of(lynx_ucx *ucx, uint64_t tag) {
+    const uint64_t mine = tag & ~(uint64_t)LYNX_UCX_KIND;
+    for (lynx_ucx_stream **at = &ucx->streams; *at != NULL; at = &(*at)->next) {
+        lynx_ucx_stream *const stream = *at;
+        if (stream->mine == mine) {
+            *at = stream->next;
+            stream->next = ucx->streams;
+            ucx->streams = stream;
+            return stream;
+        }
+    }
+    return NULL;
+}
+
+static bool put(lynx_ucx_stream *stream, const lynx_ucx_message *message) {
+    if (stream->held + message->nbytes + LYNX_UCX_COST > LYNX_UCX_WINDOW)
+        return false;
+    if (stream->count == stream->room) {
+        const size_t room = stream->room ? 2 * stream->room : 64;
+        lynx_ucx_message *const inbox = malloc(room * sizeof *inbox);
+        if (inbox == NULL)
+            return false;
+        for (size_t i = 0; i < stream->count; i++)
+            inbox[i] = stream->inbox[(stream->first + i) % stream->room];
+        free(stream->inbox);
+        stream->inbox = inbox;
+        stream->room = room;
+        stream->first = 0;
+    }
+    stream->inbox[(stream->first + stream->count++) % stream->room] = *message;
+    stream->held += message->nbytes + LYNX_UCX_COST;
+    return true;
+}
+
+static lynx_ucx_message take(lynx_ucx_stream *stream) {
+    const lynx_ucx_message message = stream->inbox[stream->first];
+    stream->first = (stream->first + 1) % stream->room;
+    stream->count--;
+    stream->held -= message.nbytes + LYNX_UCX_COST;
+    return message;
+}
+
+int lynx_ucx_take(lynx_ucx *ucx, lynx_ucx_stream *stream) {
+    if (stream->count == 0)
+        return 0;
+    ucx->found = take(stream);
+    return 1;
+}
+
+/* To its stream, if that is all; whether the caller has to see `found`. */
+static bool deliver(lynx_ucx *ucx, const lynx_ucx_message *message) {
+    lynx_ucx_stream *const stream = stream_of(ucx, message->tag);
+    const uint64_t kind = message->tag & LYNX_UCX_KIND;
+    ucx->found = (lynx_ucx_message){.handle = NULL, .tag = message->tag};
+    if (stream != NULL && kind == LYNX_UCX_DATA && message->nbytes > 0 && message->nbytes <= LYNX_UCX_PIECE
+        && put(stream, message))
+        return stream->receiver_waits;
+    if (stream != NULL && kind == LYNX_UCX_CONFIRM && message->nbytes == 0 && stream->unconfirmed >= LYNX_UCX_CONFIRMED) {
+        stream->unconfirmed -= LYNX_UCX_CONFIRMED;
+        receive_one(ucx, message->handle, NULL, 0, &ucx->dropped);
+        return stream->sender_waits;
+    }
+    ucx->found = *message;
+    return true;
+}
+
+/* Where a stream's messages go, one after the other, instead of its inbox. */
+typedef struct {
+    lynx_ucx_stream *stream;
+    uint8_t *data;
+    size_t most;
+    bool more; /* are to be expected, and there is room */
+} destination;
+
+static void placed(destination *to, lynx_ucx_operation *operation, size_t nbytes) {
+    to->more = nbytes >= to->stream->shortest && operation->nbytes < to->most;
+}
+
+/* A message that was found, if there is room for it. */
+static bool place(const lynx_ucx *ucx, destination *to, const lynx_ucx_message *message, lynx_ucx_operation *operation) {
+    if (message->nbytes > to->most - operation->nbytes) {
+        to->more = false;
+        return false;
+    }
+    receive_one(ucx, message->handle, to->data + operation->nbytes, message->nbytes, operation);
+    placed(to, operation, message->nbytes);
+    return true;
+}
+
+/* What was posted is over. */
+static void land(lynx_ucx_operation *operation, int status, size_t nbytes) {
+    operation->posted = NULL;
+    operation->last = status == 0 ? nbytes : 0;
+    operation->nbytes += operation->last;
+    operation->messages += status == 0;
+    over(operation, status == CANCELED ? 0 : status);
+}
+
+static void landed(void *request, ucs_status status, const ucp_tag_recv_info *info, void *user_data) {
+    lynx_ucx_operation *const operation = user_data;
+    land(operation, status, info->length);
+    ((free_function *)operation->ucp_request_free)(request);
+}
+
+/* Names the place of the next message before it comes, if whatever the peer may send as one packet fits: UCX then copies it
+ * but once. Returns how many had come already. */
+static unsigned post(const lynx_ucx *ucx, destination *to, lynx_ucx_operation *operation) {
+    const size_t nbytes = to->stream->shortest;
+    unsigned there = 0;
+    while (to->more && operation->posted == NULL && to->stream->longest == 0 && to->most - operation->nbytes >= nbytes) {
+        ucp_tag_recv_info info;
+        const ucp_request_param param = {
+            .op_attr_mask = FIELD_CALLBACK | FIELD_USER_DATA | FIELD_MEMORY_TYPE | FIELD_RECV_INFO,
+            .callback.receive = landed,
+            .user_data = operation,
+            .memory_type = HOST_MEMORY,
+            .recv_info = &info,
+        };
+        operation->left++;
+        void *const result = ((post_function *)ucx->ucp_tag_recv_nbx)(ucx->worker, to->data + operation->nbytes, nbytes,
+            to->stream->mine | LYNX_UCX_DATA, ~(uint64_t)0, &param);
+        if (result != NULL && (uintptr_t)result < (uintptr_t)LAST_ERROR) {
+            operation->posted = result;
+            return there;
+        }
+        land(operation, (int)(intptr_t)result, result == NULL ? info.length : 0);
+        placed(to, operation, operation->last);
+        there++;
+    }
+    return there;
+}
+
+/* `to`, or NULL: where what comes goes, as `operation`, which has not begun or has nothing yet. */
+static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, destination *to) {
     progress_function *const progress = (progress_function *)ucx->ucp_worker_progress;
     probe_function *const probe = (probe_function *)ucx->ucp_tag_probe_nb;
-    const size_t open = expected != NULL; /* what is left when all that has begun is over */
+    const size_t open = to != NULL; /* what is left when all that has begun is over */
     uint64_t began = 0, moved = 0;
-    unsigned idle = 0;
+    unsigned idle = 0, busy = 0;
     for (;;) {
-        int rounds = 0;
-        while (progress(ucx->worker) && ++rounds < ROUNDS)
-            if (operation != NULL && operation->left == open && operation->nbytes > 0)
+        unsigned rounds = to != NULL ? post(ucx, to, operation) : 0;
+        const bool posted = to != NULL && operation->posted != NULL;
+        rounds += progress(ucx->worker);
+        if (posted && operation->posted == NULL)
+            placed(to, operation, operation->last);
+        while (to == NULL || to->more) { /* what comes later is the next call's */
+            if (to != NULL)
+                rounds += post(ucx, to, operation);
+            ucp_tag_recv_info info;
+            void *const handle = probe(ucx->worker, 0, 0, 1, &info);
+            if (handle == NULL)
                 break;
-        ucp_tag_recv_info info;
-        /* Once nothing more fits, what has come next waits for the next call, which can name its place at once. */
-        const bool full = expected != NULL && operation->nbytes > 0 && expected->most - operation->nbytes < expected->enough;
-        void *const message = full ? NULL : probe(ucx->worker, 0, 0, 1, &info);
-        if (message != NULL) {
-            if (expected == NULL || !wanted(expected, operation, info.sender_tag, info.length)) {
-                ucx->found = (lynx_ucx_message){.handle = message, .tag = info.sender_tag, .nbytes = info.length};
+            rounds++;
+            const lynx_ucx_message message = {.handle = handle, .tag = info.sender_tag, .nbytes = info.length};
+            if (to != NULL && message.tag == (to->stream->mine | LYNX_UCX_DATA) && message.nbytes > 0
+                && message.nbytes <= LYNX_UCX_PIECE && place(ucx, to, &message, operation))
+                continue;
+            if (deliver(ucx, &message))
                 return LYNX_UCX_FOUND;
-            }
-            receive_one(ucx, message, expected->data + operation->nbytes, info.length, operation);
-            if (info.length >= expected->enough)
-                continue; /* the next one may have come too */
         }
-        if (operation != NULL && operation->left == open && (expected == NULL || operation->nbytes > 0))
-            return LYNX_UCX_OVER;
+        const bool ready = operation != NULL && operation->left == open + (operation->posted != NULL);
+        if (ready && (to == NULL || !to->more))
+            return to != NULL && operation->nbytes == 0 && operation->failed == 0 ? LYNX_UCX_LONG : LYNX_UCX_OVER;
+        const bool some = to != NULL && ready && operation->nbytes > 0;
         if (ucx->quiet_ns == 0 && rounds == 0)
-            return LYNX_UCX_QUIET;
+            return some ? LYNX_UCX_OVER : LYNX_UCX_QUIET;
+        if (rounds && ++busy % CLOCK)
+            continue;
         const uint64_t now = now_ns();
         if (began == 0)
             began = moved = now;
-        if (rounds)
+        if (busy) {
+            busy = idle = 0;
             moved = now;
+        } else if (some && now - moved >= LINGER_NS)
+            return LYNX_UCX_OVER;
         else if (now - moved >= ucx->quiet_ns)
             return LYNX_UCX_QUIET;
         if (now - began >= ucx->most_ns)
-            return LYNX_UCX_BUSY;
-        if (rounds == 0 && ++idle % YIELD == 0)
+            return some ? LYNX_UCX_OVER : LYNX_UCX_BUSY;
+        if (++idle >= YIELD && idle % AGAIN == 0)
             sched_yield();
     }
 }
@@ -191,21 +406,19 @@ int lynx_ucx_poll(lynx_ucx *ucx, lynx_ucx_operation *operation) {
     return poll_for(ucx, operation, NULL);
 }
 
-int lynx_ucx_send_poll(lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, size_t piece, uint64_t tag,
-    lynx_ucx_operation *operation) {
-    begin(ucx, operation);
-    for (size_t there = 0; there < nbytes; there += piece)
-        send_one(ucx, endpoint, (const uint8_t *)data + there, nbytes - there < piece ? nbytes - there : piece, tag,
-            operation);
-    over(operation, 0);
-    return poll_for(ucx, operation, NULL);
+int lynx_ucx_send_poll(lynx_ucx *ucx, lynx_ucx_stream *stream, const void *data, size_t nbytes, lynx_ucx_operation *operation) {
+    lynx_ucx_send(ucx, stream, data, nbytes, operation);
+    return operation->left ? poll_for(ucx, operation, NULL) : LYNX_UCX_OVER;
 }
 
-int lynx_ucx_receive_poll(lynx_ucx *ucx, uint64_t tag, void *data, size_t most, size_t piece, size_t enough,
-    lynx_ucx_operation *operation) {
-    const expectation expected = {.tag = tag, .data = data, .most = most, .piece = piece, .enough = enough};
+int lynx_ucx_receive_poll(lynx_ucx *ucx, lynx_ucx_stream *stream, void *data, size_t most, lynx_ucx_operation *operation) {
+    destination to = {.stream = stream, .data = data, .most = most, .more = true};
     begin(ucx, operation);
-    const int outcome = poll_for(ucx, operation, &expected);
+    while (to.more && stream->count && place(ucx, &to, &stream->inbox[stream->first], operation))
+        take(stream);
+    const int outcome = !to.more && operation->nbytes == 0 ? LYNX_UCX_LONG : poll_for(ucx, operation, &to);
+    if (operation->posted != NULL)
+        ((cancel_function *)ucx->ucp_request_cancel)(ucx->worker, operation->posted);
     over(operation, 0);
     return outcome;
 }

@@ -10,29 +10,46 @@
 #define LYNX_UCX_QUIET 0 /* nothing happened for as long as was asked */
 #define LYNX_UCX_BUSY 1 /* time is up, and things are moving */
 #define LYNX_UCX_OVER 2 /* the operation is over */
-#define LYNX_UCX_FOUND 3 /* a message has come */
+#define LYNX_UCX_FOUND 3 /* a message that the caller is to see has come, or something that a stream waited for */
+#define LYNX_UCX_LONG 4 /* the next message is longer than the place for it */
 
-/* A message that has come and is to be received: until then it is UCX's. */
+/* What a tag's lowest bits say; the others are the receiving stream's. */
+#define LYNX_UCX_DATA 0
+#define LYNX_UCX_CONFIRM 1
+#define LYNX_UCX_END 2
+#define LYNX_UCX_KIND 3
+
+#define LYNX_UCX_PIECE 524288 /* bytes of a message at most */
+#define LYNX_UCX_COST 512 /* what a message counts beside its bytes */
+#define LYNX_UCX_WINDOW 5242880 /* bytes, so counted, that may be under way until the peer has read them */
+#define LYNX_UCX_CONFIRMED 524288 /* of which the peer is told at a time */
+
+/* A message that has come and is to be received: until then it is UCX's. No handle: a stream has what it waited for. */
 typedef struct {
     void *handle;
     uint64_t tag;
     size_t nbytes;
 } lynx_ucx_message;
 
-/* A worker, the functions of libucp, and for how long to poll: until nothing has happened for `quiet_ns`, or so many
- * nanoseconds are over (`most_ns`); what was found then. */
-typedef struct {
-    uint64_t quiet_ns;
-    uint64_t most_ns;
-    lynx_ucx_message found;
-    void *worker;
-    uintptr_t ucp_worker_progress;
-    uintptr_t ucp_tag_probe_nb;
-    uintptr_t ucp_tag_msg_recv_nbx;
-    uintptr_t ucp_tag_send_nbx;
-    uintptr_t ucp_request_free;
-    uintptr_t ucp_ep_close_nbx;
-} lynx_ucx;
+/* One peer's: messages that have come and nobody has received yet, and what may be sent. */
+typedef struct lynx_ucx_stream {
+    struct lynx_ucx_stream *next;
+    uint64_t mine; /* tags, without the kind */
+    uint64_t theirs;
+    void *endpoint;
+    /* How bytes become messages: `longest` as long as `enough` are left, if it is not 0, then `shortest`. */
+    size_t longest;
+    size_t enough;
+    size_t shortest;
+    lynx_ucx_message *inbox; /* a ring */
+    size_t room;
+    size_t first;
+    size_t count;
+    size_t held; /* what those count */
+    size_t unconfirmed; /* what was sent counts, but for what the peer has read */
+    int receiver_waits; /* somebody is to be told when a message comes */
+    int sender_waits; /* or is confirmed */
+} lynx_ucx_stream;
 
 /* A send or receive, of one or more messages: 1 while it is under way, then 0 or UCX's first (negative) error. Must outlive
  * it. */
@@ -41,28 +58,62 @@ typedef struct {
     int failed;
     size_t left; /* messages, and 1 while there may be more */
     size_t nbytes;
-    const lynx_ucx *ucx;
+    size_t messages;
+    size_t last; /* bytes of the message that was placed last */
+    void *posted; /* UCX's request for a message that has not come */
+    uintptr_t ucp_request_free;
 } lynx_ucx_operation;
 
+/* A worker, the functions of libucp, and for how long to poll: until nothing has happened for `quiet_ns`, or so many
+ * nanoseconds are over (`most_ns`); what was found then; its open streams; what receives messages that are dropped here. */
+typedef struct {
+    uint64_t quiet_ns;
+    uint64_t most_ns;
+    lynx_ucx_message found;
+    lynx_ucx_stream *streams;
+    lynx_ucx_operation dropped;
+    void *worker;
+    uintptr_t ucp_worker_progress;
+    uintptr_t ucp_request_cancel;
+    uintptr_t ucp_tag_probe_nb;
+    uintptr_t ucp_tag_recv_nbx;
+    uintptr_t ucp_tag_msg_recv_nbx;
+    uintptr_t ucp_tag_send_nbx;
+    uintptr_t ucp_request_free;
+    uintptr_t ucp_ep_close_nbx;
+    uintptr_t ucp_ep_query;
+} lynx_ucx;
+
+/* The names of the devices' transports that an endpoint uses, `most` of them; how many, or UCX's (negative) error. */
+int lynx_ucx_transports(const lynx_ucx *ucx, void *endpoint, const char **names, int most);
+
+/* A stream is known by its tag from then on, until it is closed. */
+void lynx_ucx_open_stream(lynx_ucx *ucx, lynx_ucx_stream *stream);
+void lynx_ucx_close_stream(lynx_ucx *ucx, lynx_ucx_stream *stream);
+
+/* Takes the next message out of a stream's inbox, as `found`; 0 if there is none. */
+int lynx_ucx_take(lynx_ucx *ucx, lynx_ucx_stream *stream);
+
 /* Starts to send `nbytes` from `data`, which must stay as it is until the operation is over. */
-void lynx_ucx_send(
-    const lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, uint64_t tag, lynx_ucx_operation *operation);
+void lynx_ucx_send(const lynx_ucx *ucx, lynx_ucx_stream *stream, const void *data, size_t nbytes, lynx_ucx_operation *operation);
+
+/* Starts to send a message without bytes. */
+void lynx_ucx_tell(const lynx_ucx *ucx, const lynx_ucx_stream *stream, int kind, lynx_ucx_operation *operation);
 
 /* Starts to receive a message that was found into `nbytes` at `data`; what does not fit is lost, and an error. */
 void lynx_ucx_receive(const lynx_ucx *ucx, void *message, void *data, size_t nbytes, lynx_ucx_operation *operation);
 
-/* Makes progress until `operation` (or NULL) is over, a message comes, or it has polled for long enough; at least once. */
+/* Makes progress until `operation` (or NULL) is over, there is something to see, or it has polled for long enough; at least
+ * once. Messages of streams go to their inboxes. */
 int lynx_ucx_poll(lynx_ucx *ucx, lynx_ucx_operation *operation);
 
-/* Sends in messages of `piece` bytes, and polls. */
-int lynx_ucx_send_poll(lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, size_t piece, uint64_t tag,
-    lynx_ucx_operation *operation);
+/* Sends, and polls. */
+int lynx_ucx_send_poll(lynx_ucx *ucx, lynx_ucx_stream *stream, const void *data, size_t nbytes, lynx_ucx_operation *operation);
 
-/* Polls, but the first message, if it has this tag and 1 to `piece` and `most` bytes, is not returned: `operation` becomes
- * its receiving, to `data`. So are those that follow, as long as none has less than `enough` bytes. The operation's size
- * tells, which is 0 until then. */
-int lynx_ucx_receive_poll(lynx_ucx *ucx, uint64_t tag, void *data, size_t most, size_t piece, size_t enough,
-    lynx_ucx_operation *operation);
+/* Receives the stream's next messages into `most` bytes at `data`: those in its inbox, and those that come while it polls,
+ * until the place is full, one has come that is shorter than the peer cuts them, or nothing comes. The operation's size
+ * tells, which is 0 if there was none. */
+int lynx_ucx_receive_poll(lynx_ucx *ucx, lynx_ucx_stream *stream, void *data, size_t most, lynx_ucx_operation *operation);
 
 /* Closes an endpoint at once; what is under way on it ends. */
 void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_operation *operation);
