@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Final
 
+import numpy as np
+
 from lynxproto import _cbor, frames
 from lynxproto._context import ALL_LEVELS, Backoff, Context, Sizes, build_codec
 from lynxproto._stripe import Target
@@ -155,7 +157,8 @@ class Arrival(Target):
     def __init__(
         self, transfer: Incoming, layer: _Layer, tile: _Tile, header: frames.Header, landing: memoryview | None
     ) -> None:
-        super().__init__(memoryview(bytearray(header.payload_length)) if landing is None else landing)
+        # Not a bytearray, which is filled with zeros first.
+        super().__init__(np.empty(header.payload_length, np.uint8).data if landing is None else landing)
         self.transfer = transfer
         self.layer = layer
         self.tile = tile
