@@ -88,7 +88,7 @@ def calm(*, cold_allocator: bool) -> Iterator[bool]:
     if warm:
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
         libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(trim_threshold, -1)  # never: a large value is a limit that a working set exceeds
         libc.mallopt(mmap_threshold, 32 << 20)  # the largest that it takes
         libc.mallopt(arena_max, 1)
     enabled = gc.isenabled()

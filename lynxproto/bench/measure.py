@@ -29,7 +29,7 @@ from lynxproto.policy import Policy
 __all__ = ["Case", "Memcpy", "Run", "policy_bits"]
 
 _GIGA: Final = 1e9
-#: A peer gets no further round after this many seconds of a source.
+#: A peer gets no further round after this many seconds of rounds that count, of which it gets one at least.
 PEER_SECONDS: Final = 3.0
 _SCRIBBLE: Final = 0x5A
 _BLOCK_TOKENS: Final = 64
@@ -172,7 +172,7 @@ class Run:
     def _round(self, case: Case, number: int, workers: Workers) -> None:
         contestant = case.contestant
         if number and not isinstance(contestant, Ours) and (not contestant.timed or case.spent > PEER_SECONDS):
-            return
+            return  # after the round that warms up, which is dropped: who was measured in that alone paid for new pages
         started = time.perf_counter()
         alone = workers.count == 1
         before = self._copy(workers) if alone else 0.0
@@ -185,7 +185,7 @@ class Run:
                 case.wall.setdefault(operation, []).append(spent.wall)
                 if alone:
                     case.to_memcpy.setdefault(operation, []).append((before + after) / 2 / value)
-        case.spent += time.perf_counter() - started
+        case.spent += time.perf_counter() - started if number else 0.0
 
     def _copy(self, workers: Workers) -> float:
         """Seconds of a memcpy of the working set, the faster way."""
