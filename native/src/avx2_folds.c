@@ -16,6 +16,7 @@
 #define FOLD_AT_ONCE
 #include "fold.h"
 #include "ranks.h"
+#include "selected.h"
 
 enum { KEYS, VALUES, NARROW_VALUES }; /* values of 2 bits are narrow */
 
@@ -316,17 +317,6 @@ static void start_writer(section_writer *writer, const lynx_planes *planes, int 
     }
 }
 
-/* The bits of a word that `mask` selects. */
-INLINE void put_selected(bit_writer *out, uint64_t word, uint64_t mask) {
-    const uint32_t count = (uint32_t)_mm_popcnt_u64(mask);
-    if (__builtin_expect(count <= 56, 1)) {
-        put(out, _pext_u64(word, mask), count);
-    } else {
-        put(out, _pext_u64(word, mask & UINT32_MAX), (uint32_t)_mm_popcnt_u64(mask & UINT32_MAX));
-        put(out, _pext_u64(word, mask & ~(uint64_t)UINT32_MAX), (uint32_t)_mm_popcnt_u64(mask >> 32));
-    }
-}
-
 /* Distances from the first three planes of half an octet: D1, and D2 and D3 where they are sent. Plane 0 is made what is sent. */
 INLINE void fold_planes(int kind, const half_folds *f, __m256i valid, __m256i planes[8], __m256i *moved, __m256i *far,
                         __m256i *farther) {
@@ -351,8 +341,8 @@ INLINE void put_octet(section_writer *out, uint64_t words[3][8]) {
     for (int w = 0; w < 8; w++) {
         const uint64_t folds = byte_mask(out->folds, w);
         if (folds != 0) {
-            put_selected(&far, words[1][w], words[0][w] & folds);
-            put_selected(&farther, words[2][w], words[1][w] & folds);
+            put_word(&far, words[1][w], words[0][w] & folds);
+            put_word(&farther, words[2][w], words[1][w] & folds);
         }
     }
     out->streams[0] = far;

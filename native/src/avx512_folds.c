@@ -9,6 +9,7 @@
 #define EXPAND64 _pdep_u64
 #define POPCOUNT64 __builtin_popcountll
 #include "fold.h"
+#include "selected.h"
 
 /* --- centres -------------------------------------------------------------------------------------------------- */
 
@@ -213,7 +214,7 @@ int lynx_avx512_unpack_folded(const lynx_planes *planes, const int16_t *zeros, c
 
 /* An octet's rows of a section, folded; the streams' bits are added to those there are. Returns the end of the rows. */
 INLINE uint8_t *fold_octet(const lynx_fold *fold, const __mmask64 *rows, const __m512i *planes, __m512i valid,
-                           uint8_t streams[2][FAR_BYTES], uint32_t bits[2], uint8_t *out) {
+                           bit_writer streams[2], uint8_t *out) {
     const __m512i sign = _mm512_mask_mov_epi8(_mm512_set1_epi8(-1), fold->three, planes[0]);
     const __m512i upper = _mm512_mask_mov_epi8(planes[1], fold->two, planes[fold->two_row]);
     const __m512i lower = _mm512_mask_mov_epi8(planes[2], fold->two, planes[fold->two_row + 1]);
@@ -228,12 +229,13 @@ INLINE uint8_t *fold_octet(const lynx_fold *fold, const __mmask64 *rows, const _
     IN_MEMORY(far);
     IN_MEMORY(farther);
     IN_MEMORY(moved);
+    bit_writer high_bits = streams[0], low_bits = streams[1];
     for (int w = 0; w < 8; w++) {
-        put_bits64(streams[0], bits[0], _pext_u64(far[w], moved[w]));
-        put_bits64(streams[1], bits[1], _pext_u64(farther[w], far[w]));
-        bits[0] += (uint32_t)_mm_popcnt_u64(moved[w]);
-        bits[1] += (uint32_t)_mm_popcnt_u64(far[w]);
+        put_word(&high_bits, far[w], moved[w]);
+        put_word(&low_bits, farther[w], far[w]);
     }
+    streams[0] = high_bits;
+    streams[1] = low_bits;
     const __m512i row[3] = {fold->two_row == 0 ? _mm512_mask_mov_epi8(planes[0], fold->two, d1) : planes[0], d1, planes[2]};
     for (int p = 0; p < 8; p++) {
         const __mmask64 mask = p < 3 ? fold->folded_rows[p] : rows[p];
@@ -252,12 +254,10 @@ void lynx_avx512_pack_folded(const lynx_planes *planes, const int16_t *zeros, co
         rows[1][p] = used & ~masks[p];
     }
     uint8_t *out[2] = {anchor, rest};
-    uint8_t streams[2][2][FAR_BYTES];
-    uint32_t bits[2][2] = {{0}};
-    for (int i = 0; i < 2; i++) {
-        if (out[i] != NULL) {
-            memset(streams[i], 0, sizeof streams[i]);
-        }
+    uint8_t bytes[2][2][FAR_BYTES];
+    bit_writer streams[2][2];
+    for (int i = 0; i < 4; i++) {
+        streams[i / 2][i % 2] = (bit_writer){bytes[i / 2][i % 2], 0, 0};
     }
     const centres c = centres_of(planes, zeros != NULL, true, true);
     __m512i before = _mm512_set1_epi8(96);
@@ -275,12 +275,13 @@ void lynx_avx512_pack_folded(const lynx_planes *planes, const int16_t *zeros, co
         }
         for (int i = 0; i < 2; i++) {
             if (out[i] != NULL) {
-                out[i] = fold_octet(&planes->fold[i], rows[i], in_order, valid_tokens(tokens - first), streams[i], bits[i], out[i]);
+                out[i] = fold_octet(&planes->fold[i], rows[i], in_order, valid_tokens(tokens - first), streams[i], out[i]);
             }
         }
     }
     for (int i = 0; i < 2; i++) {
-        entries[i] = out[i] == NULL ? FLAT : write_streams(streams[i], bits[i], out[i]);
+        const uint32_t bits[2] = {position(&streams[i][0], bytes[i][0]), position(&streams[i][1], bytes[i][1])};
+        entries[i] = out[i] == NULL ? FLAT : write_streams(bytes[i], bits, out[i]);
     }
 }
 
