@@ -371,6 +371,7 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
         _Alignas(32) uint64_t fields[8 * 8], masks[8 * 8];
         for (int t = 0; t < count; t++) {
             const uint16_t *row = rows + (first + t) * stride;
+            lynx_fetch(&streams->ahead, (uint32_t)(first + t));
             __m256i field[2], extra[2];
             uint64_t zeros = 0, same = 0;
             for (int half = 0; half < 2; half++) {
@@ -464,6 +465,7 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, const lynx_para
         __m256i low[8][2][2], extra[8][2], more[8][2], sign[8][2];
         for (int t = 0; t < count; t++) {
             uint64_t zeros = 0;
+            lynx_fetch(&streams->ahead, (uint32_t)(first + t));
             if (first + 8 + t < tokens) {
                 __builtin_prefetch(rows[first + 8 + t], 1);
                 __builtin_prefetch(rows[first + 8 + t] + 32, 1);

@@ -118,6 +118,7 @@ INLINE void rank_as(int part, const uint16_t *rows, ptrdiff_t stride, const uint
     bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
     uint64_t zeros_of_row[ROW];
     for (int t = 0; t < tokens; t++) {
+        lynx_fetch(&streams->ahead, (uint32_t)t);
         const row_cells cells = cells_of(part, load(codes + t * ROW), t, params, &l, none);
         __m512i rank16[2];
         for (int i = 0; i < 2; i++) {
@@ -165,6 +166,7 @@ INLINE int unrank_as(int part, const uint8_t *codes, int tokens, int channels, c
     uint32_t a_bits = 0, b_bits = 0;
     __mmask64 empty = 0;
     for (int t = 0; t < tokens; t++) {
+        lynx_fetch(&streams->ahead, (uint32_t)t);
         if (t + AHEAD < tokens) {
             __builtin_prefetch(rows[t + AHEAD], 1);
             __builtin_prefetch(rows[t + AHEAD] + 32, 1);

@@ -185,7 +185,7 @@ static const uint8_t *unfold_section(const lynx_kernels *kernels, const lynx_blo
     return kernels->unfold(fold, s->folded, entry, block->tokens, flat) ? flat : NULL;
 }
 
-/* Bytes that the next block is likely to need. Hardware follows one page at a time, and a block's sections are short. */
+/* Bytes that the next block is likely to need; as lynx_fetch, where no other loads wait for long. */
 static void prefetch(const uint8_t *p, uint64_t size) {
     for (uint64_t i = 0; i < size; i += 64) {
         __builtin_prefetch(p + i);
@@ -332,15 +332,13 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                 uint16_t *const *to = apart ? made : places;
                 const int16_t *shifts = setup->shifted && tame ? setup->shifts : NULL;
                 planes_in sections = {anchor, rest, levels->anchor + levels->anchor_size,
-                                      rest == NULL ? NULL : levels->rest + levels->rest_size, (uint64_t)anchor_size, (uint64_t)rest_size,
+                                      rest == NULL ? NULL : levels->rest + levels->rest_size,
+                                      (uint64_t)anchor_size, (uint64_t)rest_size,
                                       folding == NULL ? FLAT : load16(folding),
                                       rest_folding == NULL ? FLAT : load16(rest_folding)};
                 const bool folded = sections.anchor_entry != FLAT || (rest != NULL && sections.rest_entry != FLAT);
-                if (entry != NULL || (rest == NULL && folded)) { /* elsewhere it costs more than it saves */
+                if (rest == NULL && folded) { /* elsewhere it costs more than it saves */
                     prefetch(anchor + anchor_size, (uint64_t)anchor_size);
-                }
-                if (entry != NULL) {
-                    prefetch(levels->rank + ranks + ranks_size, (uint64_t)ranks_size);
                 }
                 if (!direct || folded) {
                     const int bad = read_codes(kernels, tile, &block, planes, sections, s);
@@ -365,7 +363,8 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                 }
                 prefetch_next(tile, view, &block, 2, true);
                 if (entry != NULL) {
-                    prefetch(rest + rest_size, (uint64_t)rest_size);
+                    s->streams.ahead = (lynx_ahead){{anchor + anchor_size, rest + rest_size, levels->rank + ranks + ranks_size},
+                                                    {(uint32_t)anchor_size, (uint32_t)rest_size, (uint32_t)ranks_size}};
                     read_ranks(entry, levels->rank + ranks, &s->streams);
                     const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
                     if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,

@@ -350,7 +350,9 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         const lynx_setup *setup = lynx_set_up(kernels, tile, &block, s);
         const lynx_planes *planes = &setup->planes;
         const uint64_t values = (uint64_t)block.tokens * (uint64_t)block.channels;
-        prefetch(anchor.end, (uint64_t)block.octets * planes->anchor_octet);
+        if (table == NULL) {
+            prefetch(anchor.end, (uint64_t)block.octets * planes->anchor_octet);
+        }
         ptrdiff_t stride;
         prefetch_next(tile, view, &block, 0, false);
         const uint16_t *rows = block_rows(view, &block, &stride, s);
@@ -369,7 +371,9 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
         const bool bounded = table == NULL && out->wants_rank_bound && out->rank_most >= out->rank_room;
         const uint64_t bound = quantise(kernels, tile, view, &block, planes, rows, stride, special, bounded, ahead, s);
         prefetch_next(tile, view, &block, 2, false);
-        prefetch(rest.end, (uint64_t)block.octets * planes->rest_octet);
+        if (table == NULL) {
+            prefetch(rest.end, (uint64_t)block.octets * planes->rest_octet);
+        }
         zero_pad(&block, s->codes);
         if (fold_table != NULL || rest_table != NULL) {
             pack_folded(kernels, tile->part, &block, planes, s, fold_table, rest_table, to_anchor, to_rest);
@@ -385,7 +389,6 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
             params += params_size;
             headers += PARAM_HEADER;
         }
-        prefetch(ranks, last_ranks);
         if (table == NULL && !out->wants_rank_bound) {
             continue;
         }
@@ -394,6 +397,9 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
             size = (bound + 7) / 8 + 3;
         } else if (!special && (bounded || table != NULL)) {
             const lynx_kernels *ranker = s->params.constant != 0 ? &lynx_scalar : kernels;
+            s->streams.ahead = (lynx_ahead){{anchor.end, rest.end, ranks},
+                                            {anchor.end == NULL ? 0 : (uint32_t)block.octets * planes->anchor_octet,
+                                             rest.end == NULL ? 0 : (uint32_t)block.octets * planes->rest_octet, (uint32_t)last_ranks}};
             ranker->rank(tile->part, tile->dtype, rows, stride, s->codes, block.tokens, block.channels, &s->params,
                             &s->streams);
             size = rank_bytes(&s->streams);

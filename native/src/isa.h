@@ -109,7 +109,21 @@ typedef struct {
 #define X_MAX (BLOCK_VALUES * 2)
 #define SLACK 64
 
+/* What will be read or written soon of three sections, and is fetched with a block's rows: all at once would keep other loads
+ * waiting, and hardware follows one page at a time. */
 typedef struct {
+    const uint8_t *at[3];
+    uint32_t size[3];
+} lynx_ahead;
+
+static inline void lynx_fetch(const lynx_ahead *ahead, uint32_t row) {
+    for (int i = 0; i < 3; i++) {
+        __builtin_prefetch(ahead->at[i] + (64 * row < ahead->size[i] ? 64 * row : ahead->size[i]));
+    }
+}
+
+typedef struct {
+    lynx_ahead ahead; /* fetched by `rank` and `unrank` */
     uint32_t a_bits, b_bits, w_count, x_count;
     uint8_t a[A_MAX + SLACK];
     uint8_t b[B_MAX + SLACK];

@@ -292,6 +292,7 @@ static void rank(int part, int dtype, const uint16_t *rows, ptrdiff_t stride, co
     zeros.count = 0;
     bit_writer a = {streams->a, 0, 0}, b = {streams->b, 0, 0};
     for (int t = 0; t < tokens; t++) {
+        lynx_fetch(&streams->ahead, (uint32_t)t);
         uint16_t low[ROW], count[ROW], sign[ROW];
         cells_of(part, codes, t, params, low, count, sign);
         for (int c = 0; c < channels; c++) {
@@ -320,6 +321,7 @@ static int unrank(int part, int dtype, const uint8_t *codes, int tokens, int cha
     zero_list zeros;
     zeros.count = 0;
     for (int t = 0; t < tokens; t++) {
+        lynx_fetch(&streams->ahead, (uint32_t)t);
         uint16_t low[ROW], count[ROW], sign[ROW];
         cells_of(part, codes, t, params, low, count, sign);
         for (int c = 0; c < channels; c++) {
