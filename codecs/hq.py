@@ -252,7 +252,7 @@ class HQ(Codec):
     def encode(
         self, spec: ChunkSpec, array: Any, *, levels: Sequence[int] | None = None, threads: int = 1
     ) -> list[Buffer]:
-        """See :meth:`Codec.encode`."""
+        """See :meth:`Codec.encode`. The payloads of a call lie in one piece of memory, which any of them keeps."""
         job = self._job(spec)
         wanted = self._every if levels is None else tuple(levels)
         for level in wanted:
