@@ -21,8 +21,8 @@ _LAST_MESSAGES: Final = 10_000
 #: What it did not end: memory that it might still write to must never be anything else.
 ABANDONED: Final[list[Operation]] = []
 #: Nanoseconds of polling, and of calls that need not wait, after which other tasks of the loop get their turn.
-_SLICE_NS: Final = 500_000
-TURN_NS: Final = 1_000_000
+_SLICE_NS: Final = 100_000
+TURN_NS: Final = 250_000
 
 #: Microseconds without anything happening for which a stream polls before it sleeps.
 SPIN_VARIABLE: Final = "LYNXPROTO_UCX_SPIN_US"
@@ -84,7 +84,7 @@ class LoopWorker:
         self._polls_ns = self._spin_ns
         self._slept_at = 0
         self.ucx = Worker()
-        self.ucx.bound(self._polls_ns, _SLICE_NS)
+        self.ucx.bound(self._polls_ns, max(self._polls_ns, _SLICE_NS))
         self.turned_ns = 0
         """When other tasks of the loop had their last turn."""
         self._loop = asyncio.get_running_loop()
@@ -175,11 +175,11 @@ class LoopWorker:
             self._poll_once()
 
     def _awake(self) -> None:
-        """Something happened while the loop slept, or was busy."""
+        """Something happened while the loop slept; or while it was busy, and then it looks soon anyway."""
         if self._scheduled is None:
             self._polls_ns = self._spin_ns if monotonic_ns() - self._slept_at < _SHORT * self._spin_ns else 0
-            self.ucx.bound(self._polls_ns, _SLICE_NS)
-        self._progress()
+            self.ucx.bound(self._polls_ns, max(self._polls_ns, _SLICE_NS))
+            self._progress()
 
     def _progress(self) -> None:
         """Sleep if there is nothing to do; poll before only if the loop's other tasks have had their turn in vain."""
@@ -235,7 +235,7 @@ class LoopWorker:
         try:
             return self._poll()
         finally:
-            self.ucx.bound(self._polls_ns, _SLICE_NS)
+            self.ucx.bound(self._polls_ns, max(self._polls_ns, _SLICE_NS))
 
     def _poll(self, operation: Operation | None = None) -> int:
         outcome = self.ucx.poll(operation)
