@@ -11,11 +11,16 @@
 #define ROWS_RESCALE
 #define ROWS_FIELDS
 static void fields(const uint8_t *stream, int bits, uint32_t *out) {
-    const __m256i ones = _mm256_set1_epi32((1 << bits) - 1), step = _mm256_set1_epi32(8 * bits);
-    __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
-    for (int g = 0; g < ROW; g += 8, at = _mm256_add_epi32(at, step)) {
-        const __m256i found = _mm256_i32gather_epi32((const int *)stream, _mm256_srli_epi32(at, 3), 1);
-        store(out + g, _mm256_and_si256(_mm256_srlv_epi32(found, _mm256_and_si256(at, _mm256_set1_epi32(7))), ones));
+    const __m256i lane = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3), _mm256_set1_epi32(bits));
+    const __m256i at = _mm256_add_epi32(lane, _mm256_setr_m128i(_mm_setzero_si128(), _mm_set1_epi32(4 * (bits & 1))));
+    const __m256i byte = _mm256_mullo_epi32(_mm256_srli_epi32(at, 3), _mm256_set1_epi32(0x01010101));
+    const __m256i pick = _mm256_add_epi8(byte, _mm256_set1_epi32(0x03020100));
+    const __m256i shift = _mm256_and_si256(at, _mm256_set1_epi32(7)), ones = _mm256_set1_epi32((1 << bits) - 1);
+    for (int g = 0; g < ROW; g += 8, stream += bits) { /* 4 fields lie within 13 bytes */
+        const __m128i first = _mm_loadu_si128((const __m128i *)stream);
+        const __m128i second = _mm_loadu_si128((const __m128i *)(stream + bits / 2));
+        const __m256i found = _mm256_shuffle_epi8(_mm256_set_m128i(second, first), pick);
+        store(out + g, _mm256_and_si256(_mm256_srlv_epi32(found, shift), ones));
     }
 }
 #include "rows.h"
