@@ -22,7 +22,7 @@ _LAST_MESSAGES: Final = 10_000
 ABANDONED: Final[list[Operation]] = []
 #: Nanoseconds of polling, and of calls that need not wait, after which other tasks of the loop get their turn.
 _SLICE_NS: Final = 100_000
-TURN_NS: Final = 250_000
+TURN_NS: Final = 500_000
 
 #: Microseconds without anything happening for which a stream polls before it sleeps.
 SPIN_VARIABLE: Final = "LYNXPROTO_UCX_SPIN_US"
@@ -93,6 +93,7 @@ class LoopWorker:
         self._under_way: set[Operation] = set()
         self._free: list[Operation] = []
         self._woke = self._alone = False
+        self._turns = 0  # tasks that poll as soon as the others had theirs
         self._scheduled: asyncio.Handle | None = None
         self._loop.add_reader(self.ucx.fileno, self._awake)
 
@@ -140,7 +141,11 @@ class LoopWorker:
     async def take_turns(self) -> None:
         """Let other tasks of the loop have their turn."""
         self.turned_ns = monotonic_ns()
-        await asyncio.sleep(0)
+        self._turns += 1
+        try:
+            await asyncio.sleep(0)
+        finally:
+            self._turns -= 1
 
     async def until(self, ready: Callable[[], bool], bell: Bell, operation: Operation | None = None) -> None:
         """Return once ``ready()``: because ``operation``, whose bell it is, is over, or somebody rings."""
@@ -183,6 +188,9 @@ class LoopWorker:
 
     def _progress(self) -> None:
         """Sleep if there is nothing to do; poll before only if the loop's other tasks have had their turn in vain."""
+        if self._turns:
+            self._scheduled = self._loop.call_soon(self._progress)
+            return
         self._unschedule()
         self.turned_ns = monotonic_ns()
         alone, self._alone = self._alone, False
