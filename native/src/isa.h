@@ -117,8 +117,9 @@ typedef struct {
 } lynx_ahead;
 
 static inline void lynx_fetch(const lynx_ahead *ahead, uint32_t row) {
-    for (int i = 0; i < 3; i++) {
-        __builtin_prefetch(ahead->at[i] + (64 * row < ahead->size[i] ? 64 * row : ahead->size[i]));
+    for (int i = 0; i < 3; i++) { /* as numbers: a section that is not there is null, from which nothing has an offset */
+        const uintptr_t at = (uintptr_t)ahead->at[i] + (64 * row < ahead->size[i] ? 64 * row : ahead->size[i]);
+        __builtin_prefetch((const void *)at);
     }
 }
 
