@@ -42,8 +42,12 @@ UNIX_BYTES: Final = 1 << 20
 #: The same once the link's speed is known: what it carries in this time, within bounds.
 _UNSENT_S: Final = 0.5e-3
 _UNSENT: Final = (32 << 10, 4 << 20)
-#: Bytes in flight beyond 1.5 round trips: what the link carries in this time. Timers fire up to 2 ms late.
-_QUEUE_S: Final = 3e-3
+#: Bytes in flight beyond 1.5 round trips: what the link carries in this time, and while this side wakes up late: by as
+#: much as it did lately, within bounds.
+_QUEUE_S: Final = 1.2e-3
+_LATE_S: Final = (0.5e-3, 4e-3)
+#: How much the last one counts.
+_LATE_SHARE: Final = 0.1
 _QUEUE_BYTES: Final = 64 << 10
 #: The link's speed is measured over at least so long, and the largest of the last so many measurements counts.
 _MEASURE_S: Final = 10e-3
@@ -97,8 +101,8 @@ class TCPStream(SocketStream):
 
     Congestion control fills the queue of a router on the way: tens of milliseconds of bytes that a more urgent frame
     cannot overtake, and with BBR, which means not to, several still. This stream lets no more be under way than the
-    link carries in 1.5 round trips and 3 ms. What the link carries is what the peer acknowledges; while it carries
-    more, the bound grows by half in each measurement.
+    link carries in 1.5 round trips and about 2 ms, or more where this side wakes up late. What the link carries is what
+    the peer acknowledges; while it carries more, the bound grows by half in each measurement.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -108,11 +112,15 @@ class TCPStream(SocketStream):
         self._since = 0.0
         self._busy = False  # the link had something to do since then
         self._unsent = UNSENT_BYTES
+        self._late = sum(_LATE_S) / 2  # seconds
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
         """See :meth:`ByteStream.send`."""
         while (wait := self._measure()) > 0:
+            began = time.monotonic()
             await asyncio.sleep(wait)
+            late = time.monotonic() - began - wait
+            self._late += _LATE_SHARE * (min(max(late, _LATE_S[0]), _LATE_S[1]) - self._late)
         await super().send(buffers)
 
     def _measure(self) -> float:
@@ -132,7 +140,7 @@ class TCPStream(SocketStream):
         if not self._rates:
             return 0.0
         rate = max(1.0, *self._rates)
-        over = under_way - max(rate * (1.5e-6 * min(min_rtt, rtt) + _QUEUE_S), _QUEUE_BYTES)
+        over = under_way - max(rate * (1.5e-6 * min(min_rtt, rtt) + _QUEUE_S + self._late), _QUEUE_BYTES)
         wait: float = over / rate
         return min(wait, 0.1)
 
