@@ -407,6 +407,14 @@ class Incoming:
             progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
             self._peer.call_user(self.on_progress, progress)
 
+    def tell_progress(self) -> None:
+        """What has come before anybody asked to be told."""
+        now = time.monotonic()
+        for level, stats in sorted(self.stats.levels.items()):
+            if stats.chunks and self.on_progress is not None:
+                progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
+                self._peer.call_user(self.on_progress, progress)
+
     def land(self, tile: Tile) -> memoryview | None:
         """Where the words of ``tile`` belong, if they are contiguous there."""
         state = self._tiles.get(tile)

@@ -73,6 +73,12 @@ class IOThread:
 
         return self.submit(run()).result()
 
+    def soon(self, function: Callable[[], object]) -> None:
+        """Run ``function``, which must be short, on the I/O thread; not if that has ended."""
+        with self._lock:
+            if not self._stopping:
+                self.loop.call_soon_threadsafe(function)
+
     def stop(self) -> None:
         """End the loop and the thread. Idempotent. Must not be called from the I/O thread."""
         with self._lock:

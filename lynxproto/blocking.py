@@ -137,8 +137,12 @@ class IncomingTransfer(_Transfer[Incoming]):
         return self._side.degraded
 
     def on_progress(self, callback: Callable[[Progress], object] | None) -> None:
-        """Call ``callback`` when chunks have arrived, on the I/O thread: it must be quick and must not wait."""
+        """Call ``callback`` when chunks have arrived, on the I/O thread: it must be quick and must not wait.
+
+        What had arrived before is told at once.
+        """
         self._side.on_progress = callback
+        self._io.soon(self._side.tell_progress)
 
     def ready(self, level: int = 0, layer: int | None = None, timeout: float | None = None) -> None:
         """Return when the arrays (of one layer, or all) hold ``level``."""

@@ -185,12 +185,16 @@ class IncomingTransfer(_Transfer):
 
     @property
     def on_progress(self) -> Callable[[Progress], object] | None:
-        """Called when chunks have arrived, on the I/O thread: it must be quick and must not wait."""
+        """Called when chunks have arrived, on the I/O thread: it must be quick and must not wait.
+
+        What had arrived before it was set is told at once.
+        """
         return self._side.on_progress
 
     @on_progress.setter
     def on_progress(self, callback: Callable[[Progress], object] | None) -> None:
         self._side.on_progress = callback
+        self._io.soon(self._side.tell_progress)
 
     async def ready(self, level: int = 0, layer: int | None = None) -> None:
         """Return when the arrays (of one layer, or all) hold ``level``, or a tile's last level if that is lower.

@@ -1382,3 +1382,23 @@ def test_an_offer_that_is_taken_back_at_once_is_never_seen() -> None:
             writer.close()
 
     run(main)
+
+
+def test_who_asks_for_progress_late_is_told_what_had_arrived() -> None:
+    cache = make_cache(layers=2, tokens=70)
+
+    async def main() -> None:
+        async with listen(next(_names)) as receiver, connect(receiver.url) as sender:
+            sending = asyncio.ensure_future(sender.open(cache.manifest).send(cache))
+            incoming = await first(receiver)
+            await incoming.exact()
+            await sending
+            told: asyncio.Queue[Progress] = asyncio.Queue()
+            loop = asyncio.get_running_loop()
+            incoming.on_progress = lambda progress: loop.call_soon_threadsafe(told.put_nowait, progress)
+            levels = [await told.get() for _ in range(3)]
+            assert [progress.level for progress in levels] == [0, 1, 2]
+            assert all(progress.chunks == progress.total_chunks > 0 for progress in levels)
+        incoming.on_progress = None  # the session is over
+
+    run(main)
