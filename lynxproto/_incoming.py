@@ -21,7 +21,7 @@ from lynxproto import events
 from lynxproto._io import Signal, outcome_of
 from lynxproto._options import Deadline, Options
 from lynxproto._outgoing import part_words, tile_view
-from lynxproto._stats import Progress, Result, TransferStats
+from lynxproto._stats import LevelStats, Progress, Result, TransferStats
 from lynxproto.chunk import ChunkSpec, Part, Tile
 from lynxproto.codecs import Codec, DecodeState, get_codec
 from lynxproto.config import MAX_LEVELS
@@ -403,17 +403,20 @@ class Incoming:
         now, level = time.monotonic(), event.level
         counters = self._peer.connection.transfer_counters(self.id)
         stats = self.stats.update(level, counters.received_frames[level], counters.received_bytes[level], now)
-        if stats is not None and self.on_progress is not None:
-            progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
-            self._peer.call_user(self.on_progress, progress)
+        if stats is not None:
+            self._tell(level, stats, now)
 
     def tell_progress(self) -> None:
         """What has come before anybody asked to be told."""
         now = time.monotonic()
         for level, stats in sorted(self.stats.levels.items()):
-            if stats.chunks and self.on_progress is not None:
-                progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
-                self._peer.call_user(self.on_progress, progress)
+            if stats.chunks:
+                self._tell(level, stats, now)
+
+    def _tell(self, level: int, stats: LevelStats, now: float) -> None:
+        if self.on_progress is not None:
+            progress = Progress(now, level, stats.chunks, stats.bytes, stats.total_chunks)
+            self._peer.call_user(self.on_progress, progress)
 
     def land(self, tile: Tile) -> memoryview | None:
         """Where the words of ``tile`` belong, if they are contiguous there."""
