@@ -419,11 +419,10 @@ class Incoming:
             self._peer.call_user(self.on_progress, progress)
 
     def land(self, tile: Tile) -> memoryview | None:
-        """Where the words of ``tile`` belong, if they are contiguous there."""
-        state = self._tiles.get(tile)
-        if state is None or not tile.tokens.is_range or self.spool is not None:  # what is kept passes through here
+        """Where the words of ``tile`` belong, if they are contiguous there. Its plan may still be on the way here."""
+        if not tile.tokens.is_range or self.spool is not None:  # what is kept passes through here
             return None
-        words = tile_view(state.words, state.layer, tile)
+        words = tile_view(self._words[tile.layer, tile.part], self.manifest.layer(tile.layer), tile)
         return words.reshape(-1).view(np.uint8).data if words.flags.c_contiguous else None
 
     def on_layer_ended(self, event: events.LayerEnded) -> None:

@@ -18,6 +18,7 @@ from lynxproto._journal import Journal, reason_of
 from lynxproto._linkaware import LinkAware
 from lynxproto._options import Options, allocate_arrays
 from lynxproto._outgoing import Outgoing
+from lynxproto._pace import Pace
 from lynxproto.access import Principal, TransferRequest
 from lynxproto.admission import Gate, Guest
 from lynxproto.chunk import Tile
@@ -70,12 +71,6 @@ class Endpoint(Protocol):
         """A session ended."""
 
 
-#: What is asked of the connection at once is what the link lately carried in this time, within bounds: a more urgent
-#: frame has to wait for it (and for the kernel's share), and each time costs some CPU.
-_SEND_S: Final = 1e-3
-#: The link's speed is taken over so long.
-_RATE_S: Final = 5e-3
-_SEND_BYTES: Final = (16 << 10, 4 << 20)
 #: Chunks asked for ahead, for each codec thread: one that is done finds the next without the I/O thread's help.
 _AHEAD: Final = 2
 #: Protocol timers are looked at so late at most.
@@ -88,36 +83,12 @@ _LINGER_S: Final = 2.0
 _LONG_LINGER_S: Final = 10.0
 
 
-class _Pace:
-    """How many bytes to ask of the connection at once: what the link carries in ``_SEND_S``."""
-
-    def __init__(self) -> None:
-        self.limit = _SEND_BYTES[0]
-        self.rate: float | None = None
-        """Bytes a second; None while too little went to tell."""
-        self._bytes = 0
-        self._since = self._until = 0.0
-
-    def sent(self, nbytes: int, started: float, ended: float) -> None:
-        """``nbytes`` went from ``started`` to ``ended``. A single send tells little: a buffer may have had room."""
-        if started - self._until > _RATE_S:  # the link was idle
-            self._bytes, self._since = 0, started
-        self._bytes += nbytes
-        self._until = ended
-        elapsed = ended - self._since
-        if elapsed >= _RATE_S:
-            low, high = _SEND_BYTES
-            self.rate = self._bytes / elapsed
-            self.limit = int(max(low, min(self.rate * _SEND_S, high)))
-            self._bytes, self._since = 0, ended
-
-
 @dataclass(slots=True, eq=False)
 class _Stripe:
     number: int
     stream: ByteStream
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    pace: _Pace = field(default_factory=_Pace)
+    pace: Pace = field(default_factory=Pace)
     sending: asyncio.Future[None] | None = None  # while the stream sends what it was given last
     interrupted: asyncio.Future[None] | None = None  # until receiving has let go of its buffer
     closing: bool = False
@@ -262,8 +233,7 @@ class Peer:
         try:
             while True:
                 stripe.wake.clear()
-                started = time.monotonic()
-                data = self.connection.data_to_send(started, stripe.number, pace.limit)
+                data = self.connection.data_to_send(time.monotonic(), stripe.number, pace.limit)
                 if data:
                     stripe.sending = self._loop.create_future()
                     self.link.meter.begin(time.monotonic())
@@ -274,7 +244,7 @@ class Peer:
                         stripe.sending.set_result(None)
                         stripe.sending = None
                     nbytes = sum(part.nbytes for part in data)
-                    pace.sent(nbytes, started, time.monotonic())
+                    pace.sent(nbytes, time.monotonic())
                     self.bytes_sent += nbytes
                     if self.connection.news():
                         for transfer in self.connection.lent(stripe.number):
@@ -285,6 +255,7 @@ class Peer:
                     await stripe.stream.send_eof()
                     return  # the receiving task goes on until the peer hangs up too, or the linger time is over
                 else:
+                    pace.idle()
                     await stripe.wake.wait()
         except StreamClosedError:
             return

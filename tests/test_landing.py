@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -200,3 +201,26 @@ def test_memory_can_be_reused_as_soon_as_cancel_returns(url: str) -> None:
 
     run(lambda: main(True))
     run(lambda: main(False))
+
+
+def test_words_right_behind_their_plan_land_in_place() -> None:
+    """Plan and chunk may come in the same read: nothing of the size of a tile is allocated for its payload."""
+    cache_ = make_cache(layers=4, tokens=4096)
+    pages = {key: np.zeros_like(array) for key, array in cache_.arrays.items()}
+    peaks: list[int] = []
+
+    async def main() -> None:
+        async with (
+            listen(next(_names), allocate=lambda _: pages, insecure=True) as receiver,
+            connect(receiver.url, policy=Policy.named("bf16"), insecure=True) as sender,
+        ):
+            for _ in range(3):
+                tracemalloc.start()
+                _, incoming = await asyncio.gather(sender.open(cache_.manifest).send(cache_), first(receiver))
+                await incoming.exact()
+                peaks.append(tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+
+    run(main)
+    smallest = min(array.nbytes for array in cache_.arrays.values())
+    assert max(peaks) < smallest, f"{peaks} bytes beside tiles of {smallest}"
