@@ -12,13 +12,17 @@ _SEND_S: Final = 1e-3
 #: The link's speed is taken over so long.
 _RATE_S: Final = 5e-3
 _SEND_BYTES: Final = (16 << 10, 4 << 20)
+#: The same at first: what a kernel holds unsent anyway.
+_FIRST_BYTES: Final = 128 << 10
+#: A link that had little to carry may be faster than it was seen to be: by so much.
+_HIDDEN: Final = 2.0
 
 
 class Pace:
     """How many bytes to ask of the connection at once: what the link carries in ``_SEND_S``. Times are in seconds."""
 
     def __init__(self) -> None:
-        self.limit = _SEND_BYTES[0]
+        self.limit = _FIRST_BYTES
         self.rate: float | None = None
         """Bytes a second; None while too little went to tell."""
         self._bytes = 0
@@ -29,14 +33,18 @@ class Pace:
         """There is nothing to send. What goes next finds room in buffers, and its time tells nothing of the link."""
         self._until = None
 
-    def sent(self, nbytes: int, ended: float) -> None:
-        """``nbytes`` went, until ``ended``."""
+    def sent(self, nbytes: int, ended: float, link_rate: float | None = None) -> None:
+        """``nbytes`` went, until ``ended``; the stream knows ``link_rate`` of a link behind buffers (0: not yet)."""
         if self._until is not None:
             self._bytes += nbytes
             self._busy += ended - self._until
         self._until = ended
         if self._busy >= _RATE_S:
-            low, high = _SEND_BYTES
-            self.rate = self._bytes / self._busy
-            self.limit = int(max(low, min(self.rate * _SEND_S, high)))
+            rate = self._bytes / self._busy
             self._bytes, self._busy = 0, 0.0
+            if link_rate is not None:
+                rate = min(rate, _HIDDEN * link_rate)
+            if rate:
+                low, high = _SEND_BYTES
+                self.rate = rate
+                self.limit = int(max(low, min(rate * _SEND_S, high)))

@@ -244,7 +244,7 @@ class Peer:
                         stripe.sending.set_result(None)
                         stripe.sending = None
                     nbytes = sum(part.nbytes for part in data)
-                    pace.sent(nbytes, time.monotonic())
+                    pace.sent(nbytes, time.monotonic(), stripe.stream.link_rate)
                     self.bytes_sent += nbytes
                     if self.connection.news():
                         for transfer in self.connection.lent(stripe.number):

@@ -49,7 +49,21 @@ def test_a_first_send_finds_room_in_a_buffer_and_does_not_make_the_link_fast() -
         pace.idle()
         now += 1e-3
     assert pace.rate is None
-    assert pace.limit == 16 * KIB
+
+
+def test_bursts_that_fit_into_buffers_do_not_hide_a_slow_link() -> None:
+    """A stream that knows what its link carries is believed, as soon as it knows."""
+    pace = Pace()
+    now = 0.0
+    for n in range(400):
+        for _ in range(4):
+            now += 64 * KIB / 5e9  # into the kernel's buffers
+            pace.sent(64 * KIB, now, 0.0 if n < 200 else 10e6)
+        assert pace.limit <= 128 * KIB
+        pace.idle()
+        now += 20e-3
+    assert pace.rate == pytest.approx(20e6)
+    assert pace.limit == pytest.approx(20e3, rel=0.01)
 
 
 def test_the_limit_follows_a_link_that_becomes_slow() -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import struct
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -33,8 +34,9 @@ from lynxproto.transports import (
     schemes,
     server_context,
 )
+from lynxproto.transports._socket import SocketStream
 from lynxproto.transports.abc import take
-from lynxproto.transports.tcp import LOCAL_BYTES
+from lynxproto.transports.tcp import LOCAL_BYTES, TCPStream
 
 
 def run(coroutine: Awaitable[Any]) -> Any:
@@ -293,6 +295,31 @@ def test_the_kernel_holds_little_unsent() -> None:
             with pytest.raises(StreamClosedError):
                 await sending
             await server.aclose()
+
+    run(main())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_INFO is read on Linux only")
+def test_tcp_knows_what_the_link_behind_its_buffers_carries() -> None:
+    """Not before it has carried something, and no more than was acknowledged."""
+    nbytes = 32 << 20
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
+            far, _ = server.accept()
+            sender, receiver = TCPStream(near, "near"), SocketStream(far, "far")
+            assert sender.link_rate == 0.0
+            assert receiver.link_rate is None
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            receiving = asyncio.create_task(receive_exactly(receiver, nbytes))
+            for _ in range(nbytes >> 16):
+                await sender.send([memoryview(bytes(1 << 16))])
+            await receiving
+            took = loop.time() - began
+            assert sender.link_rate > 0.5 * nbytes / took  # the fastest 10 ms of it
+            await receiver.aclose()
+            await sender.aclose()
 
     run(main())
 

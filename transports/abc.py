@@ -79,6 +79,14 @@ class ByteStream(_Resource):
         """Who the peer is; known once bytes have arrived."""
         return Credentials()
 
+    @property
+    def link_rate(self) -> float | None:
+        """Bytes a second that a link behind the system's buffers carried lately, which :meth:`send` cannot show.
+
+        0.0 while too little went to tell. None, the default, if the time of :meth:`send` is all that there is to know.
+        """
+        return None
+
     @abstractmethod
     async def receive_into(self, buffer: memoryview) -> int:
         """Receive at least one byte into ``buffer`` (writable, not empty) and return how many; 0 when the peer ended.
@@ -208,6 +216,11 @@ class WrappedStream(ByteStream):
     def credentials(self) -> Credentials:
         """See :attr:`ByteStream.credentials`."""
         return self._stream.credentials
+
+    @property
+    def link_rate(self) -> float | None:
+        """See :attr:`ByteStream.link_rate`."""
+        return self._stream.link_rate
 
     async def receive_into(self, buffer: memoryview) -> int:
         """See :meth:`ByteStream.receive_into`."""

@@ -24,6 +24,7 @@ __all__ = [
     "LOCAL_BYTES",
     "UNIX_BYTES",
     "UNSENT_BYTES",
+    "TCPStream",
     "TCPTransport",
     "UnixTransport",
     "connect_tcp",
@@ -113,6 +114,11 @@ class TCPStream(SocketStream):
         self._busy = False  # the link had something to do since then
         self._unsent = UNSENT_BYTES
         self._late = sum(_LATE_S) / 2  # seconds
+
+    @property
+    def link_rate(self) -> float | None:
+        """What the peer acknowledged in the fastest of the last measurements."""
+        return max(self._rates, default=0.0)
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
         """See :meth:`ByteStream.send`."""

@@ -220,6 +220,11 @@ class TLSStream(ByteStream):
         names = sorted((pair for pair in names if pair[0] in order), key=lambda pair: order.index(pair[0]))
         return Credentials(names=tuple(dict.fromkeys(name for _, name in names)))
 
+    @property
+    def link_rate(self) -> float | None:
+        """See :attr:`ByteStream.link_rate`."""
+        return self._stream.link_rate
+
     def _read(self, buffer: memoryview) -> int:
         return cast(int, self._tls.read(buffer.nbytes, cast(bytearray, buffer)))  # typeshed knows less
 
