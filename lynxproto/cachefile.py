@@ -16,6 +16,7 @@ of the mapped file, and a receiver decodes straight into the file it is making.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -34,7 +35,7 @@ from lynxproto.chunk import DTYPES, Part
 from lynxproto.errors import CacheFileError, LynxError
 from lynxproto.manifest import Identity, LayerSpec, Manifest
 
-__all__ = ["Arrays", "Cache", "CacheFileWriter", "load_cache", "save_cache"]
+__all__ = ["Arrays", "Cache", "CacheFileWriter", "load_cache", "remove_abandoned", "save_cache"]
 
 #: ``(layer, part)`` -> words ``[kv_heads, tokens, head_dim]``
 Arrays = dict[tuple[int, Part], NDArray[Any]]
@@ -185,12 +186,34 @@ def _read_result(path: Path, metadata: dict[str, Any]) -> tuple[int | None, floa
     return first_token, logit_gap
 
 
+def _create_locked(path: Path) -> int:
+    """A new private file under a lock, which the map of it holds until it is gone: then nobody writes to it."""
+    while True:
+        made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(OSError):  # where there are no locks, nothing is taken for abandoned either
+            fcntl.flock(made, fcntl.LOCK_EX)
+        if os.fstat(made).st_nlink:
+            return made
+        os.close(made)  # taken for abandoned before it was locked
+
+
+def remove_abandoned(folder: Path) -> int:
+    """Remove the unfinished dumps in ``folder`` whose writers were killed; return how many there were."""
+    removed = 0
+    for path in folder.glob(f".*.{'[0-9a-f]' * 8}.part"):
+        with contextlib.suppress(OSError), path.open("rb+") as file:  # locked: somebody is writing it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            removed += 1
+    return removed
+
+
 class CacheFileWriter:
     """Makes the dump of ``manifest`` at ``path``: fill :attr:`arrays`, then :meth:`commit`.
 
     The arrays are views of a temporary file beside ``path``, of full size from the start, so that a full disk shows
     before any work is done. ``path`` appears only with ``commit``, whole. As a context manager it discards the file
-    unless it was committed.
+    unless it was committed; what a killed process leaves is for :func:`remove_abandoned`.
 
     Raises :class:`~lynxproto.errors.CacheFileError` when the file cannot be made, or ``path`` exists (with ``replace``
     the new file takes the old one's place at once).
@@ -218,8 +241,7 @@ class CacheFileWriter:
         self._start = -(-room // _ALIGN) * _ALIGN
         self._temporary: Path | None = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         try:
-            made = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)  # it is private
-            with os.fdopen(made, "rb+") as file:
+            with os.fdopen(_create_locked(self._temporary), "rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, self._start + offset)
                 self._map = mmap.mmap(file.fileno(), self._start + offset)
         except (OSError, ValueError) as error:

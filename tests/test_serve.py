@@ -264,6 +264,38 @@ def test_eviction_removes_the_least_recently_used(tmp_path: Path) -> None:
     assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == ["more", "new"]
 
 
+def test_nothing_is_evicted_for_what_would_not_fit_even_so(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, quota=60_000, evict=True, replace=True)
+    commit(folder, "old")
+    with pytest.raises(LimitError, match="256000 bytes do not fit into the quota of 60000"):
+        folder.allocate(manifest("huge", tokens=1000))
+    landing = folder.allocate(manifest("first"))
+    with pytest.raises(LimitError, match="try again later"):
+        folder.allocate(manifest("second", tokens=150))
+    landing.writer.discard()
+    assert [path.stem for path in tmp_path.glob("*.safetensors")] == ["old"]
+
+
+def test_what_a_killed_receiver_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    code = (
+        "import sys, os; sys.path.insert(0, 'tests'); from pathlib import Path; from test_serve import Folder, manifest\n"
+        "landing = Folder(Path(sys.argv[1])).allocate(manifest('gone'))\n"
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        Folder(tmp_path)
+        assert len(list(tmp_path.glob(".gone*.part"))) == 1  # its writer lives
+        process.kill()
+    mine = Folder(tmp_path).allocate(manifest("mine"))
+    Folder(tmp_path)
+    assert [path.name.split(".")[1] for path in tmp_path.glob(".*.part")] == ["mine"]
+    mine.writer.discard()
+
+
 def test_ids_of_peers_make_distinct_names_inside_the_folder(tmp_path: Path) -> None:
     folder = Folder(tmp_path, replace=True)
     for request_id in ("../../etc/passwd", "-..-..-etc-passwd", "a b", "a/b", "", ".hidden"):

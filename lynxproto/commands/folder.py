@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 from numpy.typing import NDArray
 
-from lynxproto.cachefile import Cache, CacheFileWriter, load_cache
+from lynxproto.cachefile import Cache, CacheFileWriter, load_cache, remove_abandoned
 from lynxproto.chunk import Part
 from lynxproto.config import MAX_LEVELS
 from lynxproto.errors import CacheFileError, LimitError, LynxError, NotFoundError
@@ -73,6 +73,8 @@ class Folder:
         self._lock = threading.Lock()
         self._landing: set[CacheFileWriter] = set()
         self._index: dict[bytes, Path] = {}
+        if path.is_dir():
+            remove_abandoned(path)  # what a process that was killed left here
 
     @property
     def empty(self) -> bool:
@@ -127,17 +129,22 @@ class Folder:
         if self._quota is None:
             return
         files = [(stat.st_atime, stat.st_size, path) for path in self.path.glob(f"*{_SUFFIX}") if (stat := path.stat())]
-        used = sum(size for _, size, _ in files) + sum(writer.nbytes for writer in self._landing.copy())
+        kept, landing = sum(size for _, size, _ in files), sum(writer.nbytes for writer in self._landing.copy())
+        if landing + nbytes > self._quota:  # nothing is evicted for what will not fit even so
+            raise LimitError(
+                f"{nbytes} bytes do not fit into the quota of {self._quota}, of which {landing} are being received; "
+                "raise --quota" + (", or try again later" if landing else "")
+            )
         if self._evict:
             for _, size, path in sorted(files):
-                if used + nbytes <= self._quota:
+                if kept + landing + nbytes <= self._quota:
                     break
                 path.unlink(missing_ok=True)
-                used -= size
-        if used + nbytes > self._quota:
+                kept -= size
+        if kept + landing + nbytes > self._quota:
             raise LimitError(
-                f"{nbytes} bytes do not fit: {used} of the quota of {self._quota} are in use; remove caches, raise "
-                "--quota, or let --evict make room"
+                f"{nbytes} bytes do not fit: {kept + landing} of the quota of {self._quota} are in use; remove caches, "
+                "raise --quota, or let --evict make room"
             )
 
     def _name(self, request_id: str) -> Path:
