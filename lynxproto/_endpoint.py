@@ -272,7 +272,7 @@ class Server(Endpoint):
             _log.warning("%s asks for a session of %s: refused", stream.name, peer.principal.name)
             peer = None
         if self.draining and (peer is None or peer.over):
-            await _turn_away(stream, ErrorCode.SHUTDOWN, "this side is shutting down; connect to another")
+            await _turn_away(stream, ErrorCode.SHUTDOWN, "shutting down; connect to another")
             self.gate.leave(guest)
             return
         if peer is None:  # a new session; or one that is over, which the new connection will say

@@ -140,7 +140,9 @@ class Handshake:
                 return secret
         if secrets or name:
             what = f"the secret {name!r} is" if name else "a secret without an id is"
-            raise AuthenticationError(f"{what} not accepted here; both sides need the same one (Config.secrets)")
+            raise AuthenticationError(
+                f"{what} not accepted here; both sides need the same one (--secret-file, Config.secrets)"
+            )
         return None
 
     def _say_hello(self, stripe: Stripe, *, token: bytes = b"", alive: tuple[int, ...] = ()) -> None:
@@ -203,7 +205,10 @@ class Handshake:
         if body.version != VERSION:
             raise VersionError(f"the peer chose version {body.version}, this side speaks {VERSION}")
         if not hmac.compare_digest(body.mac, self._proof(stripe, of_client=not self.client)):
-            raise AuthenticationError("the peer did not prove that it knows the secret; is Config.secret the same?")
+            raise AuthenticationError(
+                "the peer did not prove that it knows the secret; both sides need the same one "
+                "(--secret-file, Config.secret)"
+            )
         principal = stripe.secret.owner if stripe.secret else ""
         if not stripe.joins:
             self.principal = principal

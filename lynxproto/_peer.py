@@ -694,7 +694,7 @@ class Peer:
         refused: Exception | None = None
         try:
             if self.draining:
-                raise PeerError("this side is shutting down; send it to another", ErrorCode.SHUTDOWN)
+                raise PeerError("shutting down; send it to another", ErrorCode.SHUTDOWN)
             if waiting is None:  # what this side asked for needs no permission
                 await self._authorize(TransferRequest(action="push", principal=self.principal, manifest=event.manifest))
                 resumed = await self._resumed(event)
@@ -786,7 +786,7 @@ class Peer:
         on_fetch = self._options.on_fetch
         cache, code, text = None, ErrorCode.NOT_FOUND, ""
         if self.draining:
-            code, text = ErrorCode.SHUTDOWN, "this side is shutting down; ask another"
+            code, text = ErrorCode.SHUTDOWN, "shutting down; ask another"
         elif on_fetch is not None:
             try:
                 await self._authorize(TransferRequest(action="pull", principal=self.principal, key=event.key))

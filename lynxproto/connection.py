@@ -902,7 +902,8 @@ class Connection:
             self._sender.on_probe_answered(stripe.index, sequence)
 
     def _on_goaway(self, stripe: Stripe, _: int, body: frames.GoAway) -> None:
-        text = f"the peer closed the session: {body.text or body.code.name}"
+        why = "it ended or was stopped" if body.code is ErrorCode.NO_ERROR else body.code.name
+        text = f"the peer closed the session: {body.text or why}"
         if body.code is ErrorCode.NO_ERROR:
             self._end(ConnectionClosedError(text))
             self._ctx.events.append(ConnectionClosed(by_peer=True, text=body.text))

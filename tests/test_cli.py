@@ -52,8 +52,10 @@ def receiving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         try:
             assert process.stderr is not None
             line = process.stderr.readline()
-            assert line.startswith("listening on "), line
-            yield process, line.split()[-1]
+            while "listening on " not in line:
+                assert line, process.communicate()
+                line = process.stderr.readline()
+            yield process, json.loads(line)["url"] if line.startswith("{") else line.split()[-1]
         finally:
             process.kill()
 
@@ -208,6 +210,59 @@ def test_an_interrupted_receiver_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_receiver_interrupted_in_the_middle_leaves_nothing_behind(tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", tokens=2000)
+    with receiving("-o", str(tmp_path / "out")) as (receiver, url):
+        command = [sys.executable, "-m", "lynxproto", "send", str(tmp_path / "cache"), url, "--link", "1M", "-q"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as sender:
+            while not list((tmp_path / "out").glob(".*.part")):
+                assert sender.poll() is None
+            receiver.send_signal(signal.SIGINT)
+            _, err = receiver.communicate(timeout=60)
+            _, sender_err = sender.communicate(timeout=60)
+    assert (receiver.returncode, "Traceback" in err) == (130, False), err
+    assert (sender.returncode, "ended or was stopped" in sender_err) == (1, True), sender_err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_receiver_that_is_stopped_before_anything_came_says_so(tmp_path: Path) -> None:
+    with receiving("-o", str(tmp_path / "out")) as (receiver, _):
+        receiver.send_signal(signal.SIGTERM)
+        receiver.communicate(timeout=60)
+    assert receiver.returncode == 75
+
+
+def test_what_arrived_is_told_though_the_capture_is_not_whole(tmp_path: Path) -> None:
+    """/dev/full takes no byte; the cache is there all the same, and its outcome line too."""
+    make_cache(tmp_path / "cache")
+    with receiving("-o", str(tmp_path / "out"), "--json", "--capture", "/dev/full") as (receiver, url):
+        code, _, err = invoke("send", str(tmp_path / "cache"), url, "--quiet", "--stripes", "2", "--threads", "1")
+        assert code == 0, err
+        out, err = receiver.communicate(timeout=60)
+    assert (receiver.returncode, "capture" in err) == (1, True)
+    assert Path(json.loads(out)["path"]).exists()
+
+
+def test_a_policy_that_cannot_code_the_cache_is_refused_before_anybody_hears_of_it(tmp_path: Path) -> None:
+    manifest = Manifest.for_cache(
+        identity=Identity(model="test/model"), dtype="float32", layers=1, kv_heads=1, head_dim=64, tokens=64
+    )
+    arrays: Any = {(0, part): np.zeros((1, 64, 64), np.uint32) for part in ("key", "value")}
+    save_cache(tmp_path / "cache", Cache(manifest=manifest, arrays=arrays))
+    for policy in ("exact", "int8"):
+        code, _, err = invoke("send", str(tmp_path / "cache"), "tcp://127.0.0.1:9", "--policy", policy)
+        assert (code, f"--policy {policy} cannot code float32; use lynx, auto or raw" in err) == (1, True), err
+
+
+def test_json_logs_are_nothing_but_json(tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache")
+    with receiving("-o", str(tmp_path / "out"), "--log-format", "json") as (receiver, url):
+        code, _, _ = invoke("send", str(tmp_path / "cache"), url, "--quiet")
+        assert code == 0
+        _, err = receiver.communicate(timeout=60)
+    assert all(json.loads(line)["time"] for line in err.splitlines()), err
+
+
 def test_progress_bars_for_people(tmp_path: Path) -> None:
     """On a terminal there are bars; the terminal here is a pseudo one."""
     make_cache(tmp_path / "cache")
@@ -268,4 +323,4 @@ def test_a_calibration_that_does_not_fit_is_refused_before_anything_is_sent(tmp_
     code, _, err = invoke(*arguments, "--calibration", other)
     assert (code, "another/model" in err, "test/model" in err) == (1, True, True)
     code, _, err = invoke(*arguments, "--calibration", other, "--policy", "int8")
-    assert (code, "--calibration" in err) == (1, True)
+    assert (code, "--calibration" in err) == (2, True)

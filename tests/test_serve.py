@@ -47,7 +47,7 @@ def serving(root: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen[s
             while "serving " not in line:
                 assert line, process.communicate()
                 line = process.stderr.readline()
-            yield process, line.split()[-1]
+            yield process, json.loads(line)["url"] if line.startswith("{") else line.split()[-1]
         finally:
             process.kill()
 
@@ -278,7 +278,8 @@ def test_nothing_is_evicted_for_what_would_not_fit_even_so(tmp_path: Path) -> No
 
 def test_what_a_killed_receiver_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
     code = (
-        "import sys, os; sys.path.insert(0, 'tests'); from pathlib import Path; from test_serve import Folder, manifest\n"
+        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path\n"
+        "from test_serve import Folder, manifest\n"
         "landing = Folder(Path(sys.argv[1])).allocate(manifest('gone'))\n"
         "print('ready', flush=True); sys.stdin.read()"
     )
@@ -398,6 +399,6 @@ def test_mistakes_in_flags_and_the_environment_are_named(tmp_path: Path) -> None
         assert result.exit_code in (1, 2), arguments
         assert says in result.stderr, (arguments, result.stderr)
     result = invoke("serve", "tcp://127.0.0.1:0", "--root", tmp_path, "--evict")
-    assert (result.exit_code, "--evict needs a --quota" in result.stderr) == (1, True)
+    assert (result.exit_code, "--evict needs a --quota" in result.stderr) == (2, True)
     result = invoke("serve", "tcp://0.0.0.0:0", "--root", tmp_path)
     assert (result.exit_code, "--insecure" in result.stderr) == (1, True)

@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -66,15 +66,25 @@ _REMEDY: Final = {
     errno.EADDRINUSE: "another program listens there; choose another port, or port 0 for any free one",
     errno.EADDRNOTAVAIL: "this machine has no such address; use 0.0.0.0 or [::] to listen on all",
     errno.EACCES: "not permitted; ports below 1024 need privileges",
-    errno.ENOENT: "no such path; start the receiver first, or check the path",
+}
+_UNIX_REMEDY: Final = {
+    errno.ECONNREFUSED: "nobody listens there; start the receiver first, or check the path",
+    errno.ENOENT: "start the receiver first, or check the path",
+    errno.EACCES: "the socket is for another user",
+}
+_UNIX_LISTEN_REMEDY: Final = {
+    errno.EADDRINUSE: "another program listens there, or the file is no socket; choose another path",
+    errno.ENOENT: "make its folder first, or check the path",
+    errno.EACCES: "choose a folder that this user may write to",
 }
 
 
-def _explain(what: str, error: OSError) -> TransportError:
+def _explain(what: str, error: OSError, remedies: Mapping[int, str] = _REMEDY) -> TransportError:
     if isinstance(error, socket.gaierror):
         return TransportError(f"{what}: cannot resolve the host name ({error.strerror}); check its spelling")
-    remedy = _REMEDY.get(error.errno or 0)
-    return TransportError(f"{what}: {error.strerror or error}{'; ' + remedy if remedy else ''}")
+    reason = os.strerror(error.errno) if error.errno else error  # asyncio puts words of its own into strerror
+    remedy = remedies.get(error.errno or 0)
+    return TransportError(f"{what}: {reason}{'; ' + remedy if remedy else ''}")
 
 
 def _authority(address: tuple[object, ...]) -> str:
@@ -164,7 +174,7 @@ async def connect_tcp(host: str, port: int) -> ByteStream:
     Raises :class:`~lynxproto.errors.TransportError`, which says why and what to do.
     """
     loop = asyncio.get_running_loop()
-    what = f"cannot connect to tcp://{_authority((host, port))}"
+    what = f"cannot connect to {_authority((host, port))}"
     failure: OSError = OSError("no address")
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -194,7 +204,7 @@ async def listen_tcp(host: str, port: int) -> Listener:
 
     Raises :class:`~lynxproto.errors.TransportError`, which says why and what to do.
     """
-    what = f"cannot listen on tcp://{_authority((host, port))}"
+    what = f"cannot listen on {_authority((host, port))}"
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -231,7 +241,7 @@ async def connect_unix(path: str) -> ByteStream:
         return SocketStream(sock, f"unix://{path}")
     except OSError as error:
         sock.close()
-        raise _explain(f"cannot connect to unix://{path}", error) from error
+        raise _explain(f"cannot connect to unix://{path}", error, _UNIX_REMEDY) from error
     except BaseException:
         sock.close()
         raise
@@ -267,7 +277,7 @@ async def listen_unix(path: str) -> Listener:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise _explain(f"cannot listen on {url}", error) from error
+        raise _explain(f"cannot listen on {url}", error, _UNIX_LISTEN_REMEDY) from error
     return SocketListener(sock, url, setup, lambda: Path(path).unlink(missing_ok=True))
 
 

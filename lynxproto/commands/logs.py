@@ -8,7 +8,9 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-__all__ = ["set_up"]
+import click
+
+__all__ = ["say", "set_up"]
 
 
 class _Text(logging.Formatter):
@@ -45,3 +47,14 @@ def set_up(form: str, level: str) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+def say(text: str, **fields: object) -> None:
+    """A line on stderr at any log level, in the log's form: where that is JSON, all lines are."""
+    handlers = logging.getLogger("lynxproto").handlers
+    form = handlers[0].formatter if handlers else None
+    if isinstance(form, _Json):
+        record = logging.LogRecord("lynxproto", logging.INFO, "", 0, text, None, None)
+        record.fields = fields
+        text = form.format(record)
+    click.echo(text, err=True)

@@ -71,21 +71,27 @@ def _shared(log_level: str) -> list[click.Parameter]:
             ["--set", "settings"], multiple=True, metavar="TABLE.NAME=VALUE",
             help="A setting of the session, limits or admission table, e.g. limits.transfers=64.",
         ),
+        click.Option(["--threads"], type=click.IntRange(1), help="Codec threads. Default: one for each CPU."),
         click.Option(["--link"], type=BitRate(), help="Slow this side's sending down to a rate, for example 130M."),
         click.Option(["--ca"], type=FILE, help="PEM file that signs the peer's certificate (tcps://)."),
         click.Option(["--certificate"], type=FILE, help="This side's certificate, a PEM file (tcps://)."),
         click.Option(["--key"], type=FILE, help="Key of the certificate, a PEM file (tcps://)."),
         click.Option(["--insecure"], is_flag=True, help="Allow plaintext: tcp:// beyond loopback."),
-        click.Option(["--secret-file"], type=FILE, help="Shared secret that the peer must know: 16 bytes or more."),
+        click.Option(
+            ["--secret-file"], type=FILE, help="File of a shared secret that the peer must know: 16 bytes or more."
+        ),
         click.Option(
             ["--capture"], type=_OUT,
             help="Record what crosses the session's streams into a file, for `lynxproto inspect`.",
         ),
         click.Option(["--metrics"], metavar="HOST:PORT", help="Serve Prometheus metrics there."),
-        click.Option(["--log-format"], type=click.Choice(["text", "json"]), default="text", show_default=True),
+        click.Option(
+            ["--log-format"], type=click.Choice(["text", "json"]), default="text", show_default=True,
+            help="Of the lines on stderr; json: all of them, and no progress.",
+        ),
         click.Option(
             ["--log-level"], type=click.Choice(["debug", "info", "warning", "error"]), default=log_level,
-            show_default=True,
+            show_default=True, help="The least that is logged.",
         ),
         click.Option(["--json"], is_flag=True, help="Print each outcome as one line of JSON on stdout."),
         click.Option(["--quiet", "-q"], is_flag=True, help="No progress on stderr."),
@@ -98,6 +104,15 @@ def _of_servers() -> list[click.Parameter]:
         click.Option(
             ["--drain-timeout"], type=click.FloatRange(min=0), default=30.0, show_default=True,
             help="Seconds that transfers have to finish after SIGTERM.",
+        ),
+    ]  # fmt: skip
+
+
+def _of_clients() -> list[click.Parameter]:
+    return [
+        click.Option(
+            ["--stripes"], type=click.IntRange(1), default=1, show_default=True,
+            help="Connections of the session; with several, the first is kept free for anchors.",
         ),
     ]  # fmt: skip
 
@@ -116,6 +131,7 @@ class SessionOptions:
 
     config: Path | None
     settings: tuple[str, ...]
+    threads: int | None
     link: float | None
     ca: Path | None
     certificate: Path | None
@@ -130,6 +146,12 @@ class SessionOptions:
     quiet: bool
     any_client: bool = False
     drain_timeout: float = 30.0
+    stripes: int = 1
+
+    @property
+    def silent(self) -> bool:
+        """Whether progress is not shown: nobody wants to see it, or stderr holds JSON."""
+        return self.quiet or self.log_format == "json"
 
     def session(self, url: str, content: Mapping[str, Any], *, server: bool, **fields: Any) -> dict[str, Any]:
         """Arguments for ``connect`` and ``listen``; ``fields`` are further ones of Config."""
@@ -144,6 +166,8 @@ class SessionOptions:
             "tls": self._tls(url, server=server),
             "insecure": self.insecure,
             "link": None if self.link is None else TokenBucket(self.link),
+            "threads": self.threads,
+            **({} if server else {"stripes": self.stripes}),
         }
 
     def _tls(self, url: str, *, server: bool) -> ssl.SSLContext | None:
@@ -199,7 +223,7 @@ def session_command(
             logs.set_up(options.log_format, options.log_level)
             function(options=options, content=click.get_current_context().meta[__name__], **given)
 
-        everything = [*params, *(_of_servers() if server else ()), *_shared(log_level)]
+        everything = [*params, *(_of_servers() if server else _of_clients()), *_shared(log_level)]
         for param in everything:
             if param.name != "settings":
                 param.envvar = f"{PREFIX}{param.name}".upper()

@@ -56,9 +56,7 @@ class Watch:
             for level, stats in sorted(self._stats.levels.items()):
                 if stats.chunks:
                     seconds = (stats.last or 0) - self._stats.opened
-                    click.echo(
-                        f"{_level_name(level)}: {stats.bytes / 1e6:.2f} MB, done after {seconds:.3f} s", err=True
-                    )
+                    click.echo(f"{_level_name(level)}: {stats.bytes / 1e6:.2f} MB after {seconds:.3f} s", err=True)
 
     async def _watch(self) -> None:
         while True:

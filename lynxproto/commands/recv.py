@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lynxproto.commands import logs
 from lynxproto.commands.options import STATE_OPTION, SessionOptions, session_command
 from lynxproto.errors import LynxError
 
@@ -106,22 +107,24 @@ async def _recv(
                 if metrics is not None:
                     metrics.watch(receiver.snapshot)
                 if not options.quiet:
-                    click.echo(f"listening on {receiver.url}", err=True)
+                    logs.say(f"listening on {receiver.url}", url=receiver.url)
                 if not await stop.first_of(take()):
-                    return 0  # asked to stop before anything came
+                    return UNFINISHED  # asked to stop before anything came
                 (transfer,) = taken
-                async with Watch(transfer, quiet=options.quiet):
+                async with Watch(transfer, quiet=options.silent):
                     landing = asyncio.ensure_future(folder.land(transfer))
-                    if not await stop.first_of(asyncio.shield(landing)):
-                        await asyncio.wait([landing], timeout=options.drain_timeout)
-                        if not landing.done():
-                            landing.cancel()
-                            await asyncio.gather(landing, return_exceptions=True)
-                            return UNFINISHED
-                    path = await landing
+                    try:
+                        if not await stop.first_of(asyncio.shield(landing)):
+                            await asyncio.wait([landing], timeout=options.drain_timeout)
+                            if not landing.done():
+                                return UNFINISHED
+                        path = await landing
+                    finally:
+                        landing.cancel()
+                        await asyncio.gather(landing, return_exceptions=True)
+                summarize("recv", transfer, as_json=options.json, path=path)  # it is there, whatever else goes wrong
     finally:
         over.cancel()
-    summarize("recv", transfer, as_json=options.json, path=path)
     return 0
 
 
@@ -152,6 +155,7 @@ async def _fetch(
 ) -> int:
     from lynxproto.commands.folder import Folder
     from lynxproto.commands.progress import Watch, summarize
+    from lynxproto.errors import NotFoundError
     from lynxproto.manifest import FetchKey, Identity
     from lynxproto.session import connect
 
@@ -162,8 +166,12 @@ async def _fetch(
         async with connect(url, **arguments, allocate=folder.allocate, capture=recording, observe=observe) as session:
             if metrics is not None:
                 metrics.watch(session.snapshot)
-            transfer = await session.fetch(FetchKey.of_request(request_id, identity))
-            async with Watch(transfer, quiet=options.quiet):
+            try:
+                transfer = await session.fetch(FetchKey.of_request(request_id, identity))
+            except NotFoundError as error:
+                whose = f"{model!r}" + (f", revision {revision!r}" if revision else "")
+                raise NotFoundError(f"{url} holds no cache {request_id!r} of {whose}: {error}") from error
+            async with Watch(transfer, quiet=options.silent):
                 path = await folder.land(transfer)
-    summarize("fetch", transfer, as_json=options.json, path=path)
+            summarize("fetch", transfer, as_json=options.json, path=path)
     return 0

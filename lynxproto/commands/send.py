@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lynxproto.commands import logs
 from lynxproto.commands.options import SessionOptions, session_command
-from lynxproto.errors import CalibrationError, ConfigError
+from lynxproto.errors import CalibrationError, ConfigError, LynxError
 
 if TYPE_CHECKING:
     from lynxproto.cachefile import Cache
@@ -104,16 +105,16 @@ async def _send(
 
     paths = find_caches(path, SUFFIXES)
     if request_id is not None and len(paths) > 1:
-        raise ConfigError(f"--request-id names one cache; {path} holds {len(paths)}")
+        raise click.UsageError(f"--request-id names one cache; {path} holds {len(paths)}")
     caches = [(one, open_cache(one, model, revision)) for one in paths]  # mistakes show before anything is sent
     mass = None
     if policy_file is None:
         if no_residual or not budget is importance is attention is None:
-            raise ConfigError("--budget, --importance, --attention and --no-residual go with --policy-file")
+            raise click.UsageError("--budget, --importance, --attention and --no-residual go with --policy-file")
         chosen = [_policy(policy, preset, calibration, cache) for _, cache in caches]
     else:
         if calibration is not None:
-            raise ConfigError("--policy-file and --calibration exclude each other: a policy file holds widths")
+            raise click.UsageError("--policy-file and --calibration exclude each other: a policy file holds widths")
         mass = None if attention is None else _attention(attention)
         tiered = [_tiered(policy_file, budget, importance, mass, cache) for _, cache in caches]
         chosen = [one.anchors_only() if no_residual else one for one in tiered]
@@ -126,15 +127,21 @@ async def _send(
         async with connect(url, **arguments, capture=recording, observe=observe) as session:
             if metrics is not None:
                 metrics.watch(session.snapshot)
-            for (one, cache), how in zip(caches, chosen, strict=True):
+            for number, ((one, cache), how) in enumerate(zip(caches, chosen, strict=True)):
                 if stop.asked.is_set():
+                    logs.say(f"{len(caches) - number} of {len(caches)} caches were not sent, from {one} on")
                     return UNFINISHED
                 name = request_id or cache.manifest.request_id or one.stem
                 manifest, this = replace(cache.manifest, request_id=name), _of_file(one, url, name)
                 secret = None if kept is None else kept.secret(*this)
                 transfer = session.open(manifest, None if policy == "auto" else how, resume=secret)
-                async with Watch(transfer, quiet=options.quiet):
-                    await transfer.send(cache, importance=mass)
+                try:
+                    async with Watch(transfer, quiet=options.silent):
+                        await transfer.send(cache, importance=mass)
+                except LynxError:
+                    if len(caches) > 1:
+                        logs.say(f"{one} was not sent, {len(caches) - number - 1} others after it neither")
+                    raise
                 if kept is not None:
                     kept.forget(*this)
                 summarize("send", transfer, as_json=options.json, path=one)
@@ -157,8 +164,11 @@ def _policy(policy: Any, preset: str, calibration: Path | None, cache: Cache) ->
     if policy == "auto":
         return Policy.auto(_calibration(calibration, cache))
     if calibration is not None:
-        raise ConfigError(f"--calibration is for the policies lynx and auto, not {policy}")
-    return Policy.named(policy)
+        raise click.UsageError(f"--calibration is for the policies lynx and auto, not {policy}")
+    named = Policy.named(policy)
+    if not named.supports(cache.manifest):
+        raise ConfigError(f"--policy {policy} cannot code {cache.manifest.dtype}; use lynx, auto or raw")
+    return named
 
 
 def _tiered(path: Path, budget: float | None, importance: Any, attention: Any, cache: Cache) -> Policy:
@@ -168,7 +178,7 @@ def _tiered(path: Path, budget: float | None, importance: Any, attention: Any, c
     policy = Policy.from_file(path, budget=budget, importance=importance or ("even" if attention is None else None))
     policy.require(cache.manifest.identity)
     if policy.importance == "attention" and attention is None:
-        raise ConfigError("--importance attention needs --attention FILE: dumps do not hold it")
+        raise click.UsageError("--importance attention needs --attention FILE: dumps do not hold it")
     return policy
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lynxproto.commands import logs
 from lynxproto.commands.options import STATE_OPTION, SessionOptions, Size, session_command
-from lynxproto.errors import ConfigError, LynxError
+from lynxproto.errors import LynxError
 
 if TYPE_CHECKING:
     from lynxproto.access import TransferRequest
@@ -82,7 +83,7 @@ async def _serve(
     from lynxproto.session import listen
 
     if evict and quota is None:
-        raise ConfigError("--evict needs a --quota")
+        raise click.UsageError("--evict needs a --quota")
     folder = Folder(root, quota=quota, evict=evict, replace=True)
     _log.info("%d caches in %s", folder.scan(), root)
     allowed = {"push": allow_push, "pull": allow_pull}
@@ -117,7 +118,7 @@ async def _serve(
             if metrics is not None:
                 metrics.watch(receiver.snapshot)
             if not options.quiet:
-                click.echo(f"serving {root} on {receiver.url}", err=True)
+                logs.say(f"serving {root} on {receiver.url}", url=receiver.url)
 
             async def take() -> None:
                 async for transfer in receiver:

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import click
 
+from lynxproto.commands import logs
+
 __all__ = ["UNFINISHED", "Stopping", "run"]
 
 #: Exit code when the drain timeout was over before all transfers were: a later try may succeed (EX_TEMPFAIL).
@@ -29,7 +31,7 @@ class Stopping:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if not self.asked.is_set():
-            click.echo(f"{number.name}: finishing what is under way; once more stops at once", err=True)
+            logs.say(f"{number.name}: finishing what is under way; once more stops at once")
             self.asked.set()
         elif self._main is not None:
             self.exit_code = 128 + number
