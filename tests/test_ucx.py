@@ -157,6 +157,31 @@ def test_sends_of_any_size_while_the_peer_is_slow() -> None:
 
 @needs_ucxx
 @pytest.mark.usefixtures("device")
+def test_short_messages_between_long_ones() -> None:
+    """Many have come, of any size, when somebody receives: they are whole and in order, whatever room there is."""
+
+    async def main() -> None:
+        rng = np.random.default_rng(3)
+        async with pair() as (server, client):
+            for turn in range(60):
+                sizes = rng.choice(
+                    [1, 4097, 5000, 8192, 32_767, 32_768, 32_769, 65_536, 80_000], size=rng.integers(2, 12)
+                )
+                data = memoryview(rng.bytes(int(sizes.sum())))
+                ends = np.cumsum(sizes)
+                await client.send([data[end - size : end] for size, end in zip(sizes, ends, strict=True)])
+                target = memoryview(bytearray(len(data) + 40_000))
+                room = (len(target), 70_000, 33_000, 100)[turn % 4]
+                there = 0
+                while there < len(data):
+                    there += await server.receive_into(target[there : there + room])
+                assert target[:there] == data
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
 def test_closing_does_not_wait_for_a_peer_that_stopped() -> None:
     """With a body under way in each direction; afterwards nobody writes to the receiver's memory."""
 
@@ -318,6 +343,30 @@ def test_what_ucx_does_with_messages(device: str, eager: str, rendezvous: str | 
         assert longest >= enough >= int(asked[1]) << 10
 
 
+@needs_ucxx
+def test_a_peer_with_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX would write past the memory of the one with the shorter packets."""
+    script = (
+        "import asyncio, sys\n"
+        "from lynxproto.transports import open_stream\n"
+        "asyncio.run(open_stream(sys.argv[1], insecure=True))\n"
+    )
+    monkeypatch.setenv("UCX_POSIX_SEG_SIZE", "8256")
+
+    async def main() -> None:
+        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+            environment = {key: value for key, value in os.environ.items() if key != "UCX_POSIX_SEG_SIZE"}
+            command = [sys.executable, "-c", script, listener.url]
+            peer = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            async with await listener.accept() as stream:
+                with pytest.raises(TransportError, match=r"other settings of UCX.*UCX_POSIX_SEG_SIZE"):
+                    await stream.receive_into(memoryview(bytearray(1)))
+            _, said = await asyncio.to_thread(peer.communicate)
+            assert "other settings of UCX" in said
+
+    run(main())
+
+
 def test_a_spin_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ucxx", reason="needs the extra `ucx`, which CI installs")
     monkeypatch.setenv("LYNXPROTO_UCX_SPIN_US", "fast")
@@ -330,18 +379,18 @@ def test_a_spin_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def hostile_peer() -> AsyncIterator[tuple[ByteStream, Callable[[int, bytes], None], Callable[[], None]]]:
     """A stream, and what its peer, who knows the tags, has: to send a message of any kind, and to make progress."""
-    from lynxproto.transports._ucxx import Worker
+    from lynxproto.transports._ucxx import Operation, Worker
 
     async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
         worker = Worker()
         control = await open_stream(f"tcp://127.0.0.1:{parse_url(listener.url).port}", insecure=True)
-        hello = struct.pack("<8sQI", b"LYNXUCX3", 4, len(worker.address)) + worker.address
+        hello = struct.pack("<8sQII", b"LYNXUCX4", 4, worker.settings, len(worker.address)) + worker.address
         await control.send([memoryview(hello)])
         async with await listener.accept() as server:
             await server.send([])  # sets it up
-            reply = bytearray(struct.calcsize("<8sQI"))
+            reply = bytearray(struct.calcsize("<8sQII"))
             assert await control.receive_into(memoryview(reply)) == len(reply)
-            _, tag, nbytes = struct.unpack("<8sQI", reply)
+            _, tag, _, nbytes = struct.unpack("<8sQII", reply)
             address = bytearray(nbytes)
             assert await control.receive_into(memoryview(address)) == nbytes
             endpoint = worker.connect(bytes(address))
@@ -352,7 +401,10 @@ async def hostile_peer() -> AsyncIterator[tuple[ByteStream, Callable[[int, bytes
             def say(kind: int, data: bytes) -> None:
                 if data:
                     stream.theirs, stream.shortest, stream.longest = tag | kind, len(data), 0
-                    sent.append(worker.send(stream, memoryview(data)))
+                    operation = Operation()
+                    worker.begin(operation)
+                    worker.send(operation, stream, memoryview(data))
+                    sent.append(operation)
                 else:
                     sent.append(worker.tell(stream, kind))
 

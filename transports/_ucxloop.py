@@ -215,6 +215,17 @@ class LoopWorker:
             pass
         return operation.done
 
+    def begin(self) -> Operation:
+        """An operation with nothing to do yet."""
+        operation = self._free.pop() if self._free else Operation()
+        self.ucx.begin(operation)
+        return operation
+
+    def add(self, operation: Operation, stream: Any, buffer: memoryview) -> None:
+        """It is to send ``buffer`` too."""
+        self.ucx.send(operation, stream, buffer)
+        self.start(operation)
+
     def send(self, stream: Any, buffer: memoryview) -> Operation:
         """Send, and poll until that is over or it is time to do something else."""
         operation = self._free.pop() if self._free else Operation()
@@ -236,6 +247,7 @@ class LoopWorker:
     def free(self, operation: Operation) -> None:
         """An operation that is over, or never began, is free to be another."""
         operation.buffer = operation.bell = None
+        self._under_way.discard(operation)
         self._free.append(operation)
 
     def _poll_once(self) -> int:

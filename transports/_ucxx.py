@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import zlib
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -21,8 +22,6 @@ from lynxproto.errors import MissingDependencyError, TransportError
 
 __all__ = [
     "BUSY",
-    "CONFIRM",
-    "CONFIRMED",
     "COST",
     "DATA",
     "END",
@@ -50,18 +49,18 @@ SETTINGS: Final = {
     # TCP in pieces of 8 KiB, UCX's default, is half as fast, and copies at the sender.
     "TCP_TX_SEG_SIZE": "64k",
     "TCP_RX_SEG_SIZE": "64k",
-    # Shared memory in pieces of 16 KiB instead of 8, and few of them, which stay in the cores' caches.
-    "POSIX_SEG_SIZE": "16448",
-    "SYSV_SEG_SIZE": "16448",
-    "SELF_SEG_SIZE": "16448",
-    "POSIX_FIFO_SIZE": "64",
-    "SYSV_FIFO_SIZE": "64",
+    # Shared memory in pieces of 32 KiB instead of 8, and few of them, which stay in the cores' caches.
+    "POSIX_SEG_SIZE": "32832",
+    "SYSV_SEG_SIZE": "32832",
+    "SELF_SEG_SIZE": "32832",
+    "POSIX_FIFO_SIZE": "32",
+    "SYSV_FIFO_SIZE": "32",
 }
 #: Messages of so many bytes stay with the sender until the receiver says where they are to go.
 _RENDEZVOUS: Final = 64 << 10
 #: Bytes of a message that comes as one packet of any device; of shared memory and TCP with the settings above.
 SHORTEST: Final = 8 << 10
-_SHARED_PACKET: Final = 16 << 10
+_SHARED_PACKET: Final = 32 << 10
 _TCP_PACKET: Final = (64 << 10) - 64
 #: On TCP the receiver's word comes late: bytes that are under way go before it.
 _TCP_RENDEZVOUS: Final = 256 << 10
@@ -71,9 +70,7 @@ _SHARED: Final = frozenset({"self", "posix", "sysv"})
 PIECE: Final[int] = lib.LYNX_UCX_PIECE
 COST: Final[int] = lib.LYNX_UCX_COST
 WINDOW: Final[int] = lib.LYNX_UCX_WINDOW
-CONFIRMED: Final[int] = lib.LYNX_UCX_CONFIRMED
 DATA: Final[int] = lib.LYNX_UCX_DATA
-CONFIRM: Final[int] = lib.LYNX_UCX_CONFIRM
 END: Final[int] = lib.LYNX_UCX_END
 KIND: Final[int] = lib.LYNX_UCX_KIND
 
@@ -117,7 +114,7 @@ class Operation:
 
     def __init__(self) -> None:
         self.buffer: Any = None
-        """Lent to UCX; to be let go of when it is done."""
+        """What is lent to UCX; to be let go of when it is done."""
         self.state = ffi.new("lynx_ucx_operation *")
         """As UCX sees it."""
         self.bell: Any = None
@@ -136,15 +133,11 @@ class Operation:
         return nbytes
 
     @property
-    def cost(self) -> int:
-        """What its messages count."""
-        cost: int = self.state.nbytes + COST * self.state.messages
-        return cost
-
-    @property
     def error(self) -> str | None:
         """Why it failed, once it is over."""
         status = self.state.status
+        if status == lib.LYNX_UCX_REFUSED:
+            return "a message that cannot be"
         return None if status == 0 else _status_text(status)
 
 
@@ -199,6 +192,8 @@ class Worker:
         from ucxx._lib import libucxx
 
         self._api = libucxx
+        #: UCX trusts that both sides have the same: a peer with longer packets would write past this side's.
+        self.settings = zlib.crc32(repr([os.environ.get(f"UCX_{key}", SETTINGS[key]) for key in SETTINGS]).encode())
         config = {key: value for key, value in SETTINGS.items() if f"UCX_{key}" not in os.environ}
         config["RNDV_THRESH"] = str(_RENDEZVOUS)
         context = libucxx.UCXContext(config, (libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
@@ -240,12 +235,23 @@ class Worker:
         stream.endpoint, stream.theirs = endpoint.handle, tag
         stream.shortest, stream.longest, stream.enough = _pieces(endpoint.transports)
 
-    def send(self, stream: Any, buffer: memoryview) -> Operation:
-        """Send ``buffer``. Not after the endpoint was closed."""
-        operation = Operation()
-        data = operation.buffer = ffi.from_buffer(buffer)
+    def confirm(self, stream: Any, operation: Operation) -> None:
+        """Tell the peer of what ``operation``, which is over, has received, unless :meth:`receive_poll` has."""
+        lib.lynx_ucx_confirm(self.calls, stream, operation.state)
+
+    def cut(self, stream: Any) -> None:
+        """The endpoint is to be closed: nothing goes there any more."""
+        stream.endpoint = ffi.NULL
+
+    def begin(self, operation: Operation) -> None:
+        """``operation`` has nothing to do yet."""
+        lib.lynx_ucx_begin(self.calls, operation.state)
+
+    def send(self, operation: Operation, stream: Any, buffer: memoryview) -> None:
+        """Send ``buffer`` too. Not after the endpoint was closed."""
+        data = ffi.from_buffer(buffer)
+        operation.buffer = (operation.buffer, data)
         lib.lynx_ucx_send(self.calls, stream, data, len(data), operation.state)
-        return operation
 
     def tell(self, stream: Any, kind: int) -> Operation:
         """Send a message of this kind, which has no bytes. Not after the endpoint was closed."""
@@ -291,6 +297,7 @@ class Worker:
     def receive_poll(self, operation: Operation, stream: Any, buffer: memoryview) -> int:
         """Receive into ``buffer``, as ``operation``, what has come and what comes in a :meth:`poll`.
 
+        The peer is told of what was received, unless the operation is still under way (:meth:`confirm`).
         :data:`LONG`: the next message is longer than ``buffer``.
         """
         data = operation.buffer = ffi.from_buffer(buffer, require_writable=True)

@@ -30,8 +30,6 @@ from lynxproto.errors import ConfigError, StreamClosedError, TransportError
 from lynxproto.transports._ucxloop import TURN_NS, Bell, LoopWorker, spin_ns
 from lynxproto.transports._ucxx import (
     BUSY,
-    CONFIRM,
-    CONFIRMED,
     COST,
     DATA,
     END,
@@ -39,6 +37,7 @@ from lynxproto.transports._ucxx import (
     LONG,
     PIECE,
     QUIET,
+    SETTINGS,
     SHORTEST,
     WINDOW,
     Endpoint,
@@ -61,8 +60,9 @@ _JOINED: Final = 4 << 10
 _PART: Final = 1 << 20
 #: Bytes, counted as in the window, that may be under way when a send returns: what has left no anchor can overtake.
 _LEFT: Final = 1 << 20
-_MAGIC: Final = b"LYNXUCX3"
-_HELLO: Final = struct.Struct("<8sQI")
+_MAGIC: Final = b"LYNXUCX4"
+#: Magic, tag, a digest of UCX's settings, bytes of the worker's address, which follows.
+_HELLO: Final = struct.Struct("<8sQII")
 _ADDRESS_BYTES: Final = 64 << 10
 
 #: Seconds after a failed operation in which the control connection says whether the peer is gone.
@@ -85,7 +85,6 @@ class UCXStream(ByteStream):
         self._cut = False  # UCX can carry nothing more
         # receiving
         self._coming = Bell()
-        self._read = 0
         self._rest = memoryview(b"")  # of a message longer than the caller's buffer
         self._spare: bytearray | None = None  # where that is
         self._ended = False
@@ -110,13 +109,19 @@ class UCXStream(ByteStream):
         async with self._setting_up:
             self._check()
             if self._endpoint is None:
-                address = self._worker.ucx.address
-                await self._control.send([memoryview(_HELLO.pack(_MAGIC, self._mine, len(address)) + address)])
-                magic, theirs, nbytes = _HELLO.unpack(await self._read_control(_HELLO.size))
+                address, settings = self._worker.ucx.address, self._worker.ucx.settings
+                hello = _HELLO.pack(_MAGIC, self._mine, settings, len(address)) + address
+                await self._control.send([memoryview(hello)])
+                magic, theirs, other_settings, nbytes = _HELLO.unpack(await self._read_control(_HELLO.size))
                 if magic != _MAGIC or nbytes > _ADDRESS_BYTES or theirs & KIND:
                     other = magic[:-1] == _MAGIC[:-1] and magic != _MAGIC
                     raise TransportError(
                         f"{self.name} {'speaks another version of' if other else 'does not speak'} ucx://"
+                    )
+                if other_settings != settings:
+                    raise TransportError(
+                        f"{self.name} has other settings of UCX, which would write past memory; give both sides the "
+                        f"same UCX_{', UCX_'.join(SETTINGS)}"
                     )
                 peer = await self._read_control(nbytes)
                 self._check()
@@ -153,6 +158,7 @@ class UCXStream(ByteStream):
             self._gone = gone
         if self._endpoint is not None and not self._cut:
             self._cut = True
+            self._worker.ucx.cut(self._state)
             self._endpoint.close()
             self._worker.settle()
         self._worker.ring(self._coming)
@@ -249,12 +255,11 @@ class UCXStream(ByteStream):
             operation, outcome = worker.receive(state, buffer)
             if operation.state.status:  # it is not over, or failed
                 await self._finish((operation,))
-            nbytes, cost = operation.nbytes, operation.cost
-            if nbytes:
-                worker.free(operation)
-                self._count(cost)
-                return nbytes
+                worker.ucx.confirm(state, operation)
+            nbytes = operation.nbytes
             worker.free(operation)
+            if nbytes:
+                return nbytes
             self._check()
             if outcome == LONG:
                 if self._spare is None:
@@ -278,13 +283,6 @@ class UCXStream(ByteStream):
         """See :meth:`ByteStream.receive_summed`."""
         return await self.receive_into(sums.data[sums.there :], sums)
 
-    def _count(self, cost: int) -> None:
-        """So much has been read; the peer is told now and then."""
-        self._read += cost
-        while self._read >= CONFIRMED and not self._cut:
-            self._read -= CONFIRMED
-            self._worker.start(self._worker.ucx.tell(self._state, CONFIRM))
-
     # --- sending
 
     async def send(self, buffers: Sequence[memoryview]) -> None:
@@ -307,18 +305,20 @@ class UCXStream(ByteStream):
                 raise
 
     async def _send_all(self, buffers: Sequence[memoryview]) -> None:
-        under_way: list[Operation] = []
+        worker, state = self._worker, self._state
+        operation = worker.begin()
         try:
             for data in _parts(buffers):
-                if self._state.unconfirmed + _most(data.nbytes) > WINDOW:
-                    await self._allow(_most(data.nbytes))
+                if state.unconfirmed + (most := _most(data.nbytes)) > WINDOW:
+                    await self._allow(most)
                 self._usable()
-                under_way.append(self._worker.start(self._worker.ucx.send(self._state, data)))
+                worker.add(operation, state, data)
         except asyncio.CancelledError:
             self._break_off()
             raise
         finally:
-            await self._finish(under_way)
+            await self._finish((operation,))
+        worker.free(operation)
 
     async def send_eof(self) -> None:
         """See :meth:`ByteStream.send_eof`."""

@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #define IN_PROGRESS 1
@@ -89,7 +90,13 @@ static size_t smaller(size_t one, size_t other) {
     return one < other ? one : other;
 }
 
-/* One of its messages is over, or no more will follow. */
+/* One message more is under way. */
+static void under_way(lynx_ucx_operation *operation) {
+    operation->left++;
+    operation->status = IN_PROGRESS;
+}
+
+/* One of them is over. */
 static void over(lynx_ucx_operation *operation, int status) {
     if (status != 0 && operation->failed == 0)
         operation->failed = status;
@@ -112,8 +119,8 @@ static void received(void *request, ucs_status status, const ucp_tag_recv_info *
     completed(operation, request, status);
 }
 
-static void begin(const lynx_ucx *ucx, lynx_ucx_operation *operation) {
-    *operation = (lynx_ucx_operation){.status = IN_PROGRESS, .left = 1, .ucp_request_free = ucx->ucp_request_free};
+void lynx_ucx_begin(const lynx_ucx *ucx, lynx_ucx_operation *operation) {
+    *operation = (lynx_ucx_operation){.ucp_request_free = ucx->ucp_request_free};
 }
 
 /* What a call returned: NULL, over; an error; or a request, which has a callback. */
@@ -132,7 +139,7 @@ static void send_one(const lynx_ucx *ucx, void *endpoint, const void *data, size
         .user_data = operation,
         .memory_type = HOST_MEMORY,
     };
-    operation->left++;
+    under_way(operation);
     operation->messages++;
     operation->nbytes += nbytes;
     settle(operation, ((send_function *)ucx->ucp_tag_send_nbx)(endpoint, data, nbytes, tag, &param));
@@ -146,7 +153,7 @@ static void receive_one(
         .user_data = operation,
         .memory_type = HOST_MEMORY,
     };
-    operation->left++;
+    under_way(operation);
     operation->messages++;
     operation->nbytes += nbytes;
     settle(operation, ((receive_function *)ucx->ucp_tag_msg_recv_nbx)(ucx->worker, data, nbytes, message, &param));
@@ -170,7 +177,6 @@ int lynx_ucx_transports(const lynx_ucx *ucx, void *endpoint, const char **names,
 /* All at once: UCX keeps those that the device does not take yet. */
 void lynx_ucx_send(const lynx_ucx *ucx, lynx_ucx_stream *stream, const void *data, size_t nbytes, lynx_ucx_operation *operation) {
     const uint8_t *from = data;
-    begin(ucx, operation);
     while (nbytes) {
         const size_t piece = smaller(nbytes, stream->longest && nbytes >= stream->enough ? stream->longest : stream->shortest);
         stream->unconfirmed += piece + LYNX_UCX_COST;
@@ -178,19 +184,16 @@ void lynx_ucx_send(const lynx_ucx *ucx, lynx_ucx_stream *stream, const void *dat
         from += piece;
         nbytes -= piece;
     }
-    over(operation, 0);
 }
 
 void lynx_ucx_tell(const lynx_ucx *ucx, const lynx_ucx_stream *stream, int kind, lynx_ucx_operation *operation) {
-    begin(ucx, operation);
+    lynx_ucx_begin(ucx, operation);
     send_one(ucx, stream->endpoint, NULL, 0, stream->theirs | (uint64_t)kind, operation);
-    over(operation, 0);
 }
 
 void lynx_ucx_receive(const lynx_ucx *ucx, void *message, void *data, size_t nbytes, lynx_ucx_operation *operation) {
-    begin(ucx, operation);
+    lynx_ucx_begin(ucx, operation);
     receive_one(ucx, message, data, nbytes, operation);
-    over(operation, 0);
 }
 
 static uint64_t now_ns(void) {
@@ -286,83 +289,122 @@ static bool deliver(lynx_ucx *ucx, const lynx_ucx_message *message) {
 /* Where a stream's messages go, one after the other, instead of its inbox. */
 typedef struct {
     lynx_ucx_stream *stream;
-    uint8_t *data;
     size_t most;
-    bool more; /* are to be expected, and there is room */
 } destination;
 
-static void placed(destination *to, lynx_ucx_operation *operation, size_t nbytes) {
-    to->more = nbytes >= to->stream->shortest && operation->nbytes < to->most;
+/* More messages are to be expected, and there is room. */
+static bool more(const destination *to, const lynx_ucx_operation *operation) {
+    return !operation->ended && operation->nbytes < to->most;
 }
 
 /* A message that was found, if there is room for it. */
-static bool place(const lynx_ucx *ucx, destination *to, const lynx_ucx_message *message, lynx_ucx_operation *operation) {
+static bool place(const lynx_ucx *ucx, const destination *to, const lynx_ucx_message *message, lynx_ucx_operation *operation) {
     if (message->nbytes > to->most - operation->nbytes) {
-        to->more = false;
+        operation->ended = 1;
         return false;
     }
-    receive_one(ucx, message->handle, to->data + operation->nbytes, message->nbytes, operation);
-    placed(to, operation, message->nbytes);
+    receive_one(ucx, message->handle, operation->data + operation->nbytes, message->nbytes, operation);
+    operation->ended = message->nbytes < operation->whole;
     return true;
 }
 
-/* What was posted is over. */
-static void land(lynx_ucx_operation *operation, int status, size_t nbytes) {
-    operation->posted = NULL;
-    operation->last = status == 0 ? nbytes : 0;
-    operation->nbytes += operation->last;
-    operation->messages += status == 0;
+/* What came for a place. They come in order; behind one that is shorter than its place all move up. */
+static void land(lynx_ucx_place *at, int status, size_t nbytes) {
+    lynx_ucx_operation *const operation = at->operation;
+    at->request = NULL;
+    at->nbytes = status == 0 ? nbytes : 0;
+    for (; operation->count && operation->places[operation->first].request == NULL; operation->count--) {
+        const lynx_ucx_place *const next = &operation->places[operation->first];
+        operation->first = (operation->first + 1) % LYNX_UCX_AHEAD;
+        uint8_t *const end = operation->data + operation->nbytes;
+        if (next->data != end)
+            memmove(end, next->data, next->nbytes);
+        operation->nbytes += next->nbytes;
+        operation->messages += next->nbytes > 0;
+        if (next->nbytes < operation->whole)
+            operation->ended = 1;
+    }
+    if (status == 0 && nbytes == 0)
+        status = LYNX_UCX_REFUSED;
     over(operation, status == CANCELED ? 0 : status);
 }
 
 static void landed(void *request, ucs_status status, const ucp_tag_recv_info *info, void *user_data) {
-    lynx_ucx_operation *const operation = user_data;
-    land(operation, status, info->length);
-    ((free_function *)operation->ucp_request_free)(request);
+    lynx_ucx_place *const at = user_data;
+    at->operation->awaited--;
+    const uintptr_t ucp_request_free = at->operation->ucp_request_free;
+    land(at, status, info->length);
+    ((free_function *)ucp_request_free)(request);
 }
 
-/* Names the place of the next message before it comes, if whatever the peer may send as one packet fits: UCX then copies it
- * but once. Returns how many had come already. */
-static unsigned post(const lynx_ucx *ucx, destination *to, lynx_ucx_operation *operation) {
+/* Names the places of the next messages before they come, if whatever the peer may send as one packet fits: UCX then copies
+ * them but once, many in a round. Returns how many had come already. */
+static unsigned post(const lynx_ucx *ucx, const destination *to, lynx_ucx_operation *operation) {
     const size_t nbytes = to->stream->shortest;
     unsigned there = 0;
-    while (to->more && operation->posted == NULL && to->stream->longest == 0 && to->most - operation->nbytes >= nbytes) {
+    while (to->stream->longest == 0 && more(to, operation) && operation->count < LYNX_UCX_AHEAD) {
+        const unsigned last = (operation->first + operation->count - 1) % LYNX_UCX_AHEAD;
+        uint8_t *const data = operation->count ? operation->places[last].data + nbytes : operation->data + operation->nbytes;
+        if (nbytes > to->most - (size_t)(data - operation->data))
+            break;
+        lynx_ucx_place *const at = &operation->places[(operation->first + operation->count++) % LYNX_UCX_AHEAD];
+        *at = (lynx_ucx_place){.operation = operation, .data = data};
         ucp_tag_recv_info info;
         const ucp_request_param param = {
             .op_attr_mask = FIELD_CALLBACK | FIELD_USER_DATA | FIELD_MEMORY_TYPE | FIELD_RECV_INFO,
             .callback.receive = landed,
-            .user_data = operation,
+            .user_data = at,
             .memory_type = HOST_MEMORY,
             .recv_info = &info,
         };
-        operation->left++;
-        void *const result = ((post_function *)ucx->ucp_tag_recv_nbx)(ucx->worker, to->data + operation->nbytes, nbytes,
-            to->stream->mine | LYNX_UCX_DATA, ~(uint64_t)0, &param);
+        under_way(operation);
+        void *const result = ((post_function *)ucx->ucp_tag_recv_nbx)(
+            ucx->worker, data, nbytes, to->stream->mine | LYNX_UCX_DATA, ~(uint64_t)0, &param);
         if (result != NULL && (uintptr_t)result < (uintptr_t)LAST_ERROR) {
-            operation->posted = result;
-            return there;
+            at->request = result;
+            operation->awaited++;
+            continue;
         }
-        land(operation, (int)(intptr_t)result, result == NULL ? info.length : 0);
-        placed(to, operation, operation->last);
+        land(at, (int)(intptr_t)result, result == NULL ? info.length : 0);
         there++;
     }
     return there;
 }
 
+/* The places for which nothing came are nobody's any more. */
+static void unpost(const lynx_ucx *ucx, lynx_ucx_operation *operation) {
+    void *requests[LYNX_UCX_AHEAD];
+    unsigned count = 0;
+    operation->ended = 1;
+    for (unsigned i = 0; i < operation->count; i++) {
+        void *const request = operation->places[(operation->first + i) % LYNX_UCX_AHEAD].request;
+        if (request != NULL)
+            requests[count++] = request;
+    }
+    for (unsigned i = 0; i < count; i++)
+        ((cancel_function *)ucx->ucp_request_cancel)(ucx->worker, requests[i]);
+}
+
+void lynx_ucx_confirm(lynx_ucx *ucx, lynx_ucx_stream *stream, lynx_ucx_operation *operation) {
+    const size_t cost = operation->nbytes + operation->messages * LYNX_UCX_COST;
+    stream->unsaid += cost - operation->counted;
+    operation->counted = cost;
+    while (stream->unsaid >= LYNX_UCX_CONFIRMED && stream->endpoint != NULL) {
+        stream->unsaid -= LYNX_UCX_CONFIRMED;
+        send_one(ucx, stream->endpoint, NULL, 0, stream->theirs | LYNX_UCX_CONFIRM, &ucx->dropped);
+    }
+}
+
 /* `to`, or NULL: where what comes goes, as `operation`, which has not begun or has nothing yet. */
-static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, destination *to) {
+static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, const destination *to) {
     progress_function *const progress = (progress_function *)ucx->ucp_worker_progress;
     probe_function *const probe = (probe_function *)ucx->ucp_tag_probe_nb;
-    const size_t open = to != NULL; /* what is left when all that has begun is over */
     uint64_t began = 0, moved = 0;
     unsigned idle = 0, busy = 0;
     for (;;) {
         unsigned rounds = to != NULL ? post(ucx, to, operation) : 0;
-        const bool posted = to != NULL && operation->posted != NULL;
         rounds += progress(ucx->worker);
-        if (posted && operation->posted == NULL)
-            placed(to, operation, operation->last);
-        while (to == NULL || to->more) { /* what comes later is the next call's */
+        while (to == NULL || more(to, operation)) { /* what comes later is the next call's */
             if (to != NULL)
                 rounds += post(ucx, to, operation);
             ucp_tag_recv_info info;
@@ -372,13 +414,15 @@ static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, destination *t
             rounds++;
             const lynx_ucx_message message = {.handle = handle, .tag = info.sender_tag, .nbytes = info.length};
             if (to != NULL && message.tag == (to->stream->mine | LYNX_UCX_DATA) && message.nbytes > 0
-                && message.nbytes <= LYNX_UCX_PIECE && place(ucx, to, &message, operation))
+                && message.nbytes <= LYNX_UCX_PIECE && operation->count == 0 && place(ucx, to, &message, operation))
                 continue;
             if (deliver(ucx, &message))
                 return LYNX_UCX_FOUND;
         }
-        const bool ready = operation != NULL && operation->left == open + (operation->posted != NULL);
-        if (ready && (to == NULL || !to->more))
+        const bool ready = operation != NULL && operation->left == (to != NULL ? operation->awaited : 0);
+        if (ready && to != NULL)
+            lynx_ucx_confirm(ucx, to->stream, operation);
+        if (ready && (to == NULL || !more(to, operation)))
             return to != NULL && operation->nbytes == 0 && operation->failed == 0 ? LYNX_UCX_LONG : LYNX_UCX_OVER;
         const bool some = to != NULL && ready && operation->nbytes > 0;
         if (ucx->quiet_ns == 0 && rounds == 0)
@@ -407,19 +451,22 @@ int lynx_ucx_poll(lynx_ucx *ucx, lynx_ucx_operation *operation) {
 }
 
 int lynx_ucx_send_poll(lynx_ucx *ucx, lynx_ucx_stream *stream, const void *data, size_t nbytes, lynx_ucx_operation *operation) {
+    lynx_ucx_begin(ucx, operation);
     lynx_ucx_send(ucx, stream, data, nbytes, operation);
     return operation->left ? poll_for(ucx, operation, NULL) : LYNX_UCX_OVER;
 }
 
 int lynx_ucx_receive_poll(lynx_ucx *ucx, lynx_ucx_stream *stream, void *data, size_t most, lynx_ucx_operation *operation) {
-    destination to = {.stream = stream, .data = data, .most = most, .more = true};
-    begin(ucx, operation);
-    while (to.more && stream->count && place(ucx, &to, &stream->inbox[stream->first], operation))
+    const destination to = {.stream = stream, .most = most};
+    lynx_ucx_begin(ucx, operation);
+    operation->data = data;
+    operation->whole = stream->shortest;
+    while (more(&to, operation) && stream->count && place(ucx, &to, &stream->inbox[stream->first], operation))
         take(stream);
-    const int outcome = !to.more && operation->nbytes == 0 ? LYNX_UCX_LONG : poll_for(ucx, operation, &to);
-    if (operation->posted != NULL)
-        ((cancel_function *)ucx->ucp_request_cancel)(ucx->worker, operation->posted);
-    over(operation, 0);
+    const int outcome = operation->ended && operation->nbytes == 0 ? LYNX_UCX_LONG : poll_for(ucx, operation, &to);
+    unpost(ucx, operation);
+    if (operation->left == 0)
+        lynx_ucx_confirm(ucx, stream, operation);
     return outcome;
 }
 
@@ -430,8 +477,7 @@ void lynx_ucx_close_endpoint(const lynx_ucx *ucx, void *endpoint, lynx_ucx_opera
         .callback.send = sent,
         .user_data = operation,
     };
-    begin(ucx, operation);
-    operation->left++;
+    lynx_ucx_begin(ucx, operation);
+    under_way(operation);
     settle(operation, ((close_function *)ucx->ucp_ep_close_nbx)(endpoint, &param));
-    over(operation, 0);
 }
