@@ -402,6 +402,10 @@ class Contestant:
     package: str
     """The distribution whose version is reported; "" for the standard library."""
     what: str
+    scheme: str = ""
+    """Of this project's: of its URL."""
+    policy: PolicyName = "bf16"
+    """Of this project's: of its sender."""
 
     @property
     def version(self) -> str:
@@ -417,11 +421,19 @@ CONTESTANTS: Final = (
     Contestant(
         "raw+checksums", "summed", True, "", "raw-reno, with the checksums of lynxproto in the same native calls"
     ),
-    Contestant("tcp", "lynx", False, "lynxproto", _LYNX),
-    Contestant("tcp-coded", "lynx", False, "lynxproto", "policy lynx, coded and decoded on the way; GB/s of words"),
-    Contestant("tcps", "lynx", False, "lynxproto", f"{_LYNX}, TLS 1.3"),
-    Contestant("unix", "lynx", False, "lynxproto", _LYNX),
-    Contestant("ucx", "lynx", False, "lynxproto", f"{_LYNX}, UCX chooses the device (UCX_TLS)"),
+    Contestant("tcp", "lynx", False, "lynxproto", _LYNX, "tcp"),
+    Contestant(
+        "tcp-coded",
+        "lynx",
+        False,
+        "lynxproto",
+        "policy lynx, coded and decoded on the way; GB/s of words",
+        "tcp",
+        "lynx",
+    ),
+    Contestant("tcps", "lynx", False, "lynxproto", f"{_LYNX}, TLS 1.3", "tcps"),
+    Contestant("unix", "lynx", False, "lynxproto", _LYNX, "unix"),
+    Contestant("ucx", "lynx", False, "lynxproto", f"{_LYNX}, UCX chooses the device (UCX_TLS)", "ucx"),
     Contestant("mooncake-tcp", "mooncake", True, "mooncake-transfer-engine-non-cuda", "one write, no checksums"),
     Contestant("nixl-ucx-tcp", "nixl", True, "nixl-cu12", "8 MiB descriptors, no checksums"),
 )
@@ -431,7 +443,7 @@ def missing(contestant: Contestant) -> str | None:
     """Why it cannot run here; None if it can."""
     if contestant.package and not list(importlib.metadata.distributions(name=contestant.package)):
         return f"not installed (pip install {contestant.package})"
-    if contestant.name == "ucx":
+    if contestant.scheme == "ucx":
         return None if importlib.util.find_spec("ucxx") else "not installed (pip install 'lynxproto[ucx]')"
     module = {"mooncake": "mooncake.engine", "nixl": "nixl_cu12._api"}.get(contestant.kind)
     if module is None:

@@ -102,9 +102,9 @@ def _goodput(nbytes: int, runs: int, names: Sequence[str], note: Any) -> dict[st
     chosen = [c for c in chosen if c.name not in missing]
     times: dict[str, list[float]] = {c.name: [] for c in chosen}
     with tempfile.TemporaryDirectory() as folder:
-        tls = transfers.certificates(Path(folder)) if any(c.name == "tcps" for c in chosen) else None
-        urls = {"tcp": "tcp://127.0.0.1:0", "tcps": "tcps://127.0.0.1:0", "unix": f"unix://{folder}/socket"}
-        urls |= {"ucx": "ucx://127.0.0.1:0", "tcp-coded": urls["tcp"]}
+        tls = transfers.certificates(Path(folder)) if any(c.scheme == "tcps" for c in chosen) else None
+        urls = {scheme: f"{scheme}://127.0.0.1:0" for scheme in ("tcp", "tcps", "ucx")}
+        urls["unix"] = f"unix://{folder}/socket"
         running: dict[str, transfers.Running] = {}
         try:
             for c in chosen:
@@ -113,8 +113,7 @@ def _goodput(nbytes: int, runs: int, names: Sequence[str], note: Any) -> dict[st
                 if c.kind == "raw":
                     arguments["congestion"] = c.name.partition("-")[2]
                 elif c.kind == "lynx":
-                    policy = "lynx" if c.name == "tcp-coded" else "bf16"
-                    arguments |= {"url": urls[c.name], "tls": tls if c.name == "tcps" else None, "policy": policy}
+                    arguments |= {"url": urls[c.scheme], "tls": tls if c.scheme == "tcps" else None, "policy": c.policy}
                 running[c.name] = transfers.Running(c.kind, **arguments)
                 running[c.name].turn()  # connections, page tables
                 running[c.name].pause()
