@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import shutil
@@ -390,7 +391,29 @@ def test_plots(npy, tmp_path):
     args = ["codec", "--source", npy, *SMALL, "--codec", "bitplane", "--codec", "zstd-1"]
     run(*args, "--plot", plot, "--quality", quality)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "cannot write" in run(*args, "--plot", tmp_path / "plot.nonsense", fails=True).output
+
+
+@pytest.mark.parametrize("name", ["chaos", "codec", "instructions", "link", "quality", "transport", "ucx"])
+def test_what_cannot_be_written_is_refused_before_the_work(name, tmp_path, monkeypatch):
+    assert "is not a folder" in run(name, "--json", tmp_path / "no" / "out.json", fails=True).output
+    if name in ("codec", "link", "quality", "transport"):
+        assert "is not a folder" in run(name, "--plot", tmp_path / "no" / "out.png", fails=True).output
+        if importlib.util.find_spec("matplotlib"):
+            assert "use one of ." in run(name, "--plot", tmp_path / "out.nonsense", fails=True).output
+        monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+        assert "pip install 'lynxproto[plot]'" in run(name, "--plot", tmp_path / "out.png", fails=True).output
+
+
+def test_nothing_to_draw_is_told_before_the_work(tmp_path):
+    pytest.importorskip("matplotlib")
+    output = run("transport", "--only", "frames", "--plot", tmp_path / "plot.png", fails=True).output
+    assert "nothing to draw" in output
+
+
+def test_a_quick_run_takes_the_source_that_is_named(npy, tmp_path):
+    out = tmp_path / "out.json"
+    run("codec", "--quick", "--source", npy, "--codec", "bitplane", "--threads", 1, "--working-set", 1, "--json", out)
+    assert [source["source"] for source in json.loads(out.read_text())["sources"]] == [npy.stem]
 
 
 # --- instruction counts -----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import click
 
 from lynxproto.bench import contestants as contestants_
 from lynxproto.bench import machine, measure, report, sources
+from lynxproto.bench.outputs import json_option, plot_option, write_json
 from lynxproto.errors import BenchmarkError, ConfigError
 
 __all__ = ["codec"]
@@ -54,8 +54,8 @@ _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--quick", is_flag=True, help="One small source, few rounds, ZipNN as the only peer: not to be quoted.")
 @click.option("--quality", type=_FILE, help="JSON of `bench quality`, for the plot of rate against acceptance.")
-@click.option("--json", "json_path", metavar="FILE|-", help="Write the results as JSON; - for standard output.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw ratio against speed.")
+@json_option()
+@plot_option("Draw ratio against speed.")
 def codec(
     *,
     paths: Sequence[Path],
@@ -82,7 +82,7 @@ def codec(
 
     if quick:
         runs, codecs = min(runs, 2), codecs or _QUICK_CODECS
-        names = names or tuple(sources.BUILT_IN)[:1]
+        names = names or (() if paths else tuple(sources.BUILT_IN)[:1])
     quality_results = None if quality is None else report.read_quality(quality)
     chosen, skipped = contestants_.select(codecs, presets)
     if not chosen:
@@ -134,7 +134,7 @@ def codec(
     if json_path != "-":
         result.print(Console(width=None if sys.stdout.isatty() else 180))
     if json_path is not None:
-        _write(json_path, json.dumps(result.to_dict(), indent=1))
+        write_json(json_path, result.to_dict())
     if plot_path is not None:
         result.plot(plot_path, quality_results)
 
@@ -179,13 +179,3 @@ def _progress(console: Any) -> Iterator[tuple[sources.Note, Any]]:
             return step
 
         yield note, advance
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        click.echo(text)
-        return
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lynxproto.bench.contestants import Contestant, Ours, own_names, select
+from lynxproto.bench.outputs import json_option, write_json
 from lynxproto.chunk import ChunkSpec, Part
 from lynxproto.errors import BenchmarkError, ConfigError, MissingDependencyError
 
@@ -43,7 +44,7 @@ _PARTS: Final[tuple[Part, Part]] = ("key", "value")
 @click.command()
 @click.option("--codec", "codecs", multiple=True, help="Codec id, or codec config as JSON; default: all.")
 @click.option("--preset", "presets", multiple=True, help="Preset of hq; default: all.")
-@click.option("--json", "json_path", metavar="FILE|-", help="Write the counts as JSON; - for standard output.")
+@json_option("counts")
 @click.option(
     "--baseline",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -73,13 +74,8 @@ def instructions(
             label = f"{r['codec']} {r['preset'] or ''}"
             table.add_row(label, r["part"], r["operation"], f"{r['instructions_per_value']:.2f}")
         Console(width=None if sys.stdout.isatty() else 100).print(table)
-    if json_path == "-":
-        click.echo(json.dumps(counted, indent=1))
-    elif json_path is not None:
-        try:
-            Path(json_path).write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {json_path}: {error.strerror}") from error
+    if json_path is not None:
+        write_json(json_path, counted)
     grown = [
         f"{' '.join(filter(None, key))}: {now:.2f} instead of {before:.2f}"
         for r in counted["results"]

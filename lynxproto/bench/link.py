@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import multiprocessing
 import statistics
@@ -16,7 +15,8 @@ from typing import Any, Final, TextIO
 
 import click
 
-from lynxproto.bench import machine
+from lynxproto.bench import machine, outputs
+from lynxproto.bench.outputs import json_option, plot_option
 from lynxproto.chunk import Part
 from lynxproto.codecspeed import made_up_words, measure_codec
 from lynxproto.commands.options import BitRate
@@ -185,12 +185,7 @@ def _show_check(row: Mapping[str, Any], out: TextIO) -> None:
 
 
 def _plot(path: Path, rows: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]], nbytes: int) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = outputs.pyplot().subplots(figsize=(8, 5), layout="constrained")
     rates = [row["link_bits_per_second"] / 1e9 for row in rows]
     for number, kind in enumerate(_KINDS):
         axes.plot(rates, [row[kind]["exact_s"] for row in rows], color=f"C{number}", label=f"{kind}: exact")
@@ -204,8 +199,7 @@ def _plot(path: Path, rows: Sequence[Mapping[str, Any]], points: Sequence[Mappin
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="link, Gbit/s", ylabel=f"seconds, {nbytes >> 20} MiB of cache")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    outputs.save_figure(figure, path, dpi=120)
 
 
 @click.command()
@@ -219,8 +213,8 @@ def _plot(path: Path, rows: Sequence[Mapping[str, Any]], points: Sequence[Mappin
 )
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare with transfers over shaped links.")
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Transfers of a check; medians.")
-@click.option("--json", "json_path", metavar="FILE|-", help="Write the results as JSON; - for standard output.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw time against link.")
+@json_option()
+@plot_option("Draw time against link.")
 def link(
     *,
     mib: int,
@@ -273,9 +267,7 @@ def link(
     if check:
         click.echo(f"{'':30}{'measured':>18}{'predicted':>18}", file=out)
         report["checks"] = _check(chooser, auto.candidates, check_links or _CHECKED, runs, out)
-    if json_path == "-":
-        json.dump(report, sys.stdout)
-    elif json_path is not None:
-        Path(json_path).write_text(json.dumps(report, indent=1))
+    if json_path is not None:
+        outputs.write_json(json_path, report)
     if plot_path is not None:
         _plot(plot_path, rows, points, nbytes)

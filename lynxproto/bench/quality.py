@@ -13,7 +13,8 @@ import click
 import numpy as np
 import xxhash
 
-from lynxproto.errors import BenchmarkError, BudgetError, CalibrationError, ConfigError
+from lynxproto.bench.outputs import json_option, plot_option, write_json
+from lynxproto.errors import BudgetError, CalibrationError, ConfigError
 
 __all__ = ["quality"]
 
@@ -42,10 +43,8 @@ _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--resume", type=click.Path(file_okay=False, path_type=Path), help="Folder of an interrupted run's parts."
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: as many as torch takes.")
-@click.option("--json", "json_path", metavar="FILE|-", help="Write the results as JSON; - for standard output.")
-@click.option(
-    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw three pictures in one."
-)
+@json_option()
+@plot_option("Draw three pictures in one.")
 def quality(
     *,
     source: str | None,
@@ -88,7 +87,7 @@ def quality(
     if json_path != "-":
         print_tables(result, Console(width=None if console.is_terminal else 150))
     if json_path is not None:
-        _write(json_path, json.dumps(result, indent=1))
+        write_json(json_path, result)
     if plot_path is not None:
         draw(result, plot_path)
 
@@ -292,13 +291,3 @@ def _progress(console: Any) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("start", total=None)
         yield lambda done, total, what: bars.update(task, completed=done, total=total, description=what)
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        click.echo(text)
-        return
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BenchmarkError(f"cannot write {path}: {error.strerror}") from error

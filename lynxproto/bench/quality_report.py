@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lynxproto.errors import MissingDependencyError
+from lynxproto.bench import outputs
 
 __all__ = ["draw", "print_tables"]
 
@@ -64,14 +64,7 @@ def _needles(result: Mapping[str, Any], method: str, context: int) -> str:
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Rate against divergence and disagreement, needles, layers. Raises MissingDependencyError without matplotlib."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise MissingDependencyError("--plot needs matplotlib; run: pip install 'lynxproto[plot]'") from error
-    figure, axes = plt.subplots(2, 2, figsize=(14, 10), layout="constrained")
+    figure, axes = outputs.pyplot().subplots(2, 2, figsize=(14, 10), layout="constrained")
     _rate(axes[0, 0], result["results"], "kl", "KL (nats)")
     _rate(axes[0, 1], result["results"], "disagreement", "1 - top-1 agreement")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=7, loc="outside lower center")
@@ -83,8 +76,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{settings['model']}, {result['windows']} windows of {settings['context']} + {settings['scored']} tokens"
     )
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    outputs.save_figure(figure, path, dpi=100)
 
 
 def _rate(axes: Any, rows: Sequence[Mapping[str, Any]], field: str, label: str) -> None:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from lynxproto.bench import outputs
 from lynxproto.bench.contestants import Ours, Skipped, ZipNN
 from lynxproto.bench.measure import Case, Run
-from lynxproto.errors import ConfigError, MissingDependencyError
+from lynxproto.errors import ConfigError
 
 __all__ = ["SCHEMA", "Report", "read_quality"]
 
@@ -216,23 +217,14 @@ class Report:
 
         Raises :class:`~lynxproto.errors.MissingDependencyError` without matplotlib.
         """
-        try:
-            import matplotlib
-
-            matplotlib.use("Agg")
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise MissingDependencyError("--plot needs matplotlib; run: pip install 'lynxproto[plot]'") from error
         panels = 1 if quality is None else 2
-        figure, axes = pyplot.subplots(1, panels, figsize=(7 * panels, 5.2), squeeze=False, layout="constrained")
+        figure, axes = outputs.pyplot().subplots(
+            1, panels, figsize=(7 * panels, 5.2), squeeze=False, layout="constrained"
+        )
         self._plot_speed(axes[0][0])
         if quality is not None:
             _plot_quality(axes[0][1], quality)
-        try:
-            figure.savefig(path, dpi=150)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot write the plot {path}: {error}") from error
-        pyplot.close(figure)
+        outputs.save_figure(figure, path, dpi=150)
 
     def _plot_speed(self, axis: Any) -> None:
         run = max(self.runs, key=lambda run: run.set.source.tokens)

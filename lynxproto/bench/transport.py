@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any, Final
 
 import click
 
-from lynxproto.bench import loads, machine, transfers
-from lynxproto.errors import BenchmarkError
+from lynxproto.bench import loads, machine, outputs, transfers
+from lynxproto.bench.outputs import json_option, plot_option
+from lynxproto.errors import BenchmarkError, ConfigError
 
 __all__ = ["transport"]
 
@@ -37,8 +37,8 @@ _NAMES: Final = [contestant.name for contestant in transfers.CONTESTANTS if cont
 @click.option("--stripes", type=click.IntRange(1), default=2, show_default=True, help="Byte streams of --priority.")
 @click.option("--shaper", type=click.Choice(["auto", "tbf", "bucket"]), default="auto", help="What shapes that link.")
 @click.option("--congestion", help="TCP's congestion control on that link; default: the system's.")
-@click.option("--json", "json_path", metavar="FILE|-", help="Write the results as JSON; - for standard output.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw the results.")
+@json_option()
+@plot_option("Draw goodput and anchor latency.")
 def transport(
     *,
     parts: Sequence[str],
@@ -63,11 +63,12 @@ def transport(
     from rich.console import Console
 
     from lynxproto.bench import priority as priority_
-    from lynxproto.bench.codec import _write
 
     wanted = set(parts) or set(_PARTS) - {"priority"}
     if priority:
         wanted.add("priority")
+    if plot_path is not None and not wanted & {"goodput", "priority"}:
+        raise ConfigError("--plot: there is nothing to draw; measure goodput or priority")
     console = Console(stderr=True)
     report: dict[str, Any] = {"schema": SCHEMA}
     with console.status("start") as status:
@@ -90,7 +91,7 @@ def transport(
     if json_path != "-":
         _print(report)
     if json_path is not None:
-        _write(json_path, json.dumps(report, indent=1))
+        outputs.write_json(json_path, report)
     if plot_path is not None:
         _plot(report, plot_path)
 
@@ -203,19 +204,8 @@ def _print(report: dict[str, Any]) -> None:
 
 def _plot(report: dict[str, Any], path: Path) -> None:
     """Bars of goodput, and the distribution of anchor latencies where they were measured."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        from lynxproto.errors import MissingDependencyError
-
-        raise MissingDependencyError("--plot needs matplotlib: pip install 'lynxproto[bench]'") from error
     panels = [key for key in ("results", "priority") if key in report]
-    if not panels:
-        raise BenchmarkError("there is nothing to draw: measure goodput or priority")
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 3.6), squeeze=False)
+    figure, axes = outputs.pyplot().subplots(1, len(panels), figsize=(6.5 * len(panels), 3.6), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         if panel == "results":
             rows = report["results"][::-1]

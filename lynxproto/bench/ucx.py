@@ -8,22 +8,20 @@ measurement is a pair of new processes; contestants take turns.
 from __future__ import annotations
 
 import asyncio
-import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection as Pipe
-from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from lynxproto import __version__
 from lynxproto.bench import machine
+from lynxproto.bench.outputs import json_option, write_json
 from lynxproto.errors import BenchmarkError
 
 __all__ = ["CONTESTANTS", "measure", "ucx"]
@@ -277,7 +275,7 @@ def measure(
 )
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are reported.")
 @click.option("--moved", "mib", type=click.IntRange(1), default=128, show_default=True, help="MiB of a measurement.")
-@click.option("--json", "json_path", metavar="FILE|-", help="Write the results as JSON; - for standard output.")
+@json_option()
 def ucx(*, devices: Sequence[str], sizes: Sequence[int], runs: int, mib: int, json_path: str | None) -> None:
     """Measure ucx:// beside bare ucxx: ping-pong and one-way streams between two processes."""
     from lynxproto.transports._ucxx import require_ucxx
@@ -297,11 +295,10 @@ def ucx(*, devices: Sequence[str], sizes: Sequence[int], runs: int, mib: int, js
         for what in ("ping_pong", "stream"):
             entry[f"{what}_to_polling"] = entry[f"{what}_gb_per_s"] / bare[0][f"{what}_gb_per_s"]
     report = {"schema": "lynxproto.bench.ucx/1", "results": results, "environment": machine.environment()}
-    if json_path == "-":
-        json.dump(report, sys.stdout)
-        return
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(report, indent=1))
+        write_json(json_path, report)
+    if json_path == "-":
+        return
     click.echo(
         f"{'':18}{'UCX_TLS':>8}{'bytes':>10}{'ping-pong':>12}{'':>7}{'stream':>10}   (GB/s, and to ucxx polling)"
     )

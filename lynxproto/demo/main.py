@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from lynxproto.demo.plot import check_plot, write_plot
+from lynxproto.bench.outputs import check_file, check_plot, write_json
+from lynxproto.demo.plot import write_plot
 from lynxproto.demo.run import Settings, run
-from lynxproto.errors import CacheFileError
 
 __all__ = ["run_demo"]
 
@@ -22,9 +21,8 @@ def run_demo(*, json_file: Path | None = None, plot_file: Path | None = None, **
     Raises :class:`~lynxproto.errors.LynxError` for what keeps it from running.
     """
     console = Console()
-    for path in (json_file, plot_file):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise CacheFileError(f"cannot write {path}: {path.absolute().parent} is not a folder")
+    if json_file is not None:
+        check_file(json_file)
     if plot_file is not None:
         check_plot(plot_file)
     report = run(Settings(**settings), console)
@@ -36,10 +34,7 @@ def run_demo(*, json_file: Path | None = None, plot_file: Path | None = None, **
         console.print(line, highlight=False)
     console.print(f"The model went on: [italic]{escape(repr(report.text))}[/italic]", highlight=False)
     if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(report.as_json(), indent=2) + "\n")
-        except OSError as error:
-            raise CacheFileError(f"cannot write {json_file}: {error.strerror}") from error
+        write_json(str(json_file), report.as_json())
         console.print(f"wrote {json_file}", markup=False)
     if plot_file is not None:
         write_plot(report, plot_file)

@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+from lynxproto.bench import outputs
 from lynxproto.demo.report import METHODS, Measurement, Report, Table, level_names
-from lynxproto.errors import CacheFileError, ConfigError, MissingDependencyError
 
-__all__ = ["check_plot", "write_plot"]
+__all__ = ["write_plot"]
 
 _LEVELS: Final = ("#1f5fa8", "#6aa9e0", "#bcd9f2")
 _WHOLE: Final = "#8c8c8c"
@@ -17,23 +17,9 @@ _DRAFT, _VERIFY, _DECODE = "#e8a33d", "#c0392b", "#4c9a5f"
 _NAMES: Final = {"bf16": "BF16", "int8": "INT8", "int4": "INT4", "lynxproto": "lynxproto"}
 
 
-def check_plot(path: Path) -> None:
-    """Refuse before the work rather than after it: matplotlib missing, or a file type it cannot write."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise MissingDependencyError(f"--plot needs {error.name}; run: pip install 'lynxproto[plot]'") from error
-    mpl.use("Agg")
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
-        raise ConfigError(f"cannot plot to {path}: use one of .{', .'.join(sorted(known))}")
-
-
 def write_plot(report: Report, path: Path) -> None:
     """Draw the run of each method whose first token took the median time."""
-    check_plot(path)
-    import matplotlib.pyplot as plt
+    plt = outputs.pyplot()
     from matplotlib.patches import Patch
 
     figure, axes = plt.subplots(figsize=(10, 5.2), layout="constrained")
@@ -66,12 +52,7 @@ def write_plot(report: Report, path: Path) -> None:
         plt.Line2D([], [], marker="D", color="black", linestyle="", markersize=5, label=f"token {report.decode} final"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise CacheFileError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        plt.close(figure)
+    outputs.save_figure(figure, path, dpi=150)
 
 
 def _typical(runs: list[Measurement]) -> Measurement:

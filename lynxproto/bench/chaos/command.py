@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ from lynxproto.bench.chaos.pool import run_seeds
 from lynxproto.bench.chaos.report import Report, explain
 from lynxproto.bench.chaos.transfer import run_seed
 from lynxproto.bench.machine import environment
+from lynxproto.bench.outputs import json_option, write_json
 
 __all__ = ["chaos"]
 
@@ -38,7 +38,7 @@ __all__ = ["chaos"]
     type=click.Path(dir_okay=False, path_type=Path),
     help="With --verbose: where, for `lynxproto inspect`; default: chaos-SEED.lynx.",
 )
-@click.option("--json", "json_path", metavar="FILE|-", help="Write the results as JSON; - for standard output.")
+@json_option()
 def chaos(
     *,
     seeds: int,
@@ -79,11 +79,7 @@ def chaos(
     outcomes.sort(key=lambda outcome: outcome.seed)
     report = Report(outcomes, time.perf_counter() - started, count, patience, environment())
     if json_path is not None:
-        text = json.dumps(report.to_dict(), indent=1)
-        if json_path == "-":
-            click.echo(text)
-        else:
-            Path(json_path).write_text(text + "\n")
+        write_json(json_path, report.to_dict())
     if seed is None and json_path != "-":
         click.echo(report.to_text())
     if not report.good:
