@@ -29,58 +29,81 @@ INLINE __m256i ordered16(__m256i w) {
     return _mm256_xor_si256(w, _mm256_srli_epi16(_mm256_srai_epi16(w, 15), 1));
 }
 
-#define PREFETCHED 64 /* rows ahead */
+/* Words are compared as they are, with and without signs: the least is the largest without, if any has a sign; the largest the largest
+ * with, if any has none. */
+INLINE void survey_row(const uint16_t *row, __m256i first[4], __m256i last[4], __m256i most[4]) {
+    for (int i = 0; i < 4; i++) {
+        const __m256i word = load(row + 16 * i);
+        first[i] = _mm256_min_epu16(first[i], word);
+        last[i] = _mm256_max_epu16(last[i], word);
+        most[i] = _mm256_max_epi16(most[i], word);
+    }
+}
 
-/* Of 16 * `count` channels; unless `signs` is null also how many are negative. Words are compared as they are, with and without signs:
- * the least is the largest without, if any has a sign; the largest the largest with, if any has none. Both halves of the rows in turn:
- * two streams come from memory faster than one. With `fetch` whole rows go to the cache that holds the tile until it is encoded. */
-INLINE void survey_part(int count, bool fetch, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high,
-                        uint16_t *signs) {
-    __m256i first[4], last[4], most[4], negative[4];
-    for (int i = 0; i < count; i++) {
+static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
+    __m256i first[4], last[4], most[4];
+    for (int i = 0; i < 4; i++) {
         first[i] = last[i] = most[i] = load(rows + 16 * i);
-        negative[i] = _mm256_setzero_si256();
     }
-    const ptrdiff_t second = tokens / 2 * stride;
-    for (int t = 0; t < tokens / 2 + tokens % 2; t++, rows += stride) { /* an odd number's middle row belongs to the second half */
-        const bool both = t < tokens / 2;
-        for (int j = both ? 0 : 1; j < 2; j++) {
-            const uint16_t *row = rows + (j == 0 ? 0 : second);
-            if (fetch) {
-                __builtin_prefetch(row + PREFETCHED * stride, 0, 2);
-                __builtin_prefetch(row + PREFETCHED * stride + 32, 0, 2);
-            }
-            for (int i = 0; i < count; i++) {
-                const __m256i word = load(row + 16 * i);
-                first[i] = _mm256_min_epu16(first[i], word);
-                last[i] = _mm256_max_epu16(last[i], word);
-                most[i] = _mm256_max_epi16(most[i], word);
-                negative[i] = signs != NULL ? _mm256_sub_epi16(negative[i], _mm256_srai_epi16(word, 15)) : negative[i];
-            }
-        }
+    for (int t = 0; t < tokens / 2; t++, rows += stride) {
+        lynx_fetch_far(rows, stride);
+        survey_row(rows, first, last, most);
+        lynx_fetch_far(rows + tokens / 2 * stride, stride);
+        survey_row(rows + tokens / 2 * stride, first, last, most);
     }
-    for (int i = 0; i < count; i++) {
+    if (tokens % 2 != 0) {
+        survey_row(rows + tokens / 2 * stride, first, last, most);
+    }
+    for (int i = 0; i < 4; i++) {
         const __m256i any = _mm256_srai_epi16(last[i], 15), all = _mm256_srai_epi16(most[i], 15); /* have signs */
         store(low + 16 * i, ordered16(_mm256_blendv_epi8(first[i], last[i], any)));
         store(high + 16 * i, ordered16(_mm256_blendv_epi8(most[i], first[i], all)));
-        if (signs != NULL) {
+    }
+}
+
+INLINE void size_row(const uint16_t *row, bool signs, __m256i largest[4], __m256i negative[4]) {
+    for (int i = 0; i < 4; i++) {
+        const __m256i word = load(row + 16 * i);
+        largest[i] = _mm256_max_epi16(largest[i], _mm256_and_si256(word, _mm256_set1_epi16(0x7fff)));
+        negative[i] = signs ? _mm256_add_epi16(negative[i], _mm256_srli_epi16(word, 15)) : negative[i];
+    }
+}
+
+INLINE void survey_sizes_as(bool with_signs, const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most,
+                            uint16_t *signs) {
+    __m256i largest[4], negative[4];
+    for (int i = 0; i < 4; i++) {
+        largest[i] = negative[i] = _mm256_setzero_si256();
+    }
+    for (int t = 0; t < tokens / 2; t++, rows += stride) {
+        for (int half = 0; half < 2; half++) {
+            const uint16_t *row = half == 0 ? rows : rows + tokens / 2 * stride;
+            if (fetched) {
+                lynx_fetch_near(row, stride);
+            } else {
+                lynx_fetch_far(row, stride);
+            }
+            size_row(row, with_signs, largest, negative);
+        }
+    }
+    if (tokens % 2 != 0) {
+        size_row(rows + tokens / 2 * stride, with_signs, largest, negative);
+    }
+    for (int i = 0; i < 4; i++) {
+        store(most + 16 * i, largest[i]);
+        if (with_signs) {
             store(signs + 16 * i, negative[i]);
         }
     }
 }
 
-static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
+static void survey_sizes(const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most, uint16_t *signs) {
     if (signs == NULL) {
-        survey_part(4, true, rows, stride, tokens, low, high, NULL);
-    } else { /* registers for half of them */
-        survey_part(2, true, rows, stride, tokens, low, high, signs);
-        survey_part(2, false, rows + 32, stride, tokens, low + 32, high + 32, signs + 32);
+        survey_sizes_as(false, rows, stride, tokens, fetched, most, NULL);
+    } else {
+        survey_sizes_as(true, rows, stride, tokens, fetched, most, signs);
     }
 }
-
-/* Magnitude words that stay in the range that exponents move, whatever the exponent: from INNER on, so many. */
-#define RESCALE_INNER (RESCALE_FIRST + 1024)
-#define RESCALE_SPAN (RESCALE_COUNT - 2048)
 
 /* Words outside the range stay; those that leave it come in again at the other end. */
 static void rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
@@ -122,14 +145,13 @@ INLINE __m256i least_of_octet(__m256i r[8]) {
 /* Extremes of value groups; unless `shifts` is null, of their words divided by 2^e, which go to `out`. */
 INLINE void range_of_values(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out, int16_t *low,
                             int16_t *high) {
-    const __m256i magnitude = _mm256_set1_epi16(0x7fff), inner = _mm256_set1_epi16(RESCALE_INNER);
-    const __m256i span = _mm256_set1_epi16(RESCALE_SPAN);
+    const __m256i magnitude = _mm256_set1_epi16(0x7fff);
     for (int first = 0; first < tokens; first += 8) {
         const int count = tokens - first < 8 ? tokens - first : 8;
         const uint16_t *in = rows + first * stride;
         ptrdiff_t in_stride = stride;
         for (bool again = shifts != NULL;; again = false) {
-            __m256i r[8], farthest = _mm256_setzero_si256();
+            __m256i r[8], nearest = magnitude;
             for (int t = 0; t < 8; t++) {
                 if (t >= count) {
                     r[t] = r[count - 1];
@@ -139,8 +161,8 @@ INLINE void range_of_values(const int16_t *shifts, const uint16_t *rows, ptrdiff
                 for (int i = 0; i < 4; i++) {
                     __m256i word = load(in + t * in_stride + 16 * i);
                     if (again) {
-                        farthest = _mm256_max_epu16(farthest, _mm256_sub_epi16(_mm256_and_si256(word, magnitude), inner));
                         word = _mm256_sub_epi16(word, load(shifts + 16 * i));
+                        nearest = _mm256_min_epi16(nearest, _mm256_and_si256(word, magnitude));
                         store(out + (first + t) * ROW + 16 * i, word);
                     }
                     const __m256i o = ordered16(word);
@@ -154,8 +176,9 @@ INLINE void range_of_values(const int16_t *shifts, const uint16_t *rows, ptrdiff
             _mm_storeu_si128((__m128i *)(low + first), _mm256_castsi256_si128(both));
             _mm_storeu_si128((__m128i *)(high + first), _mm256_extracti128_si256(largest, 1));
             /* Words that do not simply move are looked for in all rows at once, and are rare. */
-            const __m256i inside = _mm256_cmpeq_epi16(_mm256_max_epu16(farthest, span), farthest);
-            if (!again || __builtin_expect(_mm256_testz_si256(inside, inside), 1)) {
+            const __m256i near = _mm256_cmpgt_epi16(_mm256_set1_epi16(RESCALE_NEAR), nearest);
+            const __m256i odd = _mm256_or_si256(near, _mm256_cmpgt_epi16(_mm256_set1_epi16(-RESCALE_FAR), both));
+            if (!again || __builtin_expect(_mm256_testz_si256(odd, odd), 1)) {
                 break;
             }
             uint16_t *const made = out + first * ROW; /* where the words themselves may have been */
@@ -171,7 +194,7 @@ INLINE void range_of_values(const int16_t *shifts, const uint16_t *rows, ptrdiff
 
 static void range(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
     if (part == LYNX_KEY) {
-        survey(rows, stride, tokens, low, high, NULL);
+        survey(rows, stride, tokens, low, high);
     } else {
         range_of_values(NULL, rows, stride, tokens, NULL, low, high);
     }
@@ -209,18 +232,11 @@ INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t
     }
     const __m256i none = _mm256_setzero_si256();
     __m256i bits[2] = {none, none}, sum = none;
-    const uint16_t *next = ahead == NULL ? NULL : ahead->row;
-    int left = ahead == NULL ? 0 : ahead->count;
+    lynx_scout scout = lynx_scout_of(ahead, ahead_stride);
     for (int t = 0; t < tokens; t++) {
-        if (ahead != NULL) {
-            __builtin_prefetch(next, 0, 2);
-            __builtin_prefetch(next + 32, 0, 2);
-            next += ahead_stride;
-            if (--left == 0) {
-                ahead++;
-                next = ahead->row;
-                left = ahead->count;
-            }
+        lynx_fetch_row(&scout);
+        if (part == LYNX_KEY) { /* values were read for their range just now */
+            lynx_fetch_near(rows + t * stride, stride);
         }
         const __m256 inverse = _mm256_set1_ps(params->inverse[t]), offset = _mm256_set1_ps(offset_of[t]);
         __m256i code[4];
@@ -505,7 +521,9 @@ const lynx_kernels lynx_avx2 = {
     .shuffles = shuffles,
     .range = range,
     .survey = survey,
+    .survey_sizes = survey_sizes,
     .add_spreads = add_spreads,
+    .add_sizes = add_sizes,
     .params = params,
     .are_plain = are_plain,
     .choose = choose,

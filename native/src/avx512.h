@@ -157,10 +157,12 @@ void lynx_avx512_rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t 
                          ptrdiff_t out_stride);
 void lynx_avx512_rescale_range(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                                int16_t *low, int16_t *high);
-void lynx_avx512_survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs);
+void lynx_avx512_survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
+void lynx_avx512_survey_sizes(const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most, uint16_t *signs);
 
 /* avx512_params.c */
 void lynx_avx512_add_spreads(int dtype, const int16_t *low, const int16_t *high, lynx_spread *sums);
+void lynx_avx512_add_sizes(int dtype, const uint16_t *most, lynx_spread *sums);
 bool lynx_avx512_are_plain(int dtype, const int16_t *low, const int16_t *high);
 void lynx_avx512_choose(int dtype, const lynx_planes *planes, const int16_t *low, const int16_t *high, lynx_params *params);
 void lynx_avx512_pack_params(const lynx_params *params, lynx_packed *packed, uint8_t *out);

@@ -144,6 +144,10 @@ void lynx_avx512_add_spreads(int dtype, const int16_t *low, const int16_t *high,
     add_spreads(dtype, low, high, sums);
 }
 
+void lynx_avx512_add_sizes(int dtype, const uint16_t *most, lynx_spread *sums) {
+    add_sizes(dtype, most, sums);
+}
+
 bool lynx_avx512_params(const lynx_fields *in, const lynx_planes *planes, bool full, lynx_params *out) {
     return params(in, planes, full, out);
 }

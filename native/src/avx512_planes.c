@@ -32,18 +32,11 @@ INLINE uint64_t quantise_as(int part, int dtype, const uint16_t *rows, ptrdiff_t
     const __m512i lowest = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)); /* byte of 32 bits */
     const __m512i none = _mm512_setzero_si512(), bits_of = RANK_BITS;
     __m512i zero = lower_bytes(load(params->offset), load(params->offset + 32)), few = none, sum = none;
-    const uint16_t *next = ahead == NULL ? NULL : ahead->row;
-    int left = ahead == NULL ? 0 : ahead->count;
+    lynx_scout scout = lynx_scout_of(ahead, ahead_stride);
     for (int t = 0; t < tokens; t++) {
-        if (ahead != NULL) {
-            __builtin_prefetch(next, 0, 2);
-            __builtin_prefetch(next + 32, 0, 2);
-            next += ahead_stride;
-            if (--left == 0) {
-                ahead++;
-                next = ahead->row;
-                left = ahead->count;
-            }
+        lynx_fetch_row(&scout);
+        if (part == LYNX_KEY) { /* values were read for their range just now */
+            lynx_fetch_near(rows + t * stride, stride);
         }
         if (part == LYNX_VALUE) {
             inverse[0] = inverse[1] = inverse[2] = inverse[3] = _mm512_set1_ps(params->inverse[t]);

@@ -4,10 +4,6 @@
 #if defined(__x86_64__)
 #include "avx512.h"
 
-/* Magnitude words that stay in the range that exponents move, whatever the exponent: from INNER on, so many. */
-#define RESCALE_INNER (RESCALE_FIRST + 1024)
-#define RESCALE_SPAN (RESCALE_COUNT - 2048)
-
 /* Words outside the range that exponents move stay; those that leave it come in again at the other end. */
 static __attribute__((noinline)) __m512i rescaled_each(__m512i word, const int16_t *shifts) {
     uint16_t words[32];
@@ -38,57 +34,61 @@ void lynx_avx512_rescale(const int16_t *shifts, const uint16_t *rows, ptrdiff_t 
     }
 }
 
-/* Up to 8 rows, of which the words that do not simply move are looked for afterwards, in all at once: words of INNER on, and below
- * INNER + SPAN. With 0x580 more those outside, some others, and no more, have two bits that are zeros. */
-INLINE void rescale_octet(const __m512i shift[2], const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int count,
-                          uint16_t *out) {
-    const __m512i up = _mm512_set1_epi16(0x8000 - (RESCALE_INNER + RESCALE_SPAN)), upper = _mm512_set1_epi16(0x6000);
-    __mmask32 inside = ~0u;
-    for (int t = 0; t < count; t++) {
-        for (int i = 0; i < 2; i++) {
-            const __m512i word = load(rows + t * stride + 32 * i);
-            inside = _mm512_mask_test_epi16_mask(inside, _mm512_add_epi16(word, up), upper);
-            store(out + t * ROW + 32 * i, _mm512_sub_epi16(word, shift[i]));
+/* Of up to 8 rows the least words and the complements of the largest, in the lower halves of lanes. Unless `out` is null it is for words
+ * from which `shift` is taken away, which go there, and `small` says whether some of them are nearer to 0 than RESCALE_NEAR. */
+INLINE __m512i range_of_octet(const __m512i shift[2], const uint16_t *rows, ptrdiff_t stride, int count, uint16_t *out,
+                              __mmask32 *small) {
+    const __m512i upper = _mm512_set1_epi16(-RESCALE_NEAR & 0x7fff); /* bits that others have one of */
+    __mmask32 large = ~0u;
+    __m512i r[8]; /* least words in the lower half, complements of the largest in the upper */
+    for (int t = 0; t < 8; t++) {
+        if (t >= count) {
+            r[t] = r[count - 1];
+            continue;
         }
-    }
-    if (__builtin_expect(inside != ~0u, 0)) {
-        for (int t = 0; t < count; t++) {
-            for (int i = 0; i < 2; i++) {
-                uint16_t *at = out + t * ROW + 32 * i;
-                store(at, rescaled_row(_mm512_add_epi16(load(at), shift[i]), shift[i], shifts + 32 * i));
+        __m512i word[2];
+        for (int i = 0; i < 2; i++) {
+            word[i] = load(rows + t * stride + 32 * i);
+            if (out != NULL) {
+                word[i] = _mm512_sub_epi16(word[i], shift[i]);
+                large = _mm512_mask_test_epi16_mask(large, word[i], upper);
+                store(out + t * ROW + 32 * i, word[i]);
             }
         }
+        const __m512i a = ordered16(word[0]), b = ordered16(word[1]), largest = _mm512_max_epi16(a, b);
+        r[t] = FOLD(low_halves, high_halves, _mm512_min_epi16(a, b), _mm512_xor_si512(largest, _mm512_set1_epi32(-1)));
     }
+    for (int j = 0; j < 4; j++) { /* quarters: least and largest of token 2j, of 2j + 1 */
+        r[j] = FOLD(even_quarters, odd_quarters, r[2 * j], r[2 * j + 1]);
+    }
+    for (int j = 0; j < 2; j++) { /* 64-bit units of tokens 4j and 4j + 2, or 4j + 1 and 4j + 3 */
+        r[j] = FOLD(_mm512_unpacklo_epi64, _mm512_unpackhi_epi64, r[2 * j], r[2 * j + 1]);
+    }
+    /* 32-bit units of tokens 0, 4, 2, 6, or 1, 5, 3, 7 */
+    r[0] = FOLD(_mm512_unpacklo_epi32, _mm512_unpackhi_epi32, _mm512_shuffle_epi32(r[0], _MM_PERM_DBCA),
+                _mm512_shuffle_epi32(r[1], _MM_PERM_DBCA));
+    *small = ~large;
+    return _mm512_min_epi16(r[0], _mm512_srli_epi32(r[0], 16));
 }
 
 /* Of value groups, whose words are rescaled first, unless `shifts` is null. */
 INLINE void range_of_values(const int16_t *shifts, const uint16_t *rows, ptrdiff_t stride, int tokens, uint16_t *out,
                             int16_t *low, int16_t *high) {
-    const __m512i none = _mm512_setzero_si512();
+    const __m512i none = _mm512_setzero_si512(), farthest = _mm512_set1_epi16((int16_t)-RESCALE_FAR);
     const __m512i shift[2] = {shifts == NULL ? none : load(shifts), shifts == NULL ? none : load(shifts + 32)};
     for (int first = 0; first < tokens; first += 8) {
         const int count = tokens - first < 8 ? tokens - first : 8;
-        if (shifts != NULL) {
-            rescale_octet(shift, shifts, rows + first * stride, stride, count, out + first * ROW);
+        uint16_t *const made = shifts == NULL ? NULL : out + first * ROW;
+        __mmask32 small;
+        __m512i both = range_of_octet(shift, rows + first * stride, stride, count, made, &small);
+        if (made != NULL && __builtin_expect((small | (_mm512_cmplt_epi16_mask(both, farthest) & 0x55555555)) != 0, 0)) {
+            for (int i = 0; i < 2 * count; i++) { /* the words themselves may have been where these are */
+                const int16_t *const by = shifts + 32 * (i % 2);
+                const __m512i word = _mm512_add_epi16(load(made + 32 * i), shift[i % 2]);
+                store(made + 32 * i, rescaled_row(word, shift[i % 2], by));
+            }
+            both = range_of_octet(shift, made, ROW, count, NULL, &small);
         }
-        __m512i r[8]; /* least words in the lower half, complements of the largest in the upper */
-        for (int j = 0; j < 8; j++) {
-            const int t = first + (j < count ? j : count - 1);
-            const uint16_t *row = shifts == NULL ? rows + t * stride : out + t * ROW;
-            const __m512i a = ordered16(load(row)), b = ordered16(load(row + 32));
-            const __m512i largest = _mm512_max_epi16(a, b);
-            r[j] = FOLD(low_halves, high_halves, _mm512_min_epi16(a, b), _mm512_xor_si512(largest, _mm512_set1_epi32(-1)));
-        }
-        for (int j = 0; j < 4; j++) { /* quarters: least and largest of token 2j, of 2j + 1 */
-            r[j] = FOLD(even_quarters, odd_quarters, r[2 * j], r[2 * j + 1]);
-        }
-        for (int j = 0; j < 2; j++) { /* 64-bit units of tokens 4j and 4j + 2, or 4j + 1 and 4j + 3 */
-            r[j] = FOLD(_mm512_unpacklo_epi64, _mm512_unpackhi_epi64, r[2 * j], r[2 * j + 1]);
-        }
-        /* 32-bit units of tokens 0, 4, 2, 6, or 1, 5, 3, 7 */
-        r[0] = FOLD(_mm512_unpacklo_epi32, _mm512_unpackhi_epi32, _mm512_shuffle_epi32(r[0], _MM_PERM_DBCA),
-                    _mm512_shuffle_epi32(r[1], _MM_PERM_DBCA));
-        const __m512i both = _mm512_min_epi16(r[0], _mm512_srli_epi32(r[0], 16));
         const __m512i order = _mm512_setr_epi32(0, 8, 2, 10, 1, 9, 3, 11, 4, 12, 6, 14, 5, 13, 7, 15);
         const __m256i result = _mm512_cvtepi32_epi16(_mm512_permutexvar_epi32(order, both));
         const __m128i largest = _mm_xor_si128(_mm256_extracti128_si256(result, 1), _mm_set1_epi32(-1));
@@ -124,54 +124,79 @@ void lynx_avx512_rescale_range(const int16_t *shifts, const uint16_t *rows, ptrd
     range_of_values(shifts, rows, stride, tokens, out, low, high);
 }
 
-#define PREFETCHED 64 /* rows ahead */
-
 /* Words are put in order by a comparison: a shift would share the port of the extremes. */
-INLINE void survey_row(const uint16_t *row, const uint16_t *ahead, bool signs, __m512i least[2], __m512i largest[2],
-                       __m512i negative[2]) {
+INLINE void survey_row(const uint16_t *row, __m512i least[2], __m512i largest[2]) {
     for (int i = 0; i < 2; i++) {
-        __builtin_prefetch(ahead + 32 * i, 0, 2);
         const __m512i word = load(row + 32 * i);
         const __mmask32 below = _mm512_cmplt_epi16_mask(word, _mm512_setzero_si512());
         const __m512i o = _mm512_mask_sub_epi16(word, below, _mm512_set1_epi16(0x7fff), word);
         least[i] = _mm512_min_epi16(least[i], o);
         largest[i] = _mm512_max_epi16(largest[i], o);
-        if (signs) {
-            negative[i] = _mm512_mask_add_epi16(negative[i], below, negative[i], _mm512_set1_epi16(1));
-        }
     }
 }
 
-/* Both halves in turn: two streams come from memory faster than one. Fetched into the cache that holds the tile until it is encoded. */
-INLINE void survey_as(bool with_signs, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
-    const int half = tokens / 2;
-    __m512i least[2], largest[2], negative[2];
+void lynx_avx512_survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
+    __m512i least[2], largest[2];
     for (int i = 0; i < 2; i++) {
         least[i] = _mm512_set1_epi16(INT16_MAX);
         largest[i] = _mm512_set1_epi16(INT16_MIN);
-        negative[i] = _mm512_setzero_si512();
     }
-    for (int t = 0; t < half; t++, rows += stride) {
-        survey_row(rows, rows + PREFETCHED * stride, with_signs, least, largest, negative);
-        survey_row(rows + half * stride, rows + (half + PREFETCHED) * stride, with_signs, least, largest, negative);
+    for (int t = 0; t < tokens / 2; t++, rows += stride) {
+        lynx_fetch_far(rows, stride);
+        survey_row(rows, least, largest);
+        lynx_fetch_far(rows + tokens / 2 * stride, stride);
+        survey_row(rows + tokens / 2 * stride, least, largest);
     }
     if (tokens % 2 != 0) {
-        survey_row(rows + half * stride, rows, with_signs, least, largest, negative);
+        survey_row(rows + tokens / 2 * stride, least, largest);
     }
     for (int i = 0; i < 2; i++) {
         store(low + 32 * i, least[i]);
         store(high + 32 * i, largest[i]);
+    }
+}
+
+INLINE void size_row(const uint16_t *row, bool signs, __m512i largest[2], __m512i negative[2]) {
+    for (int i = 0; i < 2; i++) {
+        const __m512i word = load(row + 32 * i);
+        largest[i] = _mm512_max_epi16(largest[i], _mm512_and_si512(word, _mm512_set1_epi16(0x7fff)));
+        negative[i] = signs ? _mm512_sub_epi16(negative[i], _mm512_srai_epi16(word, 15)) : negative[i];
+    }
+}
+
+INLINE void survey_sizes_as(bool with_signs, const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most,
+                            uint16_t *signs) {
+    __m512i largest[2], negative[2];
+    for (int i = 0; i < 2; i++) {
+        largest[i] = negative[i] = _mm512_setzero_si512();
+    }
+    for (int t = 0; t < tokens / 2; t++, rows += stride) {
+        for (int half = 0; half < 2; half++) {
+            const uint16_t *row = half == 0 ? rows : rows + tokens / 2 * stride;
+            if (fetched) {
+                lynx_fetch_near(row, stride);
+            } else {
+                lynx_fetch_far(row, stride);
+            }
+            size_row(row, with_signs, largest, negative);
+        }
+    }
+    if (tokens % 2 != 0) {
+        size_row(rows + tokens / 2 * stride, with_signs, largest, negative);
+    }
+    for (int i = 0; i < 2; i++) {
+        store(most + 32 * i, largest[i]);
         if (with_signs) {
             store(signs + 32 * i, negative[i]);
         }
     }
 }
 
-void lynx_avx512_survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
+void lynx_avx512_survey_sizes(const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most, uint16_t *signs) {
     if (signs == NULL) {
-        survey_as(false, rows, stride, tokens, low, high, NULL);
+        survey_sizes_as(false, rows, stride, tokens, fetched, most, NULL);
     } else {
-        survey_as(true, rows, stride, tokens, low, high, signs);
+        survey_sizes_as(true, rows, stride, tokens, fetched, most, signs);
     }
 }
 

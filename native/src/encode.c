@@ -265,7 +265,7 @@ static void rescale_range(const lynx_kernels *kernels, int part, const int16_t *
 }
 
 void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint32_t first_head, uint32_t last_head, uint16_t *ranges,
-                  uint16_t *sizes, int8_t *biases, int16_t *extremes, void *scratch) {
+                  uint16_t *sizes, int8_t *biases, int16_t *extremes, bool fetched, void *scratch) {
     const lynx_kernels *kernels = lynx_current();
     lynx_scratch *s = lynx_scratch_of(scratch);
     const uint64_t columns = (tile->head_dim + ROW - 1) / ROW, groups = ((uint64_t)tile->tokens + ROW - 1) / ROW;
@@ -282,12 +282,15 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint32_t first_h
                     prefetch_next(tile, view, &block, quarter, false);
                 }
                 const uint16_t *rows = block_rows(view, &block, &stride, s);
-                const uint64_t index = (head * groups + block.token / ROW) * columns + channel / ROW;
-                int16_t *low = extremes == NULL ? s->low : extremes + 2 * ROW * index;
-                int16_t *high = extremes == NULL ? s->high : low + ROW;
-                uint16_t signs[ROW];
-                kernels->survey(rows, stride, block.tokens, low, high, biases == NULL ? NULL : signs);
-                kernels->add_spreads(tile->dtype, low, high, &sums);
+                if (ranges != NULL) {
+                    int16_t *low = extremes + 2 * ROW * ((head * groups + block.token / ROW) * columns + channel / ROW);
+                    kernels->survey(rows, stride, block.tokens, low, low + ROW);
+                    kernels->add_spreads(tile->dtype, low, low + ROW, &sums);
+                    continue;
+                }
+                uint16_t most[ROW], signs[ROW];
+                kernels->survey_sizes(rows, stride, block.tokens, fetched, most, biases == NULL ? NULL : signs);
+                kernels->add_sizes(tile->dtype, most, &sums);
                 for (int c = 0; c < ROW && biases != NULL; c++) {
                     negative[c] += signs[c];
                 }
@@ -295,8 +298,10 @@ void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint32_t first_h
             for (int c = 0; c < block.channels; c++) {
                 const uint64_t at = (uint64_t)head * tile->head_dim + channel + (uint64_t)c;
                 const double count = sums.count[c];
-                ranges[at] = (uint16_t)(count == 0 ? LEAST_SPREAD : sums.range[c] / count);
-                sizes[at] = (uint16_t)(count == 0 ? LEAST_SPREAD : sums.size[c] / count);
+                if (ranges != NULL) {
+                    ranges[at] = (uint16_t)(count == 0 ? LEAST_SPREAD : (double)(int64_t)sums.range[c] / count);
+                }
+                sizes[at] = (uint16_t)(count == 0 ? LEAST_SPREAD : (double)(int64_t)sums.size[c] / count);
                 if (biases != NULL) {
                     biases[at] = bias_of(tile->tokens, negative[c]);
                 }

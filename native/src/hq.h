@@ -64,10 +64,11 @@ void lynx_measure(const lynx_tile *tile, uint64_t first, uint64_t last, lynx_siz
 
 /* What an encoder has to know of the channels of some heads, [heads][head_dim]: their ranges and sizes as bfloat16 words (means over
  * blocks of the range and of the largest magnitude), and, unless `biases` is null, how far they lie from zero;
- * spec/codec-hq.md, "Spreads" and "Folding". With `extremes` not null, for each block the least and largest ordered words of 64
- * channels, which encode key tiles faster. */
+ * spec/codec-hq.md, "Spreads" and "Folding". Key tiles have ranges and, for each block, the least and largest ordered words of 64
+ * channels, in `extremes`, with which they are encoded faster; value tiles have neither, and both are null.
+ * `fetched`: lynx_encode has had these heads' words fetched. */
 void lynx_spreads(const lynx_tile *tile, const lynx_view *view, uint32_t first_head, uint32_t last_head, uint16_t *ranges,
-                  uint16_t *sizes, int8_t *biases, int16_t *extremes, void *scratch);
+                  uint16_t *sizes, int8_t *biases, int16_t *extremes, bool fetched, void *scratch);
 /* Encode blocks [first, last). `extremes`: of key tiles without exponents, or null. With `ahead` the words of the head behind each
  * block's own are fetched from memory meanwhile. */
 void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, uint64_t last, const int16_t *extremes, bool ahead,

@@ -87,10 +87,9 @@ typedef struct {
     int s_bits, z_bits, s_low, z_low;
 } lynx_packed;
 
-/* Sums over blocks of the ranges and sizes of channels, as bfloat16 words, and how many blocks those are. Integers of less than 40
- * bits: as such they are exact, and so are their means when rounded down. */
+/* Sums over blocks of the ranges and sizes of channels, as bfloat16 words, in less than 40 bits; and how many blocks those are. */
 typedef struct {
-    double range[ROW], size[ROW];
+    uint64_t range[ROW], size[ROW];
     uint32_t count[ROW];
 } lynx_spread;
 
@@ -139,15 +138,59 @@ typedef struct {
     int count;
 } lynx_stretch;
 
+/* Rows of stretches of one stride, behind which an empty one lies, fetched one by one into the cache that holds a tile. */
+typedef struct {
+    const lynx_stretch *stretch; /* null: nothing is fetched */
+    const uint16_t *next;
+    ptrdiff_t stride;
+    int left; /* of this stretch */
+} lynx_scout;
+
+static inline lynx_scout lynx_scout_of(const lynx_stretch *rows, ptrdiff_t stride) {
+    return rows == NULL ? (lynx_scout){NULL, NULL, 0, 0} : (lynx_scout){rows, rows->row, stride, rows->count};
+}
+
+static inline void lynx_fetch_row(lynx_scout *scout) {
+    if (scout->stretch == NULL) {
+        return;
+    }
+    __builtin_prefetch(scout->next, 0, 2);
+    __builtin_prefetch(scout->next + 32, 0, 2);
+    scout->next += scout->stride;
+    if (--scout->left == 0) {
+        scout->stretch++;
+        scout->next = scout->stretch->row;
+        scout->left = scout->stretch->count;
+    }
+}
+
+/* The same row of the next block from memory to that cache. Surveys do so with rows of both halves of a block in turn: two streams
+ * come faster than one. */
+static inline void lynx_fetch_far(const uint16_t *row, ptrdiff_t stride) {
+    __builtin_prefetch(row + ROW * stride, 0, 2);
+    __builtin_prefetch(row + ROW * stride + 32, 0, 2);
+}
+
+/* A row some rows further on, from that cache to the nearest. */
+#define NEARLY 10
+static inline void lynx_fetch_near(const uint16_t *row, ptrdiff_t stride) {
+    __builtin_prefetch(row + NEARLY * stride);
+    __builtin_prefetch(row + NEARLY * stride + 32);
+}
+
 typedef struct {
     /* Make the shuffles of planes that are not uniform; null: not used. */
     void (*shuffles)(lynx_planes *planes);
     /* Extremes of each group in the ordered-integer domain, w ^ ((w >> 15) & 0x7fff), where -0 differs from +0. */
     void (*range)(int part, const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
-    /* The same of channels, by the encoder's first look at the words; and how many have a sign, if `signs` is not null. */
-    void (*survey)(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs);
-    /* Spreads of channels are added to sums; not those with special words. */
+    /* The same of channels, by the encoder's first look at the words of a key tile. */
+    void (*survey)(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high);
+    /* And of a value tile: the largest magnitudes of channels; and how many words have a sign, if `signs` is not null. `fetched`: the
+     * rows are no longer in memory only. */
+    void (*survey_sizes)(const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most, uint16_t *signs);
+    /* Ranges and sizes, or sizes alone, are added to sums; not those of channels with special words. */
     void (*add_spreads)(int dtype, const int16_t *low, const int16_t *high, lynx_spread *sums);
+    void (*add_sizes)(int dtype, const uint16_t *most, lynx_spread *sums);
     /* Parameters from a block's fields, for codes that are `full` or anchors with zeros below. False if some are out of
      * range. */
     bool (*params)(const lynx_fields *in, const lynx_planes *planes, bool full, lynx_params *params);

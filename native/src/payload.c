@@ -173,9 +173,10 @@ static void choose_widths(const uint16_t *weights, uint64_t channels, uint64_t b
 
 /* How much the error of key channels is expected to matter, 64 an octave of KL, in place of their ranges. */
 static void weigh(uint16_t *ranges, const uint16_t *sizes, uint32_t heads, uint32_t head_dim) {
+    const uint32_t half = head_dim / 2; /* RoPE turns a channel and its pair, half of the head further */
     for (uint32_t head = 0; head < heads; head++, ranges += head_dim, sizes += head_dim) {
-        for (uint32_t c = 0; c < head_dim; c++) { /* large keys count for large queries; RoPE turns c and its pair */
-            const uint32_t pair = sizes[(c + head_dim - head_dim / 2) % head_dim];
+        for (uint32_t c = 0; c < head_dim; c++) { /* large keys count for large queries */
+            const uint32_t pair = sizes[c < half ? c + head_dim - half : c - half];
             ranges[c] = (uint16_t)((2u * ranges[c] + 2u * sizes[c] + 3u * pair) >> 2);
         }
     }
@@ -214,7 +215,7 @@ static void look(lynx_plan *plan, const lynx_view *view, uint32_t first, uint32_
     lynx_tile tile = plan->tile;
     tile.exponents = NULL;
     plan->extremes = plan->by_range ? (int16_t *)sizes + plan->channels : NULL;
-    lynx_spreads(&tile, view, first, last, ranges, sizes, biases, plan->extremes, scratch);
+    lynx_spreads(&tile, view, first, last, plan->by_range ? ranges : NULL, sizes, biases, plan->extremes, first > 0, scratch);
     if (plan->by_range) {
         weigh(ranges, sizes, tile.heads, tile.head_dim);
         choose_widths(ranges, plan->channels, range_bits, table_of(plan, 0));

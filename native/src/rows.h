@@ -26,25 +26,50 @@ static void add_spreads(int dtype, const int16_t *low, const int16_t *high, lynx
         const uint32_t tame = ((high[c] < limit) & (low[c] >= -limit)) ? ~0u : 0;
         const uint32_t r = (float_bits(largest[c] - least[c]) + 0xffffu) >> 16, f = (float_bits(far) + 0xffffu) >> 16;
         /* 0x8000: nothing but -0 */
-        sums->range[c] += (double)(int32_t)((r < LEAST_SPREAD || r >= 0x8000 ? LEAST_SPREAD : r) & tame);
-        sums->size[c] += (double)(int32_t)((f < LEAST_SPREAD || f >= 0x8000 ? LEAST_SPREAD : f) & tame);
+        sums->range[c] += (r < LEAST_SPREAD || r >= 0x8000 ? LEAST_SPREAD : r) & tame;
+        sums->size[c] += (f < LEAST_SPREAD || f >= 0x8000 ? LEAST_SPREAD : f) & tame;
+        sums->count[c] += tame & 1;
+    }
+}
+
+/* Of channels' largest magnitudes the same bfloat16 words as above. */
+static void add_sizes(int dtype, const uint16_t *most, lynx_spread *sums) {
+    const uint16_t limit = (uint16_t)LYNX_DTYPES[dtype].special;
+    uint16_t size[ROW];
+    memcpy(size, most, sizeof size);
+    for (int c = 0; c < ROW && dtype == LYNX_FLOAT16; c++) {
+        size[c] = (uint16_t)((float_bits(half_magnitude(most[c])) + 0xffffu) >> 16);
+    }
+    for (int c = 0; c < ROW; c++) {
+        const uint32_t tame = most[c] < limit ? ~0u : 0;
+        sums->size[c] += (size[c] < LEAST_SPREAD ? LEAST_SPREAD : size[c]) & tame;
         sums->count[c] += tame & 1;
     }
 }
 
 #ifndef ROWS_SURVEY /* an instruction set may bring its own */
-static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high, uint16_t *signs) {
-    uint16_t negative[ROW];
+static void survey(const uint16_t *rows, ptrdiff_t stride, int tokens, int16_t *low, int16_t *high) {
     for (int c = 0; c < ROW; c++) {
         low[c] = INT16_MAX;
         high[c] = INT16_MIN;
-        negative[c] = 0;
     }
     for (int t = 0; t < tokens; t++, rows += stride) {
         for (int c = 0; c < ROW; c++) {
             const int16_t o = ordered(rows[c]);
             low[c] = o < low[c] ? o : low[c];
             high[c] = o > high[c] ? o : high[c];
+        }
+    }
+}
+
+static void survey_sizes(const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most, uint16_t *signs) {
+    (void)fetched;
+    uint16_t negative[ROW] = {0};
+    memset(most, 0, ROW * sizeof *most);
+    for (int t = 0; t < tokens; t++, rows += stride) {
+        for (int c = 0; c < ROW; c++) {
+            const uint16_t magnitude = rows[c] & 0x7fff;
+            most[c] = magnitude > most[c] ? magnitude : most[c];
             negative[c] = (uint16_t)(negative[c] + (rows[c] >> 15));
         }
     }

@@ -270,7 +270,9 @@ static void unpack_row(int word_bytes, const uint8_t *const *planes, size_t coun
 const lynx_kernels lynx_scalar = {
     .range = range,
     .survey = survey,
+    .survey_sizes = survey_sizes,
     .add_spreads = add_spreads,
+    .add_sizes = add_sizes,
     .params = params,
     .are_plain = are_plain,
     .choose = choose,

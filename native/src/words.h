@@ -88,6 +88,13 @@ static inline uint32_t ceil_word(int dtype, float x) {
 /* Words that rescaling moves round: magnitude words from 2^-111 up to those that are special. */
 #define RESCALE_FIRST 0x0800
 #define RESCALE_COUNT (0x7e80 - RESCALE_FIRST)
+/* Those that stay in that range, whatever the exponent: from INNER on, so many. */
+#define RESCALE_INNER (RESCALE_FIRST + 1024)
+#define RESCALE_SPAN (RESCALE_COUNT - 2048)
+/* Words from which a shift was taken away, and which are of these magnitudes then, were in the range, and stay in it. Others are below
+ * the first or from the second on: a sign that turned leaves what was too large near 0, and what was too small far away. */
+#define RESCALE_NEAR 0x2000
+#define RESCALE_FAR 0x7700
 
 /* A bfloat16 word divided by 2^e; `shift` is e in units of the word's last place. */
 static inline uint16_t rescaled(uint16_t word, int16_t shift) {
