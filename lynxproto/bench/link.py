@@ -191,11 +191,11 @@ def _plot(path: Path, rows: Sequence[Mapping[str, Any]], points: Sequence[Mappin
         axes.plot(rates, [row[kind]["exact_s"] for row in rows], color=f"C{number}", label=f"{kind}: exact")
         if kind != "raw":
             axes.plot(rates, [row[kind]["usable_s"] for row in rows], "--", color=f"C{number}", label=f"{kind}: usable")
-    for point in points:
+    for number, point in enumerate(points):
         axes.axvline(point["link_bits_per_second"] / 1e9, color="grey", lw=0.8)
         axes.annotate(
-            f"{point['below']} | {point['above']}", (point["link_bits_per_second"] / 1e9, 0.97), ha="center",
-            xycoords=("data", "axes fraction"), fontsize=8, backgroundcolor="white",
+            f"{point['below']} | {point['above']}", (point["link_bits_per_second"] / 1e9, 0.96 - 0.06 * number),
+            ha="center", xycoords=("data", "axes fraction"), fontsize=8, backgroundcolor="white",
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="link, Gbit/s", ylabel=f"seconds, {nbytes >> 20} MiB of cache")
     axes.legend(fontsize=8)
@@ -240,7 +240,8 @@ def link(
     rows, points = _predictions(chooser, nbytes), _break_evens(chooser, nbytes)
     out = sys.stderr if json_path == "-" else sys.stdout
     click.echo(f"{mib} MiB, {threads} codec threads a side; seconds to usable and exact", file=out)
-    click.echo(f"{'link':>12}{'raw':>10}{'exact':>18}{'lynx':>20}   auto", file=out)
+    click.echo(f"{'':>12}{'raw':>10}{'exact':>18}{'lynx':>20}", file=out)
+    click.echo(f"{'link':>12}{'exact':>10}{'usable':>9}{'exact':>9}{'usable':>11}{'exact':>9}   auto", file=out)
     for row in rows:
         click.echo(
             f"{_bits(row['link_bits_per_second']):>12}{row['raw']['exact_s']:>10.3f}"
