@@ -188,7 +188,7 @@ class Handshake:
         stripe.secret = self._named_secret(hello.secret)
         stripe.joins = bool(hello.session)
         if stripe.joins and hello.session != self.session:
-            raise ProtocolError("no such session here; it may have timed out", ErrorCode.NOT_FOUND)
+            raise ProtocolError("no such session here: it timed out, or this side was restarted", ErrorCode.NOT_FOUND)
         if not stripe.joins:
             if self.session is not None:
                 raise ProtocolError("a HELLO for a new session on an existing one", ErrorCode.STATE)

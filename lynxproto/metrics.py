@@ -118,7 +118,9 @@ class Metrics:
         opened.add_metric(["in"], gauges.incoming)
         opened.add_metric(["out"], gauges.outgoing)
         yield opened
-        yield GaugeMetricFamily("lynxproto_open_sessions", "Sessions.", value=gauges.sessions)
+        yield GaugeMetricFamily(
+            "lynxproto_open_sessions", "Sessions that are open, or may be resumed.", value=gauges.sessions
+        )
         yield GaugeMetricFamily(
             "lynxproto_open_handshakes", "Byte streams of peers that are not known yet.", value=gauges.handshakes
         )
@@ -137,7 +139,7 @@ class Metrics:
         Raises :class:`~lynxproto.errors.ConfigError` if the address is none, or cannot be had.
         """
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or int(port) > 0xFFFF:
             raise ConfigError(f"metrics: expected HOST:PORT, for example 127.0.0.1:9411, not {address!r}")
         try:
             server, thread = start_http_server(int(port), host.strip("[]"), self.registry)
@@ -160,7 +162,7 @@ def _traffic(counters: Counters) -> Iterator[CounterMetricFamily]:
             counters.sent_bytes, counters.received_bytes,
         ),
         (
-            "lynxproto_frames", "Frames.",
+            "lynxproto_frames", "Frames: control frames, and DATA of each level.",
             (counters.control_frames_sent, counters.control_frames_received),
             counters.sent_frames, counters.received_frames,
         ),

@@ -374,7 +374,14 @@ def test_flags_win_over_the_environment_over_the_file_over_defaults(tmp_path: Pa
         ("[[secrets]]\nfil = 'x'", "did you mean 'file'?"),
         ("[[secrets]]\nid = 'x'", "needs file = PATH"),
         ("[[secrets]]\nfile = 'absent'", "cannot read the secret in"),
+        ("[[secrets]]\nid = 5\nfile = 'x'", "[[secrets]] id is a text, not 5"),
+        ("[[secrets]]\nfile = 5", "[[secrets]] file is a text, not 5"),
         ("secrets = 1", "[[secrets]]"),
+        ("[serve]\nroot = 3", "[serve] root is a text, not 3"),
+        ("json = 'yes'", "json is true or false, not 'yes'"),
+        ("quota = true", "quota is a text or a number, not True"),
+        ("allow-push = 3", "allow-push is a text or a list of texts, not 3"),
+        ("allow-push = ['uid:1', 3]", "allow-push is a text or a list of texts"),
         ("serve = 1", "[serve] is a table"),
         ("quota = ", "is not TOML"),
     ],
@@ -385,6 +392,18 @@ def test_mistakes_in_the_file_are_named(tmp_path: Path, text: str, says: str) ->
     result = invoke("config", "serve", "--config", file)
     assert result.exit_code == 1
     assert says in result.stderr
+
+
+def test_a_secret_ends_however_its_key_is_spelled(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(SECRET)
+    file = tmp_path / "lynxproto.toml"
+    for key in ("not_after", "not-after"):
+        file.write_text(f"allow-push = 'uid:*'\n[[secrets]]\nid = 'old'\nfile = 'key'\n{key} = 2020-01-01T00:00:00Z")
+        found = effective("serve", "--config", file)
+        assert found["secrets.old"]["value"]["not_after"] == 1577836800.0
+        assert found["allow-push"]["value"] == ["uid:*"]
+    file.write_text("[[secrets]]\nid = 'one'\nfile = 'key'\n[[secrets]]\nid = 'one'\nfile = 'key'")
+    assert "same id" in invoke("config", "serve", "--config", file).stderr
 
 
 def test_mistakes_in_flags_and_the_environment_are_named(tmp_path: Path) -> None:
@@ -398,6 +417,10 @@ def test_mistakes_in_flags_and_the_environment_are_named(tmp_path: Path) -> None
         result = invoke("config", *arguments, env=env)
         assert result.exit_code in (1, 2), arguments
         assert says in result.stderr, (arguments, result.stderr)
+    pytest.importorskip("prometheus_client")
+    for address in ("9411", ":9411", "127.0.0.1:99999"):
+        result = invoke("serve", "tcp://127.0.0.1:0", "--root", tmp_path, "--metrics", address)
+        assert (result.exit_code, "expected HOST:PORT" in result.stderr) == (1, True), address
     result = invoke("serve", "tcp://127.0.0.1:0", "--root", tmp_path, "--evict")
     assert (result.exit_code, "--evict needs a --quota" in result.stderr) == (2, True)
     result = invoke("serve", "tcp://0.0.0.0:0", "--root", tmp_path)

@@ -49,10 +49,11 @@ def config(command: str, arguments: tuple[str, ...], as_json: bool) -> None:
                     "value": settings.values[table].get(name, item.default),
                     "source": settings.sources.get(key, "default"),
                 }
-        for secret in settings.secrets():
+        secrets = settings.secrets()
+        for secret in secrets:
             life = {"not_before": secret.not_before, "not_after": secret.not_after}
             effective[f"secrets.{secret.id}"] = {"value": {"principal": secret.owner, **life}, "source": "file"}
-        settings.config()  # what makes no sense together is an error here too
+        settings.config(secrets=secrets)  # what makes no sense together is an error here too
     if as_json:
         click.echo(json.dumps(effective, default=str))
         return

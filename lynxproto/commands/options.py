@@ -53,8 +53,7 @@ def _load(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pat
     check_environment(COMMANDS)
     content = {} if value is None else load_file(value, COMMANDS)
     ctx.meta[__name__] = content
-    known = {p.name for p in ctx.command.params if p.name}
-    ctx.default_map = defaults_of(content, ctx.info_name or "", known)
+    ctx.default_map = defaults_of(content, ctx.info_name or "", ctx.command)
     return value
 
 

@@ -82,10 +82,12 @@ def load_file(path: Path, commands: Mapping[str, click.Command]) -> dict[str, An
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     options = {name: _options(command) for name, command in commands.items()}
-    everywhere = set().union(*options.values())
+    everywhere = {key: param for of_one in options.values() for key, param in of_one.items()}
     for key, value in content.items():
         if key in options:
-            _check_keys(path, f"[{key}] ", value, options[key])
+            _check_keys(path, f"[{key}] ", value, set(options[key]))
+            for name, item in value.items():
+                _check_value(f"{path}: [{key}] {name}", options[key][_plain(name)], item)
         elif key in TABLES:
             _check_keys(path, f"[{key}] ", value, set(table_fields(key)))
         elif key == "secrets":
@@ -93,14 +95,32 @@ def load_file(path: Path, commands: Mapping[str, click.Command]) -> dict[str, An
                 raise ConfigError(f"{path}: secrets are written as tables: [[secrets]]")
             for item in value:
                 _check_keys(path, "[[secrets]] ", item, {"id", "file", "principal", "not_before", "not_after"})
+                for name in ("id", "file", "principal"):
+                    if not isinstance(item.get(name, ""), str):
+                        raise ConfigError(f"{path}: [[secrets]] {name} is a text, not {item[name]!r}")
         elif _plain(key) not in everywhere:
             known = {*map(_dashed, everywhere), *options, *TABLES, "secrets"}
             raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+        else:
+            _check_value(f"{path}: {key}", everywhere[_plain(key)], value)
     return content
 
 
-def _options(command: click.Command) -> set[str]:
-    return {param.name for param in command.params if param.name and param.name not in ("config", "settings")}
+def _options(command: click.Command) -> dict[str, click.Parameter]:
+    return {param.name: param for param in command.params if param.name and param.name not in ("config", "settings")}
+
+
+def _check_value(what: str, param: click.Parameter, value: Any) -> None:
+    """Whether the file's value has a kind that the option can take; its own type says the rest."""
+    if isinstance(param, click.Option) and param.is_flag:
+        fits, kind = isinstance(value, bool), "true or false"
+    elif isinstance(param.type, click.Path | click.types.StringParamType):
+        texts = value if param.multiple and isinstance(value, list) else [value]
+        fits, kind = all(isinstance(text, str) for text in texts), f"a text{' or a list of texts' * param.multiple}"
+    else:
+        fits, kind = isinstance(value, str | int | float) and not isinstance(value, bool), "a text or a number"
+    if not fits:
+        raise ConfigError(f"{what} is {kind}, not {value!r}")
 
 
 def _plain(key: str) -> str:
@@ -119,11 +139,12 @@ def _check_keys(path: Path, where: str, table: Any, known: set[str]) -> None:
             raise ConfigError(f"{path}: unknown key {where}{key!r}{nearest(key, map(_dashed, known))}")
 
 
-def defaults_of(content: Mapping[str, Any], command: str, known: set[str]) -> dict[str, Any]:
+def defaults_of(content: Mapping[str, Any], name: str, command: click.Command) -> dict[str, Any]:
     """What a file says of one command's options, for click's ``default_map``."""
+    known = {param.name: param for param in command.params if param.name}
     found = {_plain(key): value for key, value in content.items() if _plain(key) in known}
-    found |= {_plain(key): value for key, value in content.get(command, {}).items()}
-    return found
+    found |= {_plain(key): value for key, value in content.get(name, {}).items()}
+    return {key: [value] if known[key].multiple and isinstance(value, str) else value for key, value in found.items()}
 
 
 class Settings:
@@ -158,7 +179,8 @@ class Settings:
     def secrets(self) -> tuple[Secret, ...]:
         """The file's ``[[secrets]]``; relative paths are relative to the file."""
         found = []
-        for item in self._content.get("secrets", []):
+        for table in self._content.get("secrets", []):
+            item = {_plain(key): value for key, value in table.items()}
             if "file" not in item:
                 raise ConfigError(f"{self._path}: [[secrets]] needs file = PATH")
             base = Path() if self._path is None else self._path.parent
