@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
@@ -287,17 +289,26 @@ def test_who_waits_for_long_sleeps(spin: str, monkeypatch: pytest.MonkeyPatch) -
 
 @needs_ucxx
 @pytest.mark.usefixtures("device")
-def test_nothing_is_copied_here() -> None:
-    """UCX sends from the caller's memory and receives into it: no memory is taken while megabytes move."""
+@pytest.mark.parametrize("room", [8 << 20, 300_000])
+def test_nothing_is_copied_here(room: int) -> None:
+    """UCX sends from the caller's memory and receives into it: no memory is taken while megabytes move.
+
+    What is longer than the receiver's room is put by, always in the same place.
+    """
 
     async def main() -> None:
         async with pair() as (server, client):
             data = memoryview(np.random.default_rng(2).bytes(8 << 20))
             target = memoryview(bytearray(8 << 20))
+
+            async def receive() -> None:
+                for start in range(0, len(target), room):
+                    await fill(server, target[start : start + room])
+
             for measured in (False, True):  # the first time, what is kept for later is made
                 if measured:
                     tracemalloc.start()
-                receiving = asyncio.ensure_future(fill(server, target))
+                receiving = asyncio.ensure_future(receive())
                 await client.send([data])
                 await receiving
             _, peak = tracemalloc.get_traced_memory()
@@ -310,37 +321,37 @@ def test_nothing_is_copied_here() -> None:
 
 @needs_ucxx
 @pytest.mark.parametrize(
-    ("device", "eager", "rendezvous"),
+    ("device", "short", "long"),
     [
-        ("tcp", "eager zero-copy copy-out", "rendezvous zero-copy"),  # long ones from memory to memory
-        ("sm", "eager copy-in copy-out", None),  # through memory that both have
+        ("tcp", "zero-copy", "rendezvous zero-copy"),  # long ones from memory to memory
+        ("sm", "copy-in", None),  # through memory that both have
     ],
 )
-def test_what_ucx_does_with_messages(device: str, eager: str, rendezvous: str | None) -> None:
+def test_what_ucx_does_with_messages(device: str, short: str, long: str | None) -> None:
     """In its own words: each comes as one packet, or the receiver asks for it; and how often it is copied."""
     script = (
         "import asyncio, test_ucx\n"
         "async def main():\n"
         "    async with test_ucx.pair() as (server, client):\n"
-        "        receiving = asyncio.ensure_future(test_ucx.fill(server, memoryview(bytearray(4 << 20))))\n"
-        "        await client.send([memoryview(bytes(4 << 20))])\n"
+        "        receiving = asyncio.ensure_future(test_ucx.fill(server, memoryview(bytearray((4 << 20) + 5000))))\n"
+        "        await client.send([memoryview(bytes(4 << 20)), memoryview(bytes(5000))])\n"
         "        await receiving\n"
-        "        state = client._state\n"
-        "        print('cut', state.shortest, state.longest, state.enough)\n"
+        "        print('cut', client._state.shortest, client._state.longest)\n"
         "asyncio.run(main())\n"
     )
     environment = {**os.environ, "UCX_TLS": device, "UCX_PROTO_INFO": "y", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    shortest, longest, enough = map(int, re.findall(r"^cut (\d+) (\d+) (\d+)$", done.stdout, re.MULTILINE)[0])
-    packet = re.search(rf"\.\.(\d+) +\| {eager} ", done.stdout)
+    shortest, longest = map(int, re.findall(r"^cut (\d+) (\d+)$", done.stdout, re.MULTILINE)[0])
+    _, _, packets = done.stdout.partition("ucp_am_send*(egr) from host memory")
+    packet = re.search(rf"\.\.(\d+) +\| {short} ", packets)
     assert packet
-    assert shortest <= int(packet[1])
-    if rendezvous is None:
+    assert shortest + struct.calcsize("<QQ") <= int(packet[1])
+    if long is None:
         assert longest == 0
     else:
-        asked = re.search(rf"(\d+)K\.\.inf +\| \(\?\) {rendezvous} ", done.stdout)
-        assert asked
-        assert longest >= enough >= int(asked[1]) << 10
+        _, _, asked = done.stdout.partition("ucp_am_send*(rndv) from host memory")
+        assert re.search(rf"\.inf +\| \(\?\) {long} ", asked)
+        assert longest > shortest
 
 
 @needs_ucxx
@@ -377,14 +388,14 @@ def test_a_spin_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def hostile_peer() -> AsyncIterator[tuple[ByteStream, Callable[[int, bytes], None], Callable[[], None]]]:
+async def hostile_peer() -> AsyncIterator[tuple[ByteStream, Callable[..., None], Callable[[], None]]]:
     """A stream, and what its peer, who knows the tags, has: to send a message of any kind, and to make progress."""
     from lynxproto.transports._ucxx import Operation, Worker
 
     async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
         worker = Worker()
         control = await open_stream(f"tcp://127.0.0.1:{parse_url(listener.url).port}", insecure=True)
-        hello = struct.pack("<8sQII", b"LYNXUCX4", 4, worker.settings, len(worker.address)) + worker.address
+        hello = struct.pack("<8sQII", b"LYNXUCX5", 4, worker.settings, len(worker.address)) + worker.address
         await control.send([memoryview(hello)])
         async with await listener.accept() as server:
             await server.send([])  # sets it up
@@ -398,9 +409,9 @@ async def hostile_peer() -> AsyncIterator[tuple[ByteStream, Callable[[int, bytes
             worker.direct(stream, endpoint, tag)
             sent = []
 
-            def say(kind: int, data: bytes) -> None:
+            def say(kind: int, data: bytes, *, kept: bool = False) -> None:
                 if data:
-                    stream.theirs, stream.shortest, stream.longest = tag | kind, len(data), 0
+                    stream.theirs, stream.shortest, stream.longest = tag | kind, len(data), len(data) if kept else 0
                     operation = Operation()
                     worker.begin(operation)
                     worker.send(operation, stream, memoryview(data))
@@ -456,6 +467,86 @@ def test_a_peer_that_breaks_the_rules_is_cut_off(kind: int, nbytes: int, count: 
                     pass
             with pytest.raises(TransportError, match=says):
                 await server.receive_into(buffer)
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_peer_that_stops_half_way_through_a_message(closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The receiver's memory is its own as soon as it gives up; what comes of the message is UCX's affair."""
+    monkeypatch.setenv("UCX_TLS", "sm")
+
+    async def main() -> None:
+        async with hostile_peer() as (server, send, progress):
+            target = np.full(1 << 20, 7, np.uint8)
+            send(0, bytes(100))
+            receiving = asyncio.ensure_future(server.receive_into(memoryview(target)))
+            while not receiving.done():
+                progress()  # as long as they get to know each other
+                await asyncio.sleep(0)
+            for _ in range(20):  # with these the queue between both cannot hold all packets of the next
+                send(0, bytes(100))
+            send(0, bytes(1 << 19))
+            there = 0
+            while there < 2000:
+                there += await server.receive_into(memoryview(target)[there:])
+            receiving = asyncio.ensure_future(server.receive_into(memoryview(target)[there:]))
+            assert not (await asyncio.wait((receiving,), timeout=0.05))[0]
+            if closed:
+                await server.aclose()
+            receiving.cancel()
+            await asyncio.wait((receiving,))
+            for _ in range(1000):
+                progress()  # now the rest comes
+                await asyncio.sleep(0)
+            assert (target[there:] == 7).all()
+            if not closed:
+                await fill(server, memoryview(target)[: 1 << 19])
+                assert not target[: 1 << 19].any()
+            lent = weakref.ref(target)
+            del target, receiving
+            gc.collect()
+            assert lent() is None
+        assert not ABANDONED
+
+    from lynxproto.transports._ucxloop import ABANDONED
+
+    run(main())
+
+
+@needs_ucxx
+@pytest.mark.usefixtures("device")
+def test_a_peer_that_announces_a_message_and_keeps_it() -> None:
+    """A receiver that asked for it and gives up ends the stream: then its memory is its own."""
+
+    async def main() -> None:
+        async with hostile_peer() as (server, send, progress):
+            target = np.full(1 << 20, 7, np.uint8)
+            send(0, bytes(100))
+            receiving = asyncio.ensure_future(server.receive_into(memoryview(target)))
+            while not receiving.done():
+                progress()
+                await asyncio.sleep(0)
+            target[:] = 7
+            send(0, bytes(1 << 19), kept=True)
+            receiving = asyncio.ensure_future(server.receive_into(memoryview(target)))
+            assert not (await asyncio.wait((receiving,), timeout=0.05))[0]
+            receiving.cancel()
+            await asyncio.wait((receiving,))
+            for _ in range(1000):
+                progress()
+                await asyncio.sleep(0)
+            assert (target == 7).all()
+            lent = weakref.ref(target)
+            del target, receiving
+            gc.collect()
+            assert lent() is None
+            with pytest.raises(TransportError, match="broke"):
+                await server.send([memoryview(b"!")])
+        assert not ABANDONED
+
+    from lynxproto.transports._ucxloop import ABANDONED
 
     run(main())
 

@@ -10,14 +10,12 @@ from typing import Any, ClassVar, Final, Protocol
 from weakref import WeakKeyDictionary
 
 from lynxproto.errors import ConfigError
-from lynxproto.transports._ucxx import BUSY, FOUND, KIND, OVER, QUIET, Message, Operation, Worker
+from lynxproto.transports._ucxx import BUSY, NEWS, OVER, QUIET, Operation, Worker
 
 __all__ = ["ABANDONED", "TURN_NS", "Bell", "LoopWorker", "Receiver", "spin_ns"]
 
 #: Rounds in which UCX ends what was under way on a closed endpoint: it takes two or three.
 _LAST_ROUNDS: Final = 100
-#: Messages that a worker drops before it is closed, for UCX complains of others.
-_LAST_MESSAGES: Final = 10_000
 #: What it did not end: memory that it might still write to must never be anything else.
 ABANDONED: Final[list[Operation]] = []
 #: Nanoseconds of polling, and of calls that need not wait, after which other tasks of the loop get their turn.
@@ -35,10 +33,7 @@ class Receiver(Protocol):
     """A stream, as its messages come."""
 
     def news(self) -> None:
-        """It has a message, or may send."""
-
-    def arrived(self, message: Message) -> None:
-        """A message with its tag has come that is not just bytes of it."""
+        """It has a message, or may send, or refuses what its peer sends."""
 
 
 def spin_ns() -> int:
@@ -115,9 +110,6 @@ class LoopWorker:
         if self._users == 0:
             del self._all[self._loop]
             self._loop.remove_reader(self.ucx.fileno)
-            for _ in range(_LAST_MESSAGES):  # nobody's
-                if self._poll_once() != FOUND:
-                    break
             ABANDONED.extend(self._under_way)
             self._unschedule()
             self.ucx.close()
@@ -129,10 +121,6 @@ class LoopWorker:
         else:
             self._under_way.add(operation)
         return operation
-
-    def drop(self, message: Message) -> None:
-        """Nobody wants ``message``."""
-        self.start(self.ucx.drop(message))
 
     def ring(self, bell: Bell) -> None:
         """Whoever waits for ``bell`` is to look again."""
@@ -194,7 +182,7 @@ class LoopWorker:
         self._unschedule()
         self.turned_ns = monotonic_ns()
         alone, self._alone = self._alone, False
-        while (outcome := self._poll() if alone else self._poll_once()) == FOUND and not self._woke:
+        while (outcome := self._poll() if alone else self._poll_once()) == NEWS and not self._woke:
             pass
         if outcome != QUIET or self._woke:
             return
@@ -211,7 +199,7 @@ class LoopWorker:
 
     def complete(self, operation: Operation) -> bool:
         """Poll until ``operation`` is over; False if it is time to do something else, or to sleep."""
-        while self._poll(operation) == FOUND and not operation.done and not self._woke:
+        while self._poll(operation) == NEWS and not operation.done and not self._woke:
             pass
         return operation.done
 
@@ -265,16 +253,9 @@ class LoopWorker:
     def _after(self, outcome: int) -> None:
         """What is to be done after progress."""
         self._woke = self._alone = False
-        if outcome == FOUND:
-            message = self.ucx.found()
-            stream = self._streams.get(message.tag & ~KIND)
-            if not message.handle:
-                if stream is not None:
-                    stream.news()
-            elif stream is None:
-                self.drop(message)
-            else:
-                stream.arrived(message)
+        if outcome == NEWS:
+            while tag := self.ucx.news():
+                self._streams[tag].news()
         if self._under_way:
             for over in [one for one in self._under_way if one.done]:
                 self._under_way.discard(over)

@@ -1,4 +1,4 @@
-"""UCX as ``transports/ucx.py`` needs it: tagged messages and progress, on the package ``ucxx``.
+"""UCX as ``transports/ucx.py`` needs it: active messages and progress, on the package ``ucxx``.
 
 ucxx brings the library, and makes contexts, workers and endpoints. Its coroutines poll in a busy loop on whatever event
 loop runs, and all threads share one worker; so its lower layer is used, with a context and a worker for each event
@@ -23,11 +23,10 @@ from lynxproto.errors import MissingDependencyError, TransportError
 __all__ = [
     "BUSY",
     "COST",
-    "DATA",
     "END",
-    "FOUND",
     "KIND",
     "LONG",
+    "NEWS",
     "OVER",
     "PIECE",
     "QUIET",
@@ -35,7 +34,6 @@ __all__ = [
     "SHORTEST",
     "WINDOW",
     "Endpoint",
-    "Message",
     "Operation",
     "Worker",
     "require_ucxx",
@@ -56,7 +54,7 @@ SETTINGS: Final = {
     "POSIX_FIFO_SIZE": "32",
     "SYSV_FIFO_SIZE": "32",
 }
-#: Messages of so many bytes stay with the sender until the receiver says where they are to go.
+#: From so many bytes on messages stay with the sender until the receiver says where they are to go.
 _RENDEZVOUS: Final = 64 << 10
 #: Bytes of a message that comes as one packet of any device; of shared memory and TCP with the settings above.
 SHORTEST: Final = 8 << 10
@@ -70,7 +68,6 @@ _SHARED: Final = frozenset({"self", "posix", "sysv"})
 PIECE: Final[int] = lib.LYNX_UCX_PIECE
 COST: Final[int] = lib.LYNX_UCX_COST
 WINDOW: Final[int] = lib.LYNX_UCX_WINDOW
-DATA: Final[int] = lib.LYNX_UCX_DATA
 END: Final[int] = lib.LYNX_UCX_END
 KIND: Final[int] = lib.LYNX_UCX_KIND
 
@@ -78,18 +75,22 @@ KIND: Final[int] = lib.LYNX_UCX_KIND
 QUIET: Final[int] = lib.LYNX_UCX_QUIET
 BUSY: Final[int] = lib.LYNX_UCX_BUSY
 OVER: Final[int] = lib.LYNX_UCX_OVER
-FOUND: Final[int] = lib.LYNX_UCX_FOUND
+NEWS: Final[int] = lib.LYNX_UCX_NEWS
 LONG: Final[int] = lib.LYNX_UCX_LONG
 
+_REFUSALS: Final = {
+    lib.LYNX_UCX_IMPOSSIBLE: "a message that cannot be",
+    lib.LYNX_UCX_EXCESS: "it sends more than it may",
+    lib.LYNX_UCX_NO_MEMORY: "no memory for what it sends",
+}
 _IN_PROGRESS: Final = 1
 _LANES: Final = 16
 _CALLS: Final = (
     "ucp_worker_progress",
-    "ucp_request_cancel",
-    "ucp_tag_probe_nb",
-    "ucp_tag_recv_nbx",
-    "ucp_tag_msg_recv_nbx",
-    "ucp_tag_send_nbx",
+    "ucp_worker_set_am_recv_handler",
+    "ucp_am_send_nbx",
+    "ucp_am_recv_data_nbx",
+    "ucp_am_data_release",
     "ucp_request_free",
     "ucp_ep_close_nbx",
     "ucp_ep_query",
@@ -136,20 +137,7 @@ class Operation:
     def error(self) -> str | None:
         """Why it failed, once it is over."""
         status = self.state.status
-        if status == lib.LYNX_UCX_REFUSED:
-            return "a message that cannot be"
         return None if status == 0 else _status_text(status)
-
-
-class Message:
-    """A message that has come, to be received exactly once. Until then UCX, or its sender, has the bytes."""
-
-    __slots__ = ("handle", "nbytes", "tag")
-
-    def __init__(self, handle: Any, tag: int, nbytes: int) -> None:
-        self.handle = handle
-        self.tag = tag
-        self.nbytes = nbytes
 
 
 class Endpoint:
@@ -195,8 +183,7 @@ class Worker:
         #: UCX trusts that both sides have the same: a peer with longer packets would write past this side's.
         self.settings = zlib.crc32(repr([os.environ.get(f"UCX_{key}", SETTINGS[key]) for key in SETTINGS]).encode())
         config = {key: value for key, value in SETTINGS.items() if f"UCX_{key}" not in os.environ}
-        config["RNDV_THRESH"] = str(_RENDEZVOUS)
-        context = libucxx.UCXContext(config, (libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
+        context = libucxx.UCXContext(config, (libucxx.Feature.AM, libucxx.Feature.WAKEUP))
         self._worker = libucxx.UCXWorker(context, False, False)
         self._worker.init_blocking_progress_mode()
         #: Readable when there is progress to make, if :meth:`arm` was the last call.
@@ -208,6 +195,8 @@ class Worker:
         self.calls.worker = ffi.cast("void *", self._worker.handle)
         for name in _CALLS:
             setattr(self.calls, name, ctypes.cast(getattr(ucp, name), ctypes.c_void_p).value)
+        if (status := lib.lynx_ucx_listen(self.calls)) != 0:
+            raise TransportError(f"UCX takes no handler of messages: {_status_text(status)}")
 
     def connect(self, address: bytes) -> Endpoint:
         """An endpoint to the worker with this address. Raises :class:`~lynxproto.errors.TransportError`."""
@@ -227,7 +216,7 @@ class Worker:
         return stream
 
     def close_stream(self, stream: Any) -> None:
-        """Forget it. Its inbox must be empty."""
+        """Forget it, and what has come for it."""
         lib.lynx_ucx_close_stream(self.calls, stream)
 
     def direct(self, stream: Any, endpoint: Endpoint, tag: int) -> None:
@@ -264,15 +253,14 @@ class Worker:
         nbytes: int = stream.inbox[stream.first].nbytes
         return nbytes
 
-    def take(self, stream: Any) -> Message | None:
-        """The next message out of the inbox."""
-        return self.found() if lib.lynx_ucx_take(self.calls, stream) else None
+    def refused(self, stream: Any) -> str | None:
+        """Why the stream takes nothing more."""
+        return _REFUSALS.get(stream.refused)
 
-    def drop(self, message: Message) -> Operation:
-        """Receive ``message``, and forget what it says."""
-        operation = Operation()
-        lib.lynx_ucx_receive(self.calls, message.handle, ffi.NULL, 0, operation.state)
-        return operation
+    def news(self) -> int:
+        """The tag of a stream that waits for a message, or for leave to send, or refuses more; 0 if there is none."""
+        tag: int = lib.lynx_ucx_news(self.calls)
+        return tag
 
     def bound(self, quiet_ns: int, most_ns: int) -> None:
         """How long to poll: until nothing has happened for ``quiet_ns`` (0: just once), or ``most_ns`` are over."""
@@ -281,8 +269,8 @@ class Worker:
     def poll(self, operation: Operation | None = None) -> int:
         """Make progress, without Python's lock, until one of these:
 
-        there is something to see (:data:`FOUND`, see :meth:`found`), ``operation`` is over (:data:`OVER`), nothing has
-        happened for a while (:data:`QUIET`), or it is time for other things (:data:`BUSY`).
+        there are news (:data:`NEWS`, see :meth:`news`), ``operation`` is over (:data:`OVER`), nothing has happened for
+        a while (:data:`QUIET`), or it is time for other things (:data:`BUSY`).
         """
         state = ffi.NULL if operation is None else operation.state
         outcome: int = lib.lynx_ucx_poll(self.calls, state)
@@ -298,16 +286,11 @@ class Worker:
         """Receive into ``buffer``, as ``operation``, what has come and what comes in a :meth:`poll`.
 
         The peer is told of what was received, unless the operation is still under way (:meth:`confirm`).
-        :data:`LONG`: the next message is longer than ``buffer``.
+        :data:`LONG`: the next message is longer than ``buffer``, and comes only as a whole.
         """
         data = operation.buffer = ffi.from_buffer(buffer, require_writable=True)
         outcome: int = lib.lynx_ucx_receive_poll(self.calls, stream, data, len(data), operation.state)
         return outcome
-
-    def found(self) -> Message:
-        """What was found last. Without a handle it is news for a stream that waits: it has a message, or may send."""
-        found = self.calls.found
-        return Message(found.handle, found.tag, found.nbytes)
 
     def arm(self) -> bool:
         """Get ready to wait for the descriptor; False if there is progress to make first."""
@@ -320,15 +303,16 @@ class Worker:
 
     def close(self) -> None:
         """Let go of everything. All endpoints must be closed."""
+        lib.lynx_ucx_let_go(self.calls)
         del self._worker
 
 
 def _pieces(transports: frozenset[str]) -> tuple[int, int, int]:
     """How bytes become messages where these transports are used: ``shortest``, ``longest``, ``enough`` of ``ucx.h``.
 
-    A message of several packets is to be avoided: if its sender breaks off UCX waits for the rest for ever, and may
-    still write where it was to go. Rendezvous does not have that, and lands in place with RDMA and TCP; but shared
-    memory copies anyhow, and would only wait for the receiver's word.
+    A short message is one packet: UCX would put several together in memory of its own, and copy once more. Long ones,
+    for which the receiver asks, land in place with RDMA and TCP; but shared memory copies anyhow, and would only wait
+    for the receiver's word.
     """
     if transports & _SHARED and transports <= _SHARED | {"cma", "tcp"}:
         return _SHARED_PACKET if _ours("POSIX", "SYSV", "SELF") else SHORTEST, 0, 0

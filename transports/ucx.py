@@ -5,9 +5,9 @@ each direction, and then nothing: its end tells at once that the peer is gone, w
 a TLS context it is TLS, so that only who was authenticated knows the tags; the data that UCX carries are not encrypted.
 
 Each message is a piece of the stream, cut for the device: one packet, or, where bytes can land in place, a long one
-that stays with the sender until the receiver names its place. Who receives names a place before anything comes; what
-comes before anybody receives waits in UCX, up to a window that the receiver's confirmations open. Two bits of the tag
-say what a message is:
+that stays with the sender until the receiver names its place. What comes before anybody receives waits in UCX, up to a
+window that the receiver's confirmations open. A message's header is the receiver's tag and, but for confirmations, the
+message's number; two bits of the tag say what it is:
 
 | kind | length | message |
 |---|---|---|
@@ -31,7 +31,6 @@ from lynxproto.transports._ucxloop import TURN_NS, Bell, LoopWorker, spin_ns
 from lynxproto.transports._ucxx import (
     BUSY,
     COST,
-    DATA,
     END,
     KIND,
     LONG,
@@ -41,7 +40,6 @@ from lynxproto.transports._ucxx import (
     SHORTEST,
     WINDOW,
     Endpoint,
-    Message,
     Operation,
     require_ucxx,
 )
@@ -60,7 +58,7 @@ _JOINED: Final = 4 << 10
 _PART: Final = 1 << 20
 #: Bytes, counted as in the window, that may be under way when a send returns: what has left no anchor can overtake.
 _LEFT: Final = 1 << 20
-_MAGIC: Final = b"LYNXUCX4"
+_MAGIC: Final = b"LYNXUCX5"
 #: Magic, tag, a digest of UCX's settings, bytes of the worker's address, which follows.
 _HELLO: Final = struct.Struct("<8sQII")
 _ADDRESS_BYTES: Final = 64 << 10
@@ -87,7 +85,6 @@ class UCXStream(ByteStream):
         self._coming = Bell()
         self._rest = memoryview(b"")  # of a message longer than the caller's buffer
         self._spare: bytearray | None = None  # where that is
-        self._ended = False
         # sending
         self._allowed = Bell()
         self._eof_sent = False
@@ -217,20 +214,10 @@ class UCXStream(ByteStream):
 
     def news(self) -> None:
         """See :class:`Receiver`."""
-        self._state.receiver_waits = 0  # it need not hear of every message
+        if (why := self._worker.ucx.refused(self._state)) is not None:
+            self._break_off(why)
         self._worker.ring(self._coming)
         self._worker.ring(self._allowed)
-
-    def arrived(self, message: Message) -> None:
-        """See :class:`Receiver`."""
-        kind = message.tag & KIND
-        if kind == END and message.nbytes == 0:
-            self._ended = True
-        else:
-            real = kind == DATA and 0 < message.nbytes <= PIECE
-            self._break_off("it sends more than it may" if real else "a message that cannot be")
-        self._worker.drop(message)
-        self._worker.ring(self._coming)
 
     async def receive_into(self, buffer: memoryview, sums: Sums | None = None) -> int:
         """See :meth:`ByteStream.receive_into`. Cancelling it may break the stream. ``sums``: to be added to."""
@@ -248,7 +235,7 @@ class UCXStream(ByteStream):
     async def _receive(self, buffer: memoryview) -> int:
         """Into ``buffer``; 0 at the end, and -1 if what comes next is longer, and is the rest now."""
         state, worker = self._state, self._worker
-        while state.count or not self._ended:
+        while state.count or not state.ended:
             if self._cut and not state.count:
                 await self._failed("the peer hung up")
                 return 0
@@ -270,7 +257,7 @@ class UCXStream(ByteStream):
             if outcome == BUSY:
                 await worker.take_turns()
                 self._check()
-            elif outcome == QUIET and not state.count and not self._ended and not self._cut:
+            elif outcome == QUIET and not state.count and not state.ended and not self._cut:
                 state.receiver_waits = 1
                 try:
                     await worker.sleep(self._coming)
@@ -350,8 +337,6 @@ class UCXStream(ByteStream):
         self._closed = True
         self._break_off()
         self._endpoint = None
-        while (message := self._worker.ucx.take(self._state)) is not None:
-            self._worker.drop(message)
         self._worker.ucx.close_stream(self._state)
         await self._control.aclose()
         if self._watching is not None:

@@ -9,8 +9,8 @@
 #include <time.h>
 
 #define IN_PROGRESS 1
-#define CANCELED (-16) /* UCS_ERR_CANCELED */
 #define LAST_ERROR (-100) /* UCS_ERR_LAST */
+#define HANDLER 0 /* the id of the one handler; it takes the place of ucxx's, which allocates what a peer announces */
 #define YIELD 256 /* rounds without anything, some 20 us, after which whoever else wants this core gets it: it may be the peer */
 #define AGAIN 32 /* rounds until it gets it again */
 #define CLOCK 16 /* rounds with something, in which nobody looks at the clock */
@@ -20,12 +20,14 @@
 typedef int8_t ucs_status; /* a packed enum */
 
 typedef struct {
-    uint64_t sender_tag;
-    size_t length;
-} ucp_tag_recv_info;
+    uint64_t attributes;
+    void *reply_endpoint;
+} ucp_am_recv_param;
 
+typedef ucs_status message_handler(
+    void *arg, const void *header, size_t header_nbytes, void *data, size_t nbytes, const ucp_am_recv_param *param);
 typedef void send_callback(void *request, ucs_status status, void *user_data);
-typedef void receive_callback(void *request, ucs_status status, const ucp_tag_recv_info *info, void *user_data);
+typedef void receive_callback(void *request, ucs_status status, size_t nbytes, void *user_data);
 
 /* As far as it is used: op_attr_mask says which fields are. */
 typedef struct {
@@ -49,9 +51,20 @@ enum {
     FIELD_USER_DATA = 1 << 2,
     FIELD_FLAGS = 1 << 4,
     FIELD_MEMORY_TYPE = 1 << 6,
-    FIELD_RECV_INFO = 1 << 7,
 };
 enum { CLOSE_FORCE = 1, HOST_MEMORY = 0 };
+enum { SEND_EAGER = 1 << 1, SEND_RENDEZVOUS = 1 << 2, SEND_COPY_HEADER = 1 << 3 };
+enum { RECEIVED_DATA = 1 << 16, RECEIVED_RENDEZVOUS = 1 << 17 };
+
+typedef struct {
+    uint64_t field_mask;
+    unsigned id;
+    uint32_t flags;
+    message_handler *handler;
+    void *arg;
+} ucp_am_handler_param;
+
+enum { HANDLER_ID = 1 << 0, HANDLER_FUNCTION = 1 << 2, HANDLER_ARG = 1 << 3 };
 
 /* ucp_ep_attr_t; the addresses, which nobody asks for here, are as large as sockaddr_storage. */
 typedef struct {
@@ -76,15 +89,20 @@ typedef struct {
 enum { FIELD_TRANSPORTS = 1 << 3 };
 
 typedef ucs_status query_function(void *endpoint, ucp_ep_attr *attributes);
+typedef ucs_status handler_function(void *worker, const ucp_am_handler_param *param);
 typedef unsigned progress_function(void *worker);
-typedef void *probe_function(void *worker, uint64_t tag, uint64_t mask, int remove, ucp_tag_recv_info *info);
-typedef void *post_function(
-    void *worker, void *data, size_t count, uint64_t tag, uint64_t mask, const ucp_request_param *param);
-typedef void cancel_function(void *worker, void *request);
-typedef void *receive_function(void *worker, void *data, size_t count, void *message, const ucp_request_param *param);
-typedef void *send_function(void *endpoint, const void *data, size_t count, uint64_t tag, const ucp_request_param *param);
+typedef void *receive_function(void *worker, void *message, void *data, size_t count, const ucp_request_param *param);
+typedef void *send_function(void *endpoint, unsigned id, const void *header, size_t header_nbytes, const void *data,
+    size_t count, const ucp_request_param *param);
+typedef void release_function(void *worker, void *data);
 typedef void free_function(void *request);
 typedef void *close_function(void *endpoint, const ucp_request_param *param);
+
+/* Of every message. */
+typedef struct {
+    uint64_t tag;
+    uint64_t number; /* of those that carry the stream: its bytes, its end */
+} message_header;
 
 static size_t smaller(size_t one, size_t other) {
     return one < other ? one : other;
@@ -104,19 +122,16 @@ static void over(lynx_ucx_operation *operation, int status) {
         operation->status = operation->failed;
 }
 
-static void completed(lynx_ucx_operation *operation, void *request, ucs_status status) {
+/* UCX calls these from progress, never from the call that begins the operation. */
+static void sent(void *request, ucs_status status, void *user_data) {
+    lynx_ucx_operation *const operation = user_data;
     over(operation, status);
     ((free_function *)operation->ucp_request_free)(request);
 }
 
-/* UCX calls these from progress, never from the call that begins the operation. */
-static void sent(void *request, ucs_status status, void *operation) {
-    completed(operation, request, status);
-}
-
-static void received(void *request, ucs_status status, const ucp_tag_recv_info *info, void *operation) {
-    (void)info;
-    completed(operation, request, status);
+static void received(void *request, ucs_status status, size_t nbytes, void *operation) {
+    (void)nbytes;
+    sent(request, status, operation);
 }
 
 void lynx_ucx_begin(const lynx_ucx *ucx, lynx_ucx_operation *operation) {
@@ -131,10 +146,13 @@ static void settle(lynx_ucx_operation *operation, void *result) {
         over(operation, (int)(intptr_t)result);
 }
 
-static void send_one(const lynx_ucx *ucx, void *endpoint, const void *data, size_t nbytes, uint64_t tag,
+static void send_one(const lynx_ucx *ucx, lynx_ucx_stream *stream, int kind, const void *data, size_t nbytes, int how,
     lynx_ucx_operation *operation) {
+    const message_header header = {
+        .tag = stream->theirs | (uint64_t)kind, .number = kind == LYNX_UCX_CONFIRM ? 0 : stream->sent++};
     const ucp_request_param param = {
-        .op_attr_mask = FIELD_CALLBACK | FIELD_USER_DATA | FIELD_MEMORY_TYPE,
+        .op_attr_mask = FIELD_CALLBACK | FIELD_USER_DATA | FIELD_FLAGS | FIELD_MEMORY_TYPE,
+        .flags = (uint32_t)(how | SEND_COPY_HEADER),
         .callback.send = sent,
         .user_data = operation,
         .memory_type = HOST_MEMORY,
@@ -142,21 +160,9 @@ static void send_one(const lynx_ucx *ucx, void *endpoint, const void *data, size
     under_way(operation);
     operation->messages++;
     operation->nbytes += nbytes;
-    settle(operation, ((send_function *)ucx->ucp_tag_send_nbx)(endpoint, data, nbytes, tag, &param));
-}
-
-static void receive_one(
-    const lynx_ucx *ucx, void *message, void *data, size_t nbytes, lynx_ucx_operation *operation) {
-    const ucp_request_param param = {
-        .op_attr_mask = FIELD_CALLBACK | FIELD_USER_DATA | FIELD_MEMORY_TYPE,
-        .callback.receive = received,
-        .user_data = operation,
-        .memory_type = HOST_MEMORY,
-    };
-    under_way(operation);
-    operation->messages++;
-    operation->nbytes += nbytes;
-    settle(operation, ((receive_function *)ucx->ucp_tag_msg_recv_nbx)(ucx->worker, data, nbytes, message, &param));
+    settle(operation,
+        ((send_function *)ucx->ucp_am_send_nbx)(
+            stream->endpoint, HANDLER, &header, sizeof header, data, nbytes, &param));
 }
 
 int lynx_ucx_transports(const lynx_ucx *ucx, void *endpoint, const char **names, int most) {
@@ -178,22 +184,18 @@ int lynx_ucx_transports(const lynx_ucx *ucx, void *endpoint, const char **names,
 void lynx_ucx_send(const lynx_ucx *ucx, lynx_ucx_stream *stream, const void *data, size_t nbytes, lynx_ucx_operation *operation) {
     const uint8_t *from = data;
     while (nbytes) {
-        const size_t piece = smaller(nbytes, stream->longest && nbytes >= stream->enough ? stream->longest : stream->shortest);
+        const bool is_long = stream->longest && nbytes >= stream->enough;
+        const size_t piece = smaller(nbytes, is_long ? stream->longest : stream->shortest);
         stream->unconfirmed += piece + LYNX_UCX_COST;
-        send_one(ucx, stream->endpoint, from, piece, stream->theirs | LYNX_UCX_DATA, operation);
+        send_one(ucx, stream, LYNX_UCX_DATA, from, piece, is_long ? SEND_RENDEZVOUS : SEND_EAGER, operation);
         from += piece;
         nbytes -= piece;
     }
 }
 
-void lynx_ucx_tell(const lynx_ucx *ucx, const lynx_ucx_stream *stream, int kind, lynx_ucx_operation *operation) {
+void lynx_ucx_tell(const lynx_ucx *ucx, lynx_ucx_stream *stream, int kind, lynx_ucx_operation *operation) {
     lynx_ucx_begin(ucx, operation);
-    send_one(ucx, stream->endpoint, NULL, 0, stream->theirs | (uint64_t)kind, operation);
-}
-
-void lynx_ucx_receive(const lynx_ucx *ucx, void *message, void *data, size_t nbytes, lynx_ucx_operation *operation) {
-    lynx_ucx_begin(ucx, operation);
-    receive_one(ucx, message, data, nbytes, operation);
+    send_one(ucx, stream, kind, NULL, 0, SEND_EAGER, operation);
 }
 
 static uint64_t now_ns(void) {
@@ -205,18 +207,6 @@ static uint64_t now_ns(void) {
 void lynx_ucx_open_stream(lynx_ucx *ucx, lynx_ucx_stream *stream) {
     stream->next = ucx->streams;
     ucx->streams = stream;
-    ucx->dropped.ucp_request_free = ucx->ucp_request_free;
-}
-
-void lynx_ucx_close_stream(lynx_ucx *ucx, lynx_ucx_stream *stream) {
-    lynx_ucx_stream **at = &ucx->streams;
-    while (*at != NULL && *at != stream)
-        at = &(*at)->next;
-    if (*at != NULL)
-        *at = stream->next;
-    free(stream->inbox);
-    stream->inbox = NULL;
-    stream->room = stream->count = 0;
 }
 
 /* The stream that is sent to most, as far as the last messages tell, is found first. */
@@ -234,14 +224,35 @@ static lynx_ucx_stream *stream_of(lynx_ucx *ucx, uint64_t tag) {
     return NULL;
 }
 
-static bool put(lynx_ucx_stream *stream, const lynx_ucx_message *message) {
-    if (stream->held + message->nbytes + LYNX_UCX_COST > LYNX_UCX_WINDOW)
-        return false;
+uint64_t lynx_ucx_news(lynx_ucx *ucx) {
+    ucx->news = 0;
+    for (lynx_ucx_stream *stream = ucx->streams; stream != NULL; stream = stream->next) {
+        if (stream->news) {
+            stream->news = 0;
+            ucx->news = 1; /* there may be more */
+            return stream->mine;
+        }
+    }
+    return 0;
+}
+
+static void tell_of(lynx_ucx *ucx, lynx_ucx_stream *stream) {
+    stream->receiver_waits = 0; /* it need not hear of every message */
+    stream->news = ucx->news = 1;
+}
+
+static void refuse(lynx_ucx *ucx, lynx_ucx_stream *stream, int why) {
+    stream->refused = why;
+    tell_of(ucx, stream);
+}
+
+/* Room for a message more in the inbox; NULL if there is no memory. */
+static lynx_ucx_message *room_for_one(lynx_ucx_stream *stream) {
     if (stream->count == stream->room) {
         const size_t room = stream->room ? 2 * stream->room : 64;
         lynx_ucx_message *const inbox = malloc(room * sizeof *inbox);
         if (inbox == NULL)
-            return false;
+            return NULL;
         for (size_t i = 0; i < stream->count; i++)
             inbox[i] = stream->inbox[(stream->first + i) % stream->room];
         free(stream->inbox);
@@ -249,9 +260,101 @@ static bool put(lynx_ucx_stream *stream, const lynx_ucx_message *message) {
         stream->room = room;
         stream->first = 0;
     }
-    stream->inbox[(stream->first + stream->count++) % stream->room] = *message;
-    stream->held += message->nbytes + LYNX_UCX_COST;
-    return true;
+    return &stream->inbox[(stream->first + stream->count) % stream->room];
+}
+
+/* Keeps the bytes of a message, all but the first `read`. What it returns is the handler's result: whether they are kept
+ * where they are. */
+static ucs_status keep(
+    lynx_ucx *ucx, lynx_ucx_stream *stream, void *data, size_t nbytes, size_t read, const ucp_am_recv_param *param) {
+    if (stream->held + nbytes + LYNX_UCX_COST > LYNX_UCX_WINDOW) {
+        refuse(ucx, stream, LYNX_UCX_EXCESS);
+        return 0;
+    }
+    lynx_ucx_message *const message = room_for_one(stream);
+    const bool stays = (param->attributes & (RECEIVED_DATA | RECEIVED_RENDEZVOUS)) != 0;
+    uint8_t *const kept = stays || message == NULL ? data : malloc(nbytes);
+    if (message == NULL || kept == NULL) {
+        refuse(ucx, stream, LYNX_UCX_NO_MEMORY);
+        return 0;
+    }
+    *message = (lynx_ucx_message){.data = kept, .nbytes = nbytes, .read = read};
+    if (param->attributes & RECEIVED_RENDEZVOUS)
+        message->whose = LYNX_UCX_PEER;
+    else if (!stays) {
+        memcpy(kept, data, nbytes);
+        message->whose = LYNX_UCX_OURS;
+    }
+    stream->count++;
+    stream->held += nbytes + LYNX_UCX_COST;
+    if (stream->receiver_waits)
+        tell_of(ucx, stream);
+    return stays ? IN_PROGRESS : 0;
+}
+
+/* The next `nbytes` go to `to`. */
+static void put(lynx_ucx_destination *to, const void *data, size_t nbytes) {
+    memcpy(to->data + to->operation->nbytes, data, nbytes);
+    to->operation->nbytes += nbytes;
+}
+
+/* A message was put as a whole. */
+static void whole(lynx_ucx_destination *to, size_t nbytes) {
+    to->operation->messages++;
+    to->ended = nbytes < to->stream->shortest;
+}
+
+static ucs_status arrived(
+    void *arg, const void *header, size_t header_nbytes, void *data, size_t nbytes, const ucp_am_recv_param *param) {
+    lynx_ucx *const ucx = arg;
+    message_header its;
+    if (header_nbytes != sizeof its)
+        return 0; /* nobody's */
+    memcpy(&its, header, sizeof its);
+    lynx_ucx_stream *const stream = stream_of(ucx, its.tag);
+    if (stream == NULL || stream->refused)
+        return 0;
+    const uint64_t kind = its.tag & LYNX_UCX_KIND;
+    if (kind != LYNX_UCX_CONFIRM && its.number != stream->came++) {
+        refuse(ucx, stream, LYNX_UCX_IMPOSSIBLE);
+        return 0;
+    }
+    const bool is_here = (param->attributes & RECEIVED_RENDEZVOUS) == 0;
+    lynx_ucx_destination *const to = ucx->destination;
+    if (kind == LYNX_UCX_DATA && nbytes > 0 && nbytes <= LYNX_UCX_PIECE && !stream->ended) {
+        size_t read = 0;
+        if (is_here && to != NULL && to->stream == stream && stream->count == 0) {
+            read = smaller(nbytes, to->most - to->operation->nbytes);
+            put(to, data, read);
+            if (read == nbytes) {
+                whole(to, nbytes);
+                return 0;
+            }
+        }
+        return keep(ucx, stream, data, nbytes, read, param);
+    }
+    if (kind == LYNX_UCX_CONFIRM && nbytes == 0 && stream->unconfirmed >= LYNX_UCX_CONFIRMED) {
+        stream->unconfirmed -= LYNX_UCX_CONFIRMED;
+        if (stream->sender_waits)
+            tell_of(ucx, stream);
+    } else if (kind == LYNX_UCX_END && nbytes == 0 && !stream->ended) {
+        stream->ended = 1;
+        if (stream->receiver_waits)
+            tell_of(ucx, stream);
+    } else
+        refuse(ucx, stream, LYNX_UCX_IMPOSSIBLE);
+    return 0;
+}
+
+int lynx_ucx_listen(lynx_ucx *ucx) {
+    const ucp_am_handler_param param = {
+        .field_mask = HANDLER_ID | HANDLER_FUNCTION | HANDLER_ARG, .id = HANDLER, .handler = arrived, .arg = ucx};
+    return ((handler_function *)ucx->ucp_worker_set_am_recv_handler)(ucx->worker, &param);
+}
+
+void lynx_ucx_let_go(lynx_ucx *ucx) {
+    const ucp_am_handler_param param = {.field_mask = HANDLER_ID | HANDLER_FUNCTION, .id = HANDLER};
+    ((handler_function *)ucx->ucp_worker_set_am_recv_handler)(ucx->worker, &param);
 }
 
 static lynx_ucx_message take(lynx_ucx_stream *stream) {
@@ -262,167 +365,97 @@ static lynx_ucx_message take(lynx_ucx_stream *stream) {
     return message;
 }
 
-int lynx_ucx_take(lynx_ucx *ucx, lynx_ucx_stream *stream) {
-    if (stream->count == 0)
-        return 0;
-    ucx->found = take(stream);
-    return 1;
+static void release(const lynx_ucx *ucx, const lynx_ucx_message *message) {
+    if (message->whose == LYNX_UCX_OURS)
+        free(message->data);
+    else
+        ((release_function *)ucx->ucp_am_data_release)(ucx->worker, message->data);
 }
 
-/* To its stream, if that is all; whether the caller has to see `found`. */
-static bool deliver(lynx_ucx *ucx, const lynx_ucx_message *message) {
-    lynx_ucx_stream *const stream = stream_of(ucx, message->tag);
-    const uint64_t kind = message->tag & LYNX_UCX_KIND;
-    ucx->found = (lynx_ucx_message){.handle = NULL, .tag = message->tag};
-    if (stream != NULL && kind == LYNX_UCX_DATA && message->nbytes > 0 && message->nbytes <= LYNX_UCX_PIECE
-        && put(stream, message))
-        return stream->receiver_waits;
-    if (stream != NULL && kind == LYNX_UCX_CONFIRM && message->nbytes == 0 && stream->unconfirmed >= LYNX_UCX_CONFIRMED) {
-        stream->unconfirmed -= LYNX_UCX_CONFIRMED;
-        receive_one(ucx, message->handle, NULL, 0, &ucx->dropped);
-        return stream->sender_waits;
+void lynx_ucx_close_stream(lynx_ucx *ucx, lynx_ucx_stream *stream) {
+    lynx_ucx_stream **at = &ucx->streams;
+    while (*at != NULL && *at != stream)
+        at = &(*at)->next;
+    if (*at != NULL)
+        *at = stream->next;
+    while (stream->count) {
+        const lynx_ucx_message message = take(stream);
+        release(ucx, &message);
     }
-    ucx->found = *message;
-    return true;
+    free(stream->inbox);
+    stream->inbox = NULL;
+    stream->room = 0;
 }
-
-/* Where a stream's messages go, one after the other, instead of its inbox. */
-typedef struct {
-    lynx_ucx_stream *stream;
-    size_t most;
-} destination;
 
 /* More messages are to be expected, and there is room. */
-static bool more(const destination *to, const lynx_ucx_operation *operation) {
-    return !operation->ended && operation->nbytes < to->most;
+static bool more(const lynx_ucx_destination *to) {
+    return !to->ended && to->operation->nbytes < to->most;
 }
 
-/* A message that was found, if there is room for it. */
-static bool place(const lynx_ucx *ucx, const destination *to, const lynx_ucx_message *message, lynx_ucx_operation *operation) {
-    if (message->nbytes > to->most - operation->nbytes) {
-        operation->ended = 1;
-        return false;
-    }
-    receive_one(ucx, message->handle, operation->data + operation->nbytes, message->nbytes, operation);
-    operation->ended = message->nbytes < operation->whole;
-    return true;
-}
-
-/* What came for a place. They come in order; behind one that is shorter than its place all move up. */
-static void land(lynx_ucx_place *at, int status, size_t nbytes) {
-    lynx_ucx_operation *const operation = at->operation;
-    at->request = NULL;
-    at->nbytes = status == 0 ? nbytes : 0;
-    for (; operation->count && operation->places[operation->first].request == NULL; operation->count--) {
-        const lynx_ucx_place *const next = &operation->places[operation->first];
-        operation->first = (operation->first + 1) % LYNX_UCX_AHEAD;
-        uint8_t *const end = operation->data + operation->nbytes;
-        if (next->data != end)
-            memmove(end, next->data, next->nbytes);
-        operation->nbytes += next->nbytes;
-        operation->messages += next->nbytes > 0;
-        if (next->nbytes < operation->whole)
-            operation->ended = 1;
-    }
-    if (status == 0 && nbytes == 0)
-        status = LYNX_UCX_REFUSED;
-    over(operation, status == CANCELED ? 0 : status);
-}
-
-static void landed(void *request, ucs_status status, const ucp_tag_recv_info *info, void *user_data) {
-    lynx_ucx_place *const at = user_data;
-    at->operation->awaited--;
-    const uintptr_t ucp_request_free = at->operation->ucp_request_free;
-    land(at, status, info->length);
-    ((free_function *)ucp_request_free)(request);
-}
-
-/* Names the places of the next messages before they come, if whatever the peer may send as one packet fits: UCX then copies
- * them but once, many in a round. Returns how many had come already. */
-static unsigned post(const lynx_ucx *ucx, const destination *to, lynx_ucx_operation *operation) {
-    const size_t nbytes = to->stream->shortest;
-    unsigned there = 0;
-    while (to->stream->longest == 0 && more(to, operation) && operation->count < LYNX_UCX_AHEAD) {
-        const unsigned last = (operation->first + operation->count - 1) % LYNX_UCX_AHEAD;
-        uint8_t *const data = operation->count ? operation->places[last].data + nbytes : operation->data + operation->nbytes;
-        if (nbytes > to->most - (size_t)(data - operation->data))
-            break;
-        lynx_ucx_place *const at = &operation->places[(operation->first + operation->count++) % LYNX_UCX_AHEAD];
-        *at = (lynx_ucx_place){.operation = operation, .data = data};
-        ucp_tag_recv_info info;
-        const ucp_request_param param = {
-            .op_attr_mask = FIELD_CALLBACK | FIELD_USER_DATA | FIELD_MEMORY_TYPE | FIELD_RECV_INFO,
-            .callback.receive = landed,
-            .user_data = at,
-            .memory_type = HOST_MEMORY,
-            .recv_info = &info,
-        };
-        under_way(operation);
-        void *const result = ((post_function *)ucx->ucp_tag_recv_nbx)(
-            ucx->worker, data, nbytes, to->stream->mine | LYNX_UCX_DATA, ~(uint64_t)0, &param);
-        if (result != NULL && (uintptr_t)result < (uintptr_t)LAST_ERROR) {
-            at->request = result;
-            operation->awaited++;
+/* What is in the inbox, as far as there is room. */
+static void empty(const lynx_ucx *ucx, lynx_ucx_destination *to) {
+    lynx_ucx_stream *const stream = to->stream;
+    lynx_ucx_operation *const operation = to->operation;
+    while (stream->count && operation->nbytes < to->most) {
+        lynx_ucx_message *const next = &stream->inbox[stream->first];
+        const size_t room = to->most - operation->nbytes;
+        if (next->whose != LYNX_UCX_PEER) {
+            const size_t nbytes = smaller(next->nbytes - next->read, room);
+            put(to, next->data + next->read, nbytes);
+            next->read += nbytes;
+            if (next->read < next->nbytes)
+                return;
+            const lynx_ucx_message message = take(stream);
+            release(ucx, &message);
+            whole(to, message.nbytes);
             continue;
         }
-        land(at, (int)(intptr_t)result, result == NULL ? info.length : 0);
-        there++;
+        if (next->nbytes > room) {
+            to->ended = 1;
+            return;
+        }
+        const ucp_request_param param = {
+            .op_attr_mask = FIELD_CALLBACK | FIELD_USER_DATA | FIELD_MEMORY_TYPE,
+            .callback.receive = received,
+            .user_data = operation,
+            .memory_type = HOST_MEMORY,
+        };
+        const lynx_ucx_message message = take(stream);
+        uint8_t *const data = to->data + operation->nbytes;
+        operation->nbytes += message.nbytes;
+        whole(to, message.nbytes);
+        under_way(operation);
+        settle(operation,
+            ((receive_function *)ucx->ucp_am_recv_data_nbx)(ucx->worker, message.data, data, message.nbytes, &param));
     }
-    return there;
-}
-
-/* The places for which nothing came are nobody's any more. */
-static void unpost(const lynx_ucx *ucx, lynx_ucx_operation *operation) {
-    void *requests[LYNX_UCX_AHEAD];
-    unsigned count = 0;
-    operation->ended = 1;
-    for (unsigned i = 0; i < operation->count; i++) {
-        void *const request = operation->places[(operation->first + i) % LYNX_UCX_AHEAD].request;
-        if (request != NULL)
-            requests[count++] = request;
-    }
-    for (unsigned i = 0; i < count; i++)
-        ((cancel_function *)ucx->ucp_request_cancel)(ucx->worker, requests[i]);
 }
 
 void lynx_ucx_confirm(lynx_ucx *ucx, lynx_ucx_stream *stream, lynx_ucx_operation *operation) {
     const size_t cost = operation->nbytes + operation->messages * LYNX_UCX_COST;
     stream->unsaid += cost - operation->counted;
     operation->counted = cost;
+    ucx->confirming.ucp_request_free = ucx->ucp_request_free;
     while (stream->unsaid >= LYNX_UCX_CONFIRMED && stream->endpoint != NULL) {
         stream->unsaid -= LYNX_UCX_CONFIRMED;
-        send_one(ucx, stream->endpoint, NULL, 0, stream->theirs | LYNX_UCX_CONFIRM, &ucx->dropped);
+        send_one(ucx, stream, LYNX_UCX_CONFIRM, NULL, 0, SEND_EAGER, &ucx->confirming);
     }
 }
 
-/* `to`, or NULL: where what comes goes, as `operation`, which has not begun or has nothing yet. */
-static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, const destination *to) {
+/* `to`, or NULL: where what comes goes, as `operation`. */
+static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, lynx_ucx_destination *to) {
     progress_function *const progress = (progress_function *)ucx->ucp_worker_progress;
-    probe_function *const probe = (probe_function *)ucx->ucp_tag_probe_nb;
     uint64_t began = 0, moved = 0;
     unsigned idle = 0, busy = 0;
     for (;;) {
-        unsigned rounds = to != NULL ? post(ucx, to, operation) : 0;
-        rounds += progress(ucx->worker);
-        while (to == NULL || more(to, operation)) { /* what comes later is the next call's */
-            if (to != NULL)
-                rounds += post(ucx, to, operation);
-            ucp_tag_recv_info info;
-            void *const handle = probe(ucx->worker, 0, 0, 1, &info);
-            if (handle == NULL)
-                break;
-            rounds++;
-            const lynx_ucx_message message = {.handle = handle, .tag = info.sender_tag, .nbytes = info.length};
-            if (to != NULL && message.tag == (to->stream->mine | LYNX_UCX_DATA) && message.nbytes > 0
-                && message.nbytes <= LYNX_UCX_PIECE && operation->count == 0 && place(ucx, to, &message, operation))
-                continue;
-            if (deliver(ucx, &message))
-                return LYNX_UCX_FOUND;
-        }
-        const bool ready = operation != NULL && operation->left == (to != NULL ? operation->awaited : 0);
-        if (ready && to != NULL)
+        const unsigned rounds = progress(ucx->worker);
+        if (to != NULL && to->stream->count)
+            empty(ucx, to);
+        const bool ready = operation != NULL && operation->left == 0;
+        if (ready && to != NULL && rounds)
             lynx_ucx_confirm(ucx, to->stream, operation);
-        if (ready && (to == NULL || !more(to, operation)))
+        if (ucx->news)
+            return LYNX_UCX_NEWS;
+        if (ready && (to == NULL || !more(to)))
             return to != NULL && operation->nbytes == 0 && operation->failed == 0 ? LYNX_UCX_LONG : LYNX_UCX_OVER;
         const bool some = to != NULL && ready && operation->nbytes > 0;
         if (ucx->quiet_ns == 0 && rounds == 0)
@@ -457,14 +490,15 @@ int lynx_ucx_send_poll(lynx_ucx *ucx, lynx_ucx_stream *stream, const void *data,
 }
 
 int lynx_ucx_receive_poll(lynx_ucx *ucx, lynx_ucx_stream *stream, void *data, size_t most, lynx_ucx_operation *operation) {
-    const destination to = {.stream = stream, .most = most};
+    lynx_ucx_destination to = {.stream = stream, .operation = operation, .data = data, .most = most};
     lynx_ucx_begin(ucx, operation);
-    operation->data = data;
-    operation->whole = stream->shortest;
-    while (more(&to, operation) && stream->count && place(ucx, &to, &stream->inbox[stream->first], operation))
-        take(stream);
-    const int outcome = operation->ended && operation->nbytes == 0 ? LYNX_UCX_LONG : poll_for(ucx, operation, &to);
-    unpost(ucx, operation);
+    empty(ucx, &to);
+    int outcome = operation->nbytes == 0 && to.ended ? LYNX_UCX_LONG : LYNX_UCX_OVER;
+    if (operation->left || more(&to)) {
+        ucx->destination = &to;
+        outcome = poll_for(ucx, operation, &to);
+        ucx->destination = NULL;
+    }
     if (operation->left == 0)
         lynx_ucx_confirm(ucx, stream, operation);
     return outcome;
