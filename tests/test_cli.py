@@ -225,6 +225,21 @@ def test_a_receiver_interrupted_in_the_middle_leaves_nothing_behind(tmp_path: Pa
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_sender_whose_receiver_was_killed_says_what_it_waits_for(tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", tokens=2000)
+    with receiving("-o", str(tmp_path / "out")) as (receiver, url):
+        command = [sys.executable, "-m", "lynxproto", "send", str(tmp_path / "cache"), url, "--link", "1M"]
+        command += ["--set", "session.session_timeout=0.5"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as sender:
+            while not list((tmp_path / "out").glob(".*.part")):
+                assert sender.poll() is None
+            receiver.kill()
+            _, err = sender.communicate(timeout=60)
+    assert sender.returncode == 1
+    assert "goes on if it is back within 0.5 s" in err
+    assert err.splitlines()[-1] == "Error: no connection to the peer for 0.5 s"
+
+
 def test_a_receiver_that_is_stopped_before_anything_came_says_so(tmp_path: Path) -> None:
     with receiving("-o", str(tmp_path / "out")) as (receiver, _):
         receiver.send_signal(signal.SIGTERM)

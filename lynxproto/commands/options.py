@@ -14,7 +14,7 @@ import click
 
 from lynxproto.commands import logs
 from lynxproto.commands.settings import PREFIX, Settings, check_environment, defaults_of, load_file, read_secret, size
-from lynxproto.config import Secret
+from lynxproto.config import Config, Secret
 
 __all__ = ["COMMANDS", "STATE_OPTION", "BitRate", "SessionOptions", "Size", "session_command"]
 
@@ -187,6 +187,18 @@ class SessionOptions:
         return server_context(
             certificate=self.certificate, key=self.key, ca=self.ca, client_certificates=not self.any_client
         )
+
+    def observer(self, metrics: Any, config: Config) -> Callable[[str, Mapping[str, Any]], None]:
+        """For ``observe``: counts, and tells whoever waits why nothing moves."""
+
+        def observe(event: str, fields: Mapping[str, Any]) -> None:
+            if metrics is not None:
+                metrics.observe(event, fields)
+            if event == "link_lost" and not self.silent and self.log_level not in ("debug", "info"):
+                logs.say(f"the link is lost ({fields['error']}); the transfer goes on if it is back within "
+                         f"{config.session_timeout:g} s")  # fmt: skip
+
+        return observe
 
     def recording(self) -> AbstractContextManager[Any]:
         """A writer for ``--capture``, or None."""

@@ -100,7 +100,7 @@ async def _recv(
 
     try:
         with options.recording() as recording, options.measuring() as metrics:
-            observe = None if metrics is None else metrics.observe
+            observe = options.observer(metrics, arguments["config"])
             async with listen(
                 url, **arguments, allocate=allocate, state=state, capture=recording, observe=observe
             ) as receiver:
@@ -162,7 +162,7 @@ async def _fetch(
     folder, identity = Folder(output), Identity(model=model, revision=revision)
     arguments = options.session(url, content, server=False, identity=identity)
     with options.recording() as recording, options.measuring() as metrics:
-        observe = None if metrics is None else metrics.observe
+        observe = options.observer(metrics, arguments["config"])
         async with connect(url, **arguments, allocate=folder.allocate, capture=recording, observe=observe) as session:
             if metrics is not None:
                 metrics.watch(session.snapshot)

@@ -123,7 +123,7 @@ async def _send(
     if policy == "auto":  # one for all: it learns from what they take
         arguments["policy"] = chosen[0]
     with options.recording() as recording, options.measuring() as metrics:
-        observe = None if metrics is None else metrics.observe
+        observe = options.observer(metrics, arguments["config"])
         async with connect(url, **arguments, capture=recording, observe=observe) as session:
             if metrics is not None:
                 metrics.watch(session.snapshot)
