@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lynxproto import events
-from lynxproto._io import Signal, outcome_of
+from lynxproto._io import Signal
 from lynxproto._options import Deadline, Options
 from lynxproto._outgoing import part_words, tile_view
 from lynxproto._stats import LevelStats, Progress, Result, TransferStats
@@ -535,15 +535,12 @@ class Incoming:
                 self._keep(fresh)
                 return _decode(tile, state, payloads, show, digest)
 
-            if show or digest or self.spool is not None:
-                self._run(tile, level, chunks, work)
-            else:  # it costs less than a thread's attention
-                self._done(tile, tile.attempt, level, chunks, outcome_of(work))
+            self._run(tile, level, chunks, work, words=show or digest)
         elif tile.landed and tile.digest:
             landed, tile.landed = tile.landed, None
             self._check_digest(tile, landed)
         elif tile.shown == tile.exact and tile.digest and not tile.verified and tile.landed is None:
-            self._run(tile, level, [], lambda: _verify(tile))
+            self._run(tile, level, [], lambda: _verify(tile), words=True)
 
     def _keep(self, chunks: Sequence[events.ChunkReceived]) -> None:
         """On a worker: append what has come to the spool."""
@@ -554,8 +551,15 @@ class Incoming:
                 self.spool.keep(self.id, chunk.tile, chunk.level, chunk.payload, codec.wire_id)
 
     def _run(
-        self, tile: _Tile, level: int, chunks: Sequence[events.ChunkReceived], work: Callable[[], _Outcome]
+        self,
+        tile: _Tile,
+        level: int,
+        chunks: Sequence[events.ChunkReceived],
+        work: Callable[[], _Outcome],
+        *,
+        words: bool,
     ) -> None:
+        """``words``: the work is on the tile's words; else it only looks at its payloads, which takes microseconds."""
         tile.running = level
         attempt = tile.attempt
         self._peer.work(
@@ -563,6 +567,7 @@ class Incoming:
             (max(level, 0), tile.layer.index),
             work,
             lambda future: self._done(tile, attempt, level, chunks, future),
+            nbytes=None if self.spool is not None else tile.spec.nbytes if words else 0,
         )
 
     def _done(

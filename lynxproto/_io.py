@@ -173,6 +173,13 @@ class Workers:
         except RuntimeError as error:  # no thread can be started, or they are gone
             self._fail_queue(error)
 
+    def run_here(self, owner: Hashable, work: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
+        """The same on the loop: ``work`` must be short. It is over when this returns; ``done`` follows."""
+        job = _Job((0, 0, next(self._number)), owner, work, done)
+        with self._lock:
+            self._running.add(job)
+        self._end(job, outcome_of(work), self._loop.call_soon)
+
     async def drop(self, owner: Hashable) -> None:
         """Forget all work of ``owner``: when this returns no thread runs it any more, and no ``done`` will follow."""
         with self._lock:
@@ -207,7 +214,7 @@ class Workers:
                     return
                 job = heapq.heappop(self._queue)
                 self._running.add(job)
-            self._end(job, outcome_of(job.work))
+            self._end(job, outcome_of(job.work), self._loop.call_soon_threadsafe)
 
     def _fail_queue(self, error: RuntimeError) -> None:
         """A thread could not be started: if no other serves the queue, nobody will."""
@@ -220,14 +227,14 @@ class Workers:
         for job in jobs:
             future: Future[Any] = Future()
             future.set_exception(error)
-            self._end(job, future)
+            self._end(job, future, self._loop.call_soon)
 
-    def _end(self, job: _Job, future: Future[Any]) -> None:
+    def _end(self, job: _Job, future: Future[Any], call_soon: Callable[[Callable[[], None]], object]) -> None:
         with self._lock:
             self._ended.append((job, future))
             known = len(self._ended) > 1
         if not known:
-            self._loop.call_soon_threadsafe(self._collect)
+            call_soon(self._collect)
 
     def _collect(self) -> None:
         """On the loop: tell what has ended."""

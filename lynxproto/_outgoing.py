@@ -249,6 +249,7 @@ class Outgoing:
             urgency,
             lambda: _encode(codec, spec, words, layer, request),
             lambda future: self._encoded(request, future),
+            nbytes=spec.nbytes,
         )
 
     def lend(self, tile: Tile) -> memoryview:
@@ -330,6 +331,7 @@ class Outgoing:
                 (_DIGEST_URGENCY, layer.index),
                 lambda: {tile: _digest(self.manifest, layer, tile, words[tile.part]) for tile in tiles},
                 lambda future: self._digested(layer.index, future),
+                nbytes=sum(tile.spec(self.manifest.dtype, layer.head_dim(tile.part)).nbytes for tile in tiles),
             )
 
     def _digested(self, layer: int, future: Future[dict[Tile, bytes]]) -> None:

@@ -73,6 +73,8 @@ class Endpoint(Protocol):
 
 #: Chunks asked for ahead, for each codec thread: one that is done finds the next without the I/O thread's help.
 _AHEAD: Final = 2
+#: Work on so few bytes of words takes some 50 us: less than to wake a thread, and to be woken by it.
+_HERE_BYTES: Final = 64 << 10
 #: Protocol timers are looked at so late at most.
 _TIMER_SLACK_S: Final = 5e-3
 #: Seconds that a stream may take to let go of the memory of a transfer that is over.
@@ -421,8 +423,14 @@ class Peer:
         urgency: tuple[int, int],
         work: Callable[[], T],
         done: Callable[[Future[T]], None],
+        *,
+        nbytes: int | None = None,
     ) -> None:
-        """Run ``work`` on a codec thread, then ``done`` here; see :meth:`Workers.run`."""
+        """Run ``work`` on a codec thread, then ``done`` here; see :meth:`Workers.run`.
+
+        Work on few bytes of words (``nbytes``) is done here at once: a thread's attention would cost more. None: it may
+        take its time.
+        """
 
         def guarded(future: Future[T]) -> None:
             try:
@@ -430,7 +438,10 @@ class Peer:
             except Exception as error:
                 self._crash(error)
 
-        self.workers.run(owner, urgency, work, guarded)
+        if nbytes is not None and nbytes <= _HERE_BYTES:
+            self.workers.run_here(owner, work, guarded)
+        else:
+            self.workers.run(owner, urgency, work, guarded)
 
     def _encode(self) -> None:
         while self.encoding < _AHEAD * self.workers.threads:

@@ -918,12 +918,12 @@ def test_chaos(seed: int) -> None:
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_codec_threads_that_are_gone_end_the_transfer_with_an_error(side: str) -> None:
     """As where the system allows no more threads; and closing must not wait for work that nobody does."""
-    cache = make_cache(layers=4, tokens=600)
+    cache = make_cache(layers=4, tokens=3000)
 
     async def main() -> None:
         little = Config(encode_ahead=1 << 15)
         async with listen(next(_names)) as receiver, connect(receiver.url, little, link=slow(0.5, cache)) as sender:
-            sending = asyncio.ensure_future(sender.open(cache.manifest, Policy(tile_bytes=8192)).send(cache))
+            sending = asyncio.ensure_future(sender.open(cache.manifest, Policy(tile_bytes=1 << 17)).send(cache))
             incoming = await first(receiver)
             await incoming.ready(level=0, layer=0)
             session = sender if side == "sender" else receiver

@@ -121,3 +121,31 @@ def test_without_threads_all_that_waits_fails() -> None:
         workers.stop()
 
     run(main)
+
+
+def test_work_on_the_loop_is_done_at_once_and_told_later() -> None:
+    """Whoever asks is not called back before asking is over; what it raises is told as a thread's would be."""
+
+    async def main() -> None:
+        workers, order = Workers(1), []
+        workers.run_here("a", lambda: order.append("work"), lambda future: order.append("told"))
+        workers.run_here("a", lambda: 1 // 0, lambda future: order.append(type(future.exception())))
+        assert order == ["work"]
+        await workers.settle("a")
+        assert order == ["work", "told", ZeroDivisionError]
+        workers.stop()
+
+    run(main)
+
+
+def test_work_on_the_loop_can_be_dropped_before_it_is_told() -> None:
+    async def main() -> None:
+        workers, told = Workers(1), []
+        workers.run_here("a", lambda: None, lambda future: told.append("a"))
+        workers.run_here("b", lambda: None, lambda future: told.append("b"))
+        await workers.drop("a")
+        await workers.settle("b")
+        assert told == ["b"]
+        workers.stop()
+
+    run(main)
