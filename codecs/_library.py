@@ -92,15 +92,16 @@ def check(code: int) -> None:
 class Workspace:
     """Working memory of a thread, for one call at a time: new pages would cost more than the call."""
 
-    __slots__ = ("_plan", "_scratch", "fault", "levels", "plan", "plan_bytes", "scratch", "sizes")
+    __slots__ = ("_plan", "_scratch", "fault", "levels", "plan", "plan_bytes", "scratch", "sizes", "view")
 
     def __init__(self) -> None:
         self._scratch = np.empty(lib.lynx_hq_scratch_size(), np.uint8)
-        #: Addresses: of scratch memory for kernels, of a plan, of a fault, and of an encoder's levels and their sizes.
+        #: Addresses: of scratch memory for kernels, a plan, a fault, levels' payloads and their sizes, an array's view.
         self.scratch = ffi.cast("void *", address(self._scratch))
         self.fault = ffi.new("lynx_hq_fault *")
         self.levels = ffi.new("uint8_t *[3]")
         self.sizes = ffi.new("uint64_t[3]")
+        self.view = ffi.new("lynx_view *")
         self._grow(1 << 15)
 
     def _grow(self, plan_bytes: int) -> None:

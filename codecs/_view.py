@@ -11,68 +11,71 @@ from lynxproto.chunk import DTYPES, ChunkSpec, Paged, as_words
 from lynxproto.codecs._library import address, check, ffi, lib
 from lynxproto.errors import SpecError
 
-__all__ = ["View", "dense_words", "place_words", "view_of"]
+__all__ = ["Dense", "dense_words", "place_words", "scatter", "view_of"]
 
 
 _VIEW: Final = ffi.typeof("lynx_view *")
 _VOID: Final = ffi.typeof("void *")
 
 
-class View:
-    """A ``lynx_view``, and what keeps its memory alive."""
+class Dense:
+    """C-contiguous arrays of a shape, seen by few steps: nearly all are such, and a call is a part of a tile's time."""
 
-    __slots__ = ("_keep", "c")
+    __slots__ = ("_head_stride", "_shape", "_token_stride", "_words")
 
-    def __init__(self, c: Any, keep: Any) -> None:
-        self.c, self._keep = c, keep
+    def __init__(self, spec: ChunkSpec) -> None:
+        self._shape, self._words = spec.shape, DTYPES[spec.dtype]
+        self._head_stride, self._token_stride = spec.tokens * spec.head_dim, spec.head_dim
 
-    @classmethod
-    def strided(cls, words: NDArray[Any], table: NDArray[np.int64] | None, first: int) -> View:
-        """Words ``[heads, tokens, dim]``; with a table ``[pages, heads, tokens, dim]``."""
-        size, strides = words.itemsize, words.strides
-        head, token = strides[-3], strides[-2]
-        if head % size or token % size or strides[0] % size or not words.flags.aligned:
-            raise SpecError(f"the array's address or strides {strides} are not multiples of the word's {size} bytes")
-        c = ffi.new(_VIEW, (address(words, _VOID), head // size, token // size))
-        if table is not None:
-            c.pages = address(table, "const int64_t *")
-            c.page_stride, c.page_tokens, c.first_token = strides[0] // size, words.shape[2], first
-        return cls(c, (words, table))
-
-    def gather(self, spec: ChunkSpec, out: Any) -> None:
-        """Copy all words to an address."""
-        check(lib.lynx_view_gather(self.c, spec.word_dtype.itemsize, *spec.shape, out))
-
-    def scatter(self, spec: ChunkSpec, words: Any) -> None:
-        """Copy all words from an address."""
-        check(lib.lynx_view_scatter(self.c, spec.word_dtype.itemsize, *spec.shape, words))
+    def fill(self, view: Any, array: Any) -> bool:
+        """Make ``view``, a ``lynx_view`` without pages, that of ``array`` while it lives. False for any other array."""
+        if not (
+            type(array) is np.ndarray
+            and array.flags.carray  # writable, aligned and contiguous
+            and array.dtype is self._words
+            and array.shape == self._shape
+        ):
+            return False
+        view.words = ffi.from_buffer(array)
+        view.head_stride = self._head_stride
+        view.token_stride = self._token_stride
+        return True
 
 
-def view_of(spec: ChunkSpec, array: Any, *, writable: bool = False) -> View:
-    """The words of an array, tensor or :class:`~lynxproto.chunk.Paged` that matches ``spec``.
+def view_of(spec: ChunkSpec, array: Any, *, writable: bool = False) -> Any:
+    """A ``lynx_view`` of an array, tensor or :class:`~lynxproto.chunk.Paged` that matches ``spec``, while that lives.
 
     Raises :class:`~lynxproto.errors.SpecError` as :func:`~lynxproto.chunk.as_words` does, and for addresses and
     strides that are not multiples of a word.
     """
-    if (  # the usual case by few steps, because a call is a part of a tile's time: writable, aligned and contiguous
-        type(array) is np.ndarray
-        and array.flags.carray
-        and array.dtype is DTYPES[spec.dtype]
-        and array.shape == (spec.heads, spec.tokens, dim := spec.head_dim)
-    ):
-        return View(ffi.new(_VIEW, (ffi.from_buffer(array), spec.tokens * dim, dim)), array)
-    if isinstance(array, Paged):
-        return View.strided(array.words(spec, writable=writable), array.table, array.first)
-    return View.strided(as_words(spec, array, writable=writable), None, 0)
+    view = ffi.new(_VIEW)
+    if Dense(spec).fill(view, array):
+        return view
+    paged = isinstance(array, Paged)
+    words = array.words(spec, writable=writable) if paged else as_words(spec, array, writable=writable)
+    size, strides = words.itemsize, words.strides
+    head, token = strides[-3], strides[-2]
+    if head % size or token % size or strides[0] % size or not words.flags.aligned:
+        raise SpecError(f"the array's address or strides {strides} are not multiples of the word's {size} bytes")
+    view.words, view.head_stride, view.token_stride = address(words, _VOID), head // size, token // size
+    if paged:
+        view.pages = address(array.table, "const int64_t *")
+        view.page_stride, view.page_tokens, view.first_token = strides[0] // size, array.page_tokens, array.first
+    return view
+
+
+def scatter(spec: ChunkSpec, view: Any, words: Any) -> None:
+    """Copy a tile's words from an address to where a ``lynx_view`` says."""
+    check(lib.lynx_view_scatter(view, spec.word_dtype.itemsize, *spec.shape, words))
 
 
 def dense_words(spec: ChunkSpec, pages: Paged) -> NDArray[Any]:
     """The words of a paged tile as a contiguous array."""
     words = np.empty(spec.shape, spec.word_dtype)
-    view_of(spec, pages).gather(spec, address(words))
+    check(lib.lynx_view_gather(view_of(spec, pages), spec.word_dtype.itemsize, *spec.shape, address(words)))
     return words
 
 
 def place_words(spec: ChunkSpec, words: NDArray[Any], out: Paged) -> None:
     """The reverse."""
-    view_of(spec, out, writable=True).scatter(spec, address(words))
+    scatter(spec, view_of(spec, out, writable=True), address(words))

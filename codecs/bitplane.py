@@ -81,7 +81,7 @@ class Bitplane(Codec):
             _HEADER.pack_into(payload.data, 0, level, count, 0)
             for i in range(count):
                 planes[first + i] = address(payload) + _HEADER.size + i * plane_bytes
-        check(lib.lynx_bitplane_pack(view.c, spec.word_dtype.itemsize, *spec.shape, planes))
+        check(lib.lynx_bitplane_pack(view, spec.word_dtype.itemsize, *spec.shape, planes))
         if self._zstd is None:
             return [payload.data for payload in payloads]
         cut = _HEADER.size
@@ -102,7 +102,7 @@ class Bitplane(Codec):
                 for start in range(0, body.nbytes, plane_bytes):
                     planes[first] = address(body, "const uint8_t *") + start
                     first += 1
-            check(lib.lynx_bitplane_unpack(planes, view.c, spec.word_dtype.itemsize, *spec.shape))
+            check(lib.lynx_bitplane_unpack(planes, view, spec.word_dtype.itemsize, *spec.shape))
         return DecodeState(len(levels) - 1, tuple(levels))
 
     def refine(

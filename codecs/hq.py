@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lynxproto.chunk import ChunkSpec
 from lynxproto.codecs._library import (
+    Workspace,
     address,
     check,
     error_text,
@@ -27,7 +28,7 @@ from lynxproto.codecs._library import (
     part_count,
     workspace,
 )
-from lynxproto.codecs._view import View, view_of
+from lynxproto.codecs._view import Dense, scatter, view_of
 from lynxproto.codecs.abc import Buffer, Codec, DecodeState
 from lynxproto.errors import ConfigError, PayloadError, SpecError
 
@@ -52,10 +53,21 @@ _MAX_BYTES: Final = 1 << 31  # of a tile: sizes in payloads have 32 bits
 _SECTIONS: Final = ("parameters", "codes", "ranks", "anchor planes")
 _MAX_TABLE: Final = 1 << 22  # entries of a table of widths
 _PIECES: Final = ffi.typeof("lynx_hq_piece[]")
+_FAULTS: Final = ffi.typeof("lynx_hq_fault[]")
 _OCTETS: Final = ffi.typeof("uint8_t[]")
 _NULL: Final = ffi.NULL
-_OUTCOMES: Final = (lib.LYNX_OK, lib.LYNX_STORED, lib.LYNX_UNDECIDED)  # of encoders, but for mistakes of ours
+_OK: Final = lib.LYNX_OK
+_encode_tile: Final = lib.lynx_hq_encode_tile
+_decode_tile: Final = lib.lynx_hq_decode_tile
 _MAX_JOBS: Final = 1024  # shapes that a codec remembers
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the levels of a call lie in one piece of memory."""
+
+    places: tuple[tuple[int, int], ...]  # levels, ascending, and where each begins
+    room: int  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +75,20 @@ class _Job:
     """A codec's config for tiles of one shape, as the library takes it, and what it needs."""
 
     config: Any
-    bounds: Any
     sizes: tuple[int, ...]  # bytes that an encoder needs for each level
     blocks: int
     plan: int  # bytes of a plan
+    dense: Dense
     widths: NDArray[np.uint8] | None  # keeps memory alive
+    layouts: dict[tuple[int, ...], _Layout] = field(default_factory=dict)  # by the levels that calls want
+
+    def lay_out(self, wanted: tuple[int, ...]) -> _Layout:
+        """Worked out once."""
+        places, room = [], 0
+        for level in sorted(set(wanted)):
+            places.append((level, room))
+            room += self.sizes[level]
+        return self.layouts.setdefault(wanted, _Layout(tuple(places), room))
 
 
 class _Table:
@@ -255,93 +276,78 @@ class HQ(Codec):
         """See :meth:`Codec.encode`. The payloads of a call lie in one piece of memory, which any of them keeps."""
         job = self._job(spec)
         wanted = self._every if levels is None else tuple(levels)
-        for level in wanted:
-            if level not in self._every:
+        layout = job.layouts.get(wanted)
+        if layout is None:
+            if not set(wanted) <= set(self._every):
                 raise SpecError(f"hq: levels {list(wanted)} of a codec with {self._levels}")
-        view = view_of(spec, array)
-        made = wanted if levels is None or len(wanted) == 1 else sorted(set(wanted))
-        outcome, memory, places, sizes = self._encode(job, view, made, threads)
-        if outcome == lib.LYNX_UNDECIDED:  # what the ranks take at most does not tell whether the tile would grow
-            outcome, memory, places, sizes = self._encode(job, view, [*made, self._levels - 1], threads)
-        if outcome == lib.LYNX_STORED:
-            return [self._stored(job, spec, view, level) for level in wanted]
-        if made:
-            memory.resize(places[made[-1]] + sizes[made[-1]], refcheck=False)  # gives back what was not needed
+            layout = job.lay_out(wanted)
+        own = workspace(job.plan)
+        view = own.view if job.dense.fill(own.view, array) else view_of(spec, array)
+        outcome, memory = self._encode(job, view, layout, own, threads)
+        if outcome != _OK:
+            if outcome == lib.LYNX_UNDECIDED:  # what the ranks take at most does not tell whether the tile would grow
+                more = job.lay_out((*wanted, self._levels - 1))  # that comes last, behind what is wanted
+                outcome, memory = self._encode(job, view, more, own, threads)
+            if outcome == lib.LYNX_STORED:
+                return [self._stored(job, spec, view, level) for level in wanted]
+            check(outcome)
+        sizes = own.sizes
+        if wanted:
+            last, place = layout.places[-1]
+            memory.resize(place + sizes[last], refcheck=False)  # gives back what was not needed
         whole = memory.data
-        return [whole] if len(wanted) == 1 else [whole[places[i] : places[i] + sizes[i]] for i in wanted]
+        if len(wanted) == 1:
+            return [whole]
+        places = dict(layout.places)
+        return [whole[places[i] : places[i] + sizes[i]] for i in wanted]
 
     @staticmethod
-    def _encode(
-        job: _Job, view: View, wanted: Sequence[int], threads: int
-    ) -> tuple[int, NDArray[np.uint8], dict[int, int], Any]:
-        """Ascending levels: LYNX_OK, LYNX_STORED or LYNX_UNDECIDED; their memory, in which they have places and sizes.
+    def _encode(job: _Job, view: Any, layout: _Layout, own: Workspace, threads: int) -> tuple[int, NDArray[np.uint8]]:
+        """LYNX_OK, LYNX_STORED or LYNX_UNDECIDED, and the levels' memory, of the sizes in ``own``.
 
         One piece of memory, because each takes longer to get and to give back than the call needs beside.
         """
-        own = workspace(job.plan)
-        levels, sizes, plan = own.levels, own.sizes, own.plan
-        places, room = {}, 0
-        for level in wanted:
-            places[level] = room
-            room += job.sizes[level]
-        memory = np.empty(room, np.uint8)
-        start = ffi.from_buffer(_OCTETS, memory)
+        memory = np.empty(layout.room, np.uint8)
+        start, levels = ffi.from_buffer(_OCTETS, memory), own.levels
         levels[0] = levels[1] = levels[2] = _NULL
-        for level, place in places.items():
+        for level, place in layout.places:
             levels[level] = start + place
-        count = 1 if threads == 1 else part_count(job.blocks, threads)
-        if count == 1:
-            outcome = lib.lynx_hq_encode_tile(job.config, view.c, levels, sizes, plan, own.scratch)
-        else:
-            pieces = ffi.new(_PIECES, count)
-            check(lib.lynx_hq_prepare(job.config, view.c, plan, own.scratch))
-
-            def work(part: int, first: int, last: int) -> None:
-                check(lib.lynx_hq_encode(plan, view.c, first, last, levels, pieces + part, workspace().scratch))
-
-            parallel(work, job.blocks, count)
-            outcome = lib.lynx_hq_assemble(plan, levels, pieces, count, sizes)
-        if outcome not in _OUTCOMES:
-            check(outcome)
-        return outcome, memory, places, sizes
+        if threads == 1 or (count := part_count(job.blocks, threads)) == 1:
+            return _encode_tile(job.config, view, levels, own.sizes, own.plan, own.scratch), memory
+        return _encode_parts(job, view, own, count), memory
 
     def decode(self, spec: ChunkSpec, levels: Sequence[Buffer], out: Any | None, *, threads: int = 1) -> DecodeState:
         """See :meth:`Codec.decode`. Without ``out`` sizes and tables are checked, and codes and ranks are not."""
         job = self._job(spec)
-        view = None if out is None else view_of(spec, out, writable=True)
         if not 1 <= len(levels) <= self._levels:
             raise SpecError(f"hq: got {len(levels)} levels of a codec with {self._levels}")
         own = workspace(job.plan)
-        plan, fault = own.plan, own.fault
-        payloads = [np.frombuffer(payload, np.uint8) for payload in levels]  # not ffi.from_buffer: cycles may crash it
-        sizes = [payload.size for payload in payloads]
-        addresses = [ffi.from_buffer(_OCTETS, payload) for payload in payloads]
+        plan, fault, addresses, sizes = own.plan, own.fault, own.levels, own.sizes
+        view = None
+        if out is not None:
+            view = own.view if job.dense.fill(own.view, out) else view_of(spec, out, writable=True)
+        held = []  # payloads, which nobody may resize meanwhile
+        for level, payload in enumerate(levels):
+            octets = np.frombuffer(payload, np.uint8)  # not ffi.from_buffer alone: cycles may crash it
+            held.append(octets)
+            addresses[level] = ffi.from_buffer(_OCTETS, octets)
+            sizes[level] = octets.size
         count = 1 if threads == 1 or view is None else part_count(job.blocks, threads)
         if view is not None and count == 1:
-            outcome = lib.lynx_hq_decode_tile(
-                job.config, addresses, sizes, len(payloads), view.c, plan, own.scratch, fault
-            )
+            outcome = _decode_tile(job.config, addresses, sizes, len(held), view, plan, own.scratch, fault)
         else:
-            outcome = lib.lynx_hq_open(job.config, addresses, sizes, len(payloads), plan, fault)
-        if outcome == lib.LYNX_STORED:
+            outcome = lib.lynx_hq_open(job.config, addresses, sizes, len(held), plan, fault)
+            if outcome == _OK and view is not None:
+                outcome = _decode_parts(job, view, own, count)
+        if outcome != _OK:
+            if outcome != lib.LYNX_STORED:
+                self._fail(outcome, fault, job, sizes)
             if view is not None:
-                view.scatter(spec, addresses[0] + _HEADER.size)
-        elif outcome != lib.LYNX_OK:
-            self._fail(outcome, fault, job, sizes)
-        elif view is not None and count > 1:
-            target = view.c
-
-            def work(_: int, first: int, last: int) -> None:
-                found = ffi.new("lynx_hq_fault *")
-                outcome = lib.lynx_hq_decode(plan, target, first, last, workspace().scratch, found)
-                if outcome != lib.LYNX_OK:
-                    self._fail(outcome, found, job, sizes)
-
-            parallel(work, job.blocks, count)
+                scatter(spec, view, addresses[0] + _HEADER.size)
         return DecodeState(len(levels) - 1, tuple(levels))
 
     @staticmethod
-    def _fail(outcome: int, fault: Any, job: _Job, sizes: Sequence[int]) -> NoReturn:
+    def _fail(outcome: int, fault: Any, job: _Job, sizes: Any) -> NoReturn:
         """Raise what a fault means."""
         if outcome in (lib.LYNX_ERR_ARGUMENT, lib.LYNX_ERR_SPACE):
             check(outcome)
@@ -412,13 +418,40 @@ class HQ(Codec):
         code = lib.lynx_hq_measure(config, bounds)
         if code != lib.LYNX_OK:
             raise SpecError(f"hq cannot code a tile of shape {spec.shape}: {error_text(code)}")
-        return _Job(config, bounds, tuple(bounds.level), int(bounds.blocks), int(bounds.plan), widths)
+        return _Job(config, tuple(bounds.level), int(bounds.blocks), int(bounds.plan), Dense(spec), widths)
 
     @staticmethod
-    def _stored(job: _Job, spec: ChunkSpec, view: View, level: int) -> Buffer:
+    def _stored(job: _Job, spec: ChunkSpec, view: Any, level: int) -> Buffer:
         payload = np.empty(_HEADER.size + (spec.nbytes if level == 0 else 0), np.uint8)
-        check(lib.lynx_hq_store(job.config, view.c, level, address(payload), ffi.new("uint64_t *")))
+        check(lib.lynx_hq_store(job.config, view, level, address(payload), ffi.new("uint64_t *")))
         return payload.data
+
+
+def _encode_parts(job: _Job, view: Any, own: Workspace, count: int) -> int:
+    """``lynx_hq_encode_tile`` on several threads."""
+    plan, levels = own.plan, own.levels
+    pieces = ffi.new(_PIECES, count)
+    check(lib.lynx_hq_prepare(job.config, view, plan, own.scratch))
+
+    def work(part: int, first: int, last: int) -> None:
+        check(lib.lynx_hq_encode(plan, view, first, last, levels, pieces + part, workspace().scratch))
+
+    parallel(work, job.blocks, count)
+    return int(lib.lynx_hq_assemble(plan, levels, pieces, count, own.sizes))
+
+
+def _decode_parts(job: _Job, view: Any, own: Workspace, count: int) -> int:
+    """``lynx_hq_decode`` of all blocks on several threads: the first outcome that is not LYNX_OK, and its fault."""
+    plan, faults = own.plan, ffi.new(_FAULTS, count)
+    outcomes = [lib.LYNX_OK] * count
+
+    def work(part: int, first: int, last: int) -> None:
+        outcomes[part] = lib.lynx_hq_decode(plan, view, first, last, workspace().scratch, faults + part)
+
+    parallel(work, job.blocks, count)
+    part = next((i for i, outcome in enumerate(outcomes) if outcome != lib.LYNX_OK), 0)
+    own.fault[0] = faults[part]
+    return int(outcomes[part])
 
 
 def _bits(name: str, bits: Any) -> float:
