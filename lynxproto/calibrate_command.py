@@ -41,16 +41,19 @@ def calibrate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure which key channels and value heads of MODEL need bits, and write that as a small file.
+    """Measure which key channels and value heads need bits.
 
-    MODEL is a folder of Hugging Face files, a .gguf file, or SmolLM2-135M-Instruct (the demo's model).
+    Writes a small file for `send --calibration`. MODEL is a folder of Hugging Face files, a .gguf file, or
+    SmolLM2-135M-Instruct (the demo's model).
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from lynxproto import calibration
+    from lynxproto.bench.outputs import check_file
     from lynxproto.integrations.loading import open_model, use_threads
 
+    check_file(output)
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
         task = progress.add_task("loading the model", total=None)

@@ -59,7 +59,9 @@ for _command in (send, recv, serve, fetch, config, bench, calibrate, probe):
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the summary as one web page.")
 @click.option("--json", "as_json", is_flag=True, help="JSON: one object a line, or one summary.")
 def inspect(source: str, **options: Any) -> None:
-    """Show what is on the wire: SOURCE is a capture (.lynx), a pcap, raw frames, or - for standard input.
+    """Show what is on the wire.
+
+    SOURCE is a capture (.lynx), a pcap, raw frames, or - for standard input.
 
     Exit code 3: the source is broken, and was shown as far as it goes.
     """
@@ -93,10 +95,10 @@ def inspect(source: str, **options: Any) -> None:
 def conformance(
     vectors: Path | None, filters: Any, exclude: Any, *, listing: bool, serve: bool, **options: Any
 ) -> None:
-    """Run the conformance vectors against this implementation, or against any program.
+    """Run the conformance vectors against an implementation.
 
-    WHAT selects cases: `frames`, `decode`, `invalid`, `hostile`, or a glob of file/operation/number.
-    Exit code 1: a case failed. 3: none failed, and some are unsupported.
+    That is this one, or with --command any program. WHAT selects cases: `frames`, `decode`, `invalid`, `hostile`,
+    or a glob of file/operation/number. Exit code 1: a case failed. 3: none failed, and some are unsupported.
     """
     from lynxproto.conformance import command
 
@@ -128,7 +130,10 @@ def conformance(
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results.")
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the timeline.")
 def demo(json_file: Path | None, plot_file: Path | None, **settings: Any) -> None:
-    """Real model, prefill and decode process, shaped link: BF16, INT8, INT4 and lynxproto side by side."""
+    """Run a real model over a shaped link, in four ways.
+
+    A prefill and a decode process; BF16, INT8, INT4 and lynxproto side by side.
+    """
     from lynxproto.demo.main import run_demo
 
     if not run_demo(json_file=json_file, plot_file=plot_file, **settings):

@@ -43,15 +43,18 @@ def probe(
     quiet: bool,
     **sizes: int,
 ) -> None:
-    """Find out which precisions MODEL tolerates, and write a policy for `send --policy-file` and Policy.from_file.
+    """Find out which precisions a model tolerates.
 
-    MODEL is a folder of Hugging Face files, a .gguf file, or SmolLM2-135M-Instruct (the demo's model).
+    Writes a policy for `send --policy-file` and Policy.from_file. MODEL is a folder of Hugging Face files, a .gguf
+    file, or SmolLM2-135M-Instruct (the demo's model).
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from lynxproto.bench.outputs import check_file
     from lynxproto.integrations.loading import open_model, use_threads
 
+    check_file(output)
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress:
         task = progress.add_task("loading the model", total=None)

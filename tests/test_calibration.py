@@ -342,6 +342,9 @@ def test_the_command_writes_a_file(tmp_path: Path, model: Any) -> None:
     loaded = Calibration.load(out)
     assert summary["xxh3_128"] == loaded.hash.hex()
     assert (loaded.model, summary["layers"], len(loaded.revision)) == ("tiny", 3, 16)
+    for command in ("calibrate", "probe"):  # at once, not after minutes
+        result = CliRunner().invoke(main, [command, str(tmp_path / "tiny"), "-o", str(tmp_path / "no" / "c.json")])
+        assert (result.exit_code, "is not a folder" in result.output) == (1, True)
     result = CliRunner().invoke(main, ["calibrate", str(tmp_path / "absent"), "-o", str(out)])
     assert result.exit_code == 1
     assert "neither a folder" in result.output

@@ -306,6 +306,8 @@ def test_help_and_version() -> None:
     assert code == 0
     assert "send" in out
     assert "recv" in out
+    assert "..." not in out.split("Commands:")[1]  # what each command is for is not cut off
+    assert "..." not in invoke("bench", "--help")[1].split("Commands:")[1]
     assert "0.1.0" in invoke("--version")[1]
 
 

@@ -37,4 +37,4 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup)
 def bench() -> None:
-    """Measure this machine: codecs and caches beside other people's, transfers over damaged links."""
+    """Measure this machine: codecs, transports, faults, quality."""

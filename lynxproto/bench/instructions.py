@@ -59,7 +59,10 @@ def instructions(
     baseline: Path | None,
     tolerance: float,
 ) -> None:
-    """Count the instructions that kernels take for a value (needs valgrind; AVX-512 kernels do not run under it)."""
+    """Count the instructions that kernels take for a value.
+
+    Needs valgrind, under which AVX-512 kernels do not run.
+    """
     from rich.console import Console
     from rich.table import Table
 

@@ -226,9 +226,10 @@ def link(
     json_path: str | None,
     plot_path: Path | None,
 ) -> None:
-    """Predict when a cache is usable and exact, raw, coded and progressive, on links of 50 Mbit/s to 100 Gbit/s.
+    """Predict when a cache is usable and exact, by link.
 
-    Codecs are measured on this machine. Where the choice of `--policy auto` changes is the break-even.
+    Raw, exact-coded and progressive, on links of 50 Mbit/s to 100 Gbit/s. Codecs are measured on this machine. Where
+    the choice of `--policy auto` changes is the break-even.
     """
     auto = Policy.auto(exact_weight=exact_weight)
     threads = threads or len(machine.cpus())

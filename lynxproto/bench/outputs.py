@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,12 @@ def plot_option(text: str) -> Decorator:
 
 
 def check_file(path: Path) -> None:
-    """Raise :class:`~lynxproto.errors.ConfigError` if there is no folder for the file."""
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {path}: {path.absolute().parent} is not a folder")
+    """Raise :class:`~lynxproto.errors.ConfigError` if there is no folder for the file, or it may not be written to."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"cannot write {path}: {folder} is not a folder")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"cannot write {path}: permission denied")
 
 
 def check_plot(path: Path) -> None:

@@ -62,10 +62,11 @@ def quality(
     json_path: str | None,
     plot_path: Path | None,
 ) -> None:
-    """Measure KL, top-1 agreement, perplexity, drafts, needles and layers of caches at given budgets.
+    """Measure what lossy caches do to a model's predictions.
 
-    Every method replaces the stored exact cache of a context; the tokens that follow are scored on both. Results are
-    kept as they are found: an interrupted run goes on where it was (--resume, or the same options again).
+    KL, top-1 agreement, perplexity, drafts, needles and layers at given budgets, method by method. Every method
+    replaces the stored exact cache of a context; the tokens that follow are scored on both. Results are kept as
+    they are found: an interrupted run goes on where it was (--resume, or the same options again).
     """
     from rich.console import Console
 

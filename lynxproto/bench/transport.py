@@ -55,7 +55,7 @@ def transport(
     json_path: str | None,
     plot_path: Path | None,
 ) -> None:
-    """Measure transports: two processes on this machine, and what is between them.
+    """Measure transports between two processes of this machine.
 
     Contestants take turns, so that a busy moment hits all of them; medians. Peers that are not installed are named (pip
     install mooncake-transfer-engine-non-cuda nixl-cu12, and Debian's libibverbs1 librdmacm1 libnuma1).

@@ -277,7 +277,10 @@ def measure(
 @click.option("--moved", "mib", type=click.IntRange(1), default=128, show_default=True, help="MiB of a measurement.")
 @json_option()
 def ucx(*, devices: Sequence[str], sizes: Sequence[int], runs: int, mib: int, json_path: str | None) -> None:
-    """Measure ucx:// beside bare ucxx: ping-pong and one-way streams between two processes."""
+    """Measure ucx:// beside bare ucxx.
+
+    Ping-pong and one-way streams between two processes.
+    """
     from lynxproto.transports._ucxx import require_ucxx
 
     version = require_ucxx().__version__

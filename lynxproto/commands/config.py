@@ -22,8 +22,9 @@ _SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": 
 @click.argument("command", metavar="COMMAND")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def config(command: str, arguments: tuple[str, ...], as_json: bool) -> None:
-    """Show the effective settings of COMMAND (send, recv, serve, fetch) with ARGUMENTS, and where each comes from.
+    """Show the settings that COMMAND would run with.
 
+    COMMAND is send, recv, serve or fetch, with its ARGUMENTS; shown is where each setting comes from, too.
     A flag wins over the environment (LYNXPROTO_...), that over the file (--config), that over the default.
     """
     if command not in COMMANDS:

@@ -36,7 +36,11 @@ _OUTPUT = click.Path(file_okay=False, path_type=Path)
     log_level="warning",
 )
 def recv(options: SessionOptions, content: Mapping[str, Any], url: str, **own: Any) -> None:
-    """Receive one KV cache on URL, e.g. tcps://0.0.0.0:7411 (port 0: any free one), and dump it into a directory."""
+    """Receive one KV cache on URL, and dump it into a directory.
+
+    URL is for example tcps://0.0.0.0:7411; port 0 is any free one, which is told on stderr. Exit code 75: stopped
+    before a cache had come.
+    """
     from lynxproto.commands import stopping
 
     stopping.run(lambda stop: _recv(stop, options, content, url, **own), signal.SIGTERM)
@@ -137,7 +141,10 @@ async def _recv(
     click.Option(["--revision"], default="", help="Revision of the model, if the peer should insist on it."),
 )
 def fetch(options: SessionOptions, content: Mapping[str, Any], url: str, **own: Any) -> None:
-    """Ask the `lynxproto serve` at URL for the cache that it knows by REQUEST_ID, and dump it into a directory."""
+    """Fetch one KV cache from the `lynxproto serve` at URL.
+
+    It is known there by REQUEST_ID, and is dumped into a directory.
+    """
     from lynxproto.commands import stopping
 
     stopping.run(lambda stop: _fetch(options, content, url, **own), signal.SIGTERM)

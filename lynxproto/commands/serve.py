@@ -52,7 +52,9 @@ _log = logging.getLogger("lynxproto")
     log_level="info",
 )  # fmt: skip
 def serve(options: SessionOptions, content: Mapping[str, Any], url: str, **own: Any) -> None:
-    """Serve a folder of KV caches on URL: take what peers push, each named by its request id, and answer FETCH.
+    """Serve a folder of KV caches on URL.
+
+    It takes what peers push, each named by its request id, and answers FETCH.
 
     SIGTERM or SIGINT: no new transfers, those under way have --drain-timeout seconds; exit code 0 if all ended, 75 if
     some were handed back. A second signal stops at once (128 + its number).

@@ -51,7 +51,7 @@ def chaos(
     capture: Path | None,
     json_path: str | None,
 ) -> None:
-    """Run seeded transfers over damaged links, and check how each ends.
+    """Run seeded transfers over damaged links.
 
     Each seed states beforehand whether it must end exact, or with which errors; most are exact. Exit code 1: a seed
     ended otherwise, with wrong words, never, or left a task, thread, descriptor, buffer or file behind.
