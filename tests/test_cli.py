@@ -258,6 +258,15 @@ def test_what_arrived_is_told_though_the_capture_is_not_whole(tmp_path: Path) ->
     assert Path(json.loads(out)["path"]).exists()
 
 
+def test_an_outcome_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache")
+    with receiving("-o", str(tmp_path / "out")) as (_, url), Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "lynxproto", "send", str(tmp_path / "cache"), url, "--quiet"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Error: cannot write the outcome to standard output: No space left on device\n"
+
+
 def test_a_policy_that_cannot_code_the_cache_is_refused_before_anybody_hears_of_it(tmp_path: Path) -> None:
     manifest = Manifest.for_cache(
         identity=Identity(model="test/model"), dtype="float32", layers=1, kv_heads=1, head_dim=64, tokens=64

@@ -307,6 +307,26 @@ def test_ids_of_peers_make_distinct_names_inside_the_folder(tmp_path: Path) -> N
     assert Folder(tmp_path).scan() == 6
 
 
+def test_a_server_goes_on_when_nobody_reads_its_outcomes(tmp_path: Path) -> None:
+    make_cache(tmp_path / "one.safetensors")
+    secret = ("--secret-file", tmp_path / "secret")
+    with serving(tmp_path / "store", "--json") as (server, url):
+        assert server.stdout is not None
+        server.stdout.close()
+        for request_id in ("a", "b"):
+            sent = invoke("send", tmp_path / "one.safetensors", url, *secret, "--quiet", "--request-id", request_id)
+            assert sent.exit_code == 0, sent.stderr
+        fetched = invoke("fetch", url, "a", "-o", tmp_path / "out", "--model", "test/model", *secret, "--quiet")
+        assert fetched.exit_code == 0, fetched.stderr
+        assert server.stderr is not None
+        server.send_signal(signal.SIGTERM)
+        told = server.stderr.read()
+        assert server.wait(60) == 0
+    assert told.count("cannot write the outcome to standard output: Broken pipe") == 3
+    assert "Traceback" not in told
+    assert sorted(path.stem for path in (tmp_path / "store").glob("*.safetensors")) == ["a", "b"]
+
+
 # --- settings
 
 

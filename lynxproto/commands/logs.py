@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-__all__ = ["say", "set_up"]
+__all__ = ["say", "set_up", "tell"]
 
 
 class _Text(logging.Formatter):
@@ -58,3 +58,11 @@ def say(text: str, **fields: object) -> None:
         record.fields = fields
         text = form.format(record)
     click.echo(text, err=True)
+
+
+def tell(line: str) -> None:
+    """An outcome line on stdout. Raises ClickException if nobody can have it."""
+    try:
+        click.echo(line)
+    except OSError as error:  # whoever read it is gone, or a disk is full
+        raise click.ClickException(f"cannot write the outcome to standard output: {error.strerror}") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from lynxproto.commands import logs
 from lynxproto.session import IncomingTransfer, OutgoingTransfer, TransferStats
 
 __all__ = ["Watch", "summarize"]
@@ -102,10 +103,10 @@ def summarize(command: str, transfer: IncomingTransfer | OutgoingTransfer, *, as
             "policy": stats.policy,
             "reason": stats.reason,
         }
-        click.echo(json.dumps(summary))
+        logs.tell(json.dumps(summary))
         return
     what = "lossy" if transfer.manifest.lossy else "exact"
     done = f"sent {path}" if command == "send" else f"received {path}"
     if stats.policy:
-        click.echo(f"policy {stats.policy}: {stats.reason}")
-    click.echo(f"{done}: {stats.bytes / 1e6:.2f} MB for a cache of {cache / 1e6:.2f} MB ({what}), {seconds:.3f} s")
+        logs.tell(f"policy {stats.policy}: {stats.reason}")
+    logs.tell(f"{done}: {stats.bytes / 1e6:.2f} MB for a cache of {cache / 1e6:.2f} MB ({what}), {seconds:.3f} s")

@@ -166,4 +166,7 @@ async def _land(folder: Folder, transfer: IncomingTransfer, *, as_json: bool) ->
 def _tell(outcome: str, fields: Mapping[str, Any]) -> None:
     names = ("path", "transfer", "request_id", "principal", "cache_bytes", "bytes", "seconds", "error")
     line = {"schema": "lynxproto.serve/1", "outcome": outcome, **{name: fields.get(name) for name in names}}
-    click.echo(json.dumps(line))
+    try:
+        logs.tell(json.dumps(line))
+    except click.ClickException as error:  # the caches matter more
+        _log.error("%s", error.message)
