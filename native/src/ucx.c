@@ -11,10 +11,9 @@
 #define IN_PROGRESS 1
 #define LAST_ERROR (-100) /* UCS_ERR_LAST */
 #define HANDLER 0 /* the id of the one handler; it takes the place of ucxx's, which allocates what a peer announces */
-#define YIELD 256 /* rounds without anything, some 20 us, after which whoever else wants this core gets it: it may be the peer */
-#define AGAIN 32 /* rounds until it gets it again */
 #define CLOCK 16 /* rounds with something, in which nobody looks at the clock */
 #define LANES 16 /* of an endpoint, at most */
+#define YIELD_NS 20000 /* without anything, after which whoever else wants this core gets it, once: it may be the peer */
 #define LINGER_NS 20000 /* without anything, after which a receiver of messages takes what it has */
 
 typedef int8_t ucs_status; /* a packed enum */
@@ -445,7 +444,8 @@ void lynx_ucx_confirm(lynx_ucx *ucx, lynx_ucx_stream *stream, lynx_ucx_operation
 static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, lynx_ucx_destination *to) {
     progress_function *const progress = (progress_function *)ucx->ucp_worker_progress;
     uint64_t began = 0, moved = 0;
-    unsigned idle = 0, busy = 0;
+    unsigned busy = 0;
+    bool yielded = false;
     for (;;) {
         const unsigned rounds = progress(ucx->worker);
         if (to != NULL && to->stream->count)
@@ -466,16 +466,19 @@ static int poll_for(lynx_ucx *ucx, lynx_ucx_operation *operation, lynx_ucx_desti
         if (began == 0)
             began = moved = now;
         if (busy) {
-            busy = idle = 0;
+            busy = 0;
             moved = now;
+            yielded = false;
         } else if (some && now - moved >= LINGER_NS)
             return LYNX_UCX_OVER;
         else if (now - moved >= ucx->quiet_ns)
             return LYNX_UCX_QUIET;
         if (now - began >= ucx->most_ns)
             return some ? LYNX_UCX_OVER : LYNX_UCX_BUSY;
-        if (++idle >= YIELD && idle % AGAIN == 0)
+        if (!yielded && now - moved >= YIELD_NS) {
             sched_yield();
+            yielded = true;
+        }
     }
 }
 
