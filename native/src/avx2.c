@@ -69,40 +69,10 @@ INLINE void size_row(const uint16_t *row, bool signs, __m256i largest[4], __m256
     }
 }
 
-INLINE void survey_sizes_as(bool with_signs, const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most,
-                            uint16_t *signs) {
-    __m256i largest[4], negative[4];
-    for (int i = 0; i < 4; i++) {
-        largest[i] = negative[i] = _mm256_setzero_si256();
-    }
-    for (int t = 0; t < tokens / 2; t++, rows += stride) {
-        for (int half = 0; half < 2; half++) {
-            const uint16_t *row = half == 0 ? rows : rows + tokens / 2 * stride;
-            if (fetched) {
-                lynx_fetch_near(row, stride);
-            } else {
-                lynx_fetch_far(row, stride);
-            }
-            size_row(row, with_signs, largest, negative);
-        }
-    }
-    if (tokens % 2 != 0) {
-        size_row(rows + tokens / 2 * stride, with_signs, largest, negative);
-    }
-    for (int i = 0; i < 4; i++) {
-        store(most + 16 * i, largest[i]);
-        if (with_signs) {
-            store(signs + 16 * i, negative[i]);
-        }
-    }
-}
+#include "sizes.h"
 
 static void survey_sizes(const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most, uint16_t *signs) {
-    if (signs == NULL) {
-        survey_sizes_as(false, rows, stride, tokens, fetched, most, NULL);
-    } else {
-        survey_sizes_as(true, rows, stride, tokens, fetched, most, signs);
-    }
+    sizes_of(rows, stride, tokens, fetched, most, signs);
 }
 
 /* Words outside the range stay; those that leave it come in again at the other end. */

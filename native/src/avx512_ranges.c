@@ -164,40 +164,10 @@ INLINE void size_row(const uint16_t *row, bool signs, __m512i largest[2], __m512
     }
 }
 
-INLINE void survey_sizes_as(bool with_signs, const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most,
-                            uint16_t *signs) {
-    __m512i largest[2], negative[2];
-    for (int i = 0; i < 2; i++) {
-        largest[i] = negative[i] = _mm512_setzero_si512();
-    }
-    for (int t = 0; t < tokens / 2; t++, rows += stride) {
-        for (int half = 0; half < 2; half++) {
-            const uint16_t *row = half == 0 ? rows : rows + tokens / 2 * stride;
-            if (fetched) {
-                lynx_fetch_near(row, stride);
-            } else {
-                lynx_fetch_far(row, stride);
-            }
-            size_row(row, with_signs, largest, negative);
-        }
-    }
-    if (tokens % 2 != 0) {
-        size_row(rows + tokens / 2 * stride, with_signs, largest, negative);
-    }
-    for (int i = 0; i < 2; i++) {
-        store(most + 32 * i, largest[i]);
-        if (with_signs) {
-            store(signs + 32 * i, negative[i]);
-        }
-    }
-}
+#include "sizes.h"
 
 void lynx_avx512_survey_sizes(const uint16_t *rows, ptrdiff_t stride, int tokens, bool fetched, uint16_t *most, uint16_t *signs) {
-    if (signs == NULL) {
-        survey_sizes_as(false, rows, stride, tokens, fetched, most, NULL);
-    } else {
-        survey_sizes_as(true, rows, stride, tokens, fetched, most, signs);
-    }
+    sizes_of(rows, stride, tokens, fetched, most, signs);
 }
 
 AVX512_END

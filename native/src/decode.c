@@ -363,8 +363,7 @@ int lynx_decode(const lynx_tile *tile, const lynx_levels *levels, const lynx_vie
                 }
                 prefetch_next(tile, view, &block, 2, true);
                 if (entry != NULL) {
-                    s->streams.ahead = (lynx_ahead){{anchor + anchor_size, rest + rest_size, levels->rank + ranks + ranks_size},
-                                                    {(uint32_t)anchor_size, (uint32_t)rest_size, (uint32_t)ranks_size}};
+                    s->streams.ahead = (lynx_ahead){{anchor + anchor_size, rest + rest_size, levels->rank + ranks + ranks_size}};
                     read_ranks(entry, levels->rank + ranks, &s->streams);
                     const lynx_kernels *ranked = s->params.constant == 0 ? kernels : &lynx_scalar; /* as in the encoder */
                     if (ranked->unrank(tile->part, tile->dtype, s->codes, block.tokens, block.channels, &s->params,

@@ -348,7 +348,6 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
     section_writer *to_anchor = out->anchor == NULL ? NULL : &anchor, *to_rest = out->rest == NULL ? NULL : &rest;
     uint8_t *headers = out->param_headers, *params = out->params;
     uint8_t *table = out->rank_table, *ranks = out->rank;
-    uint64_t last_ranks = 0; /* bytes of the block before */
     lynx_hq_piece *made = &out->made;
     lynx_block block;
     for (lynx_seek_block(tile, first, &block); block.index < last; lynx_next_block(tile, &block)) {
@@ -402,9 +401,9 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
             size = (bound + 7) / 8 + 3;
         } else if (!special && (bounded || table != NULL)) {
             const lynx_kernels *ranker = s->params.constant != 0 ? &lynx_scalar : kernels;
-            s->streams.ahead = (lynx_ahead){{anchor.end, rest.end, ranks},
-                                            {anchor.end == NULL ? 0 : (uint32_t)block.octets * planes->anchor_octet,
-                                             rest.end == NULL ? 0 : (uint32_t)block.octets * planes->rest_octet, (uint32_t)last_ranks}};
+            const uint8_t *const near = s->codes; /* of a section that is not made */
+            s->streams.ahead = (lynx_ahead){{anchor.end == NULL ? near : anchor.end, rest.end == NULL ? near : rest.end,
+                                             ranks == NULL ? near : ranks}};
             ranker->rank(tile->part, tile->dtype, rows, stride, s->codes, block.tokens, block.channels, &s->params,
                             &s->streams);
             size = rank_bytes(&s->streams);
@@ -421,8 +420,7 @@ void lynx_encode(const lynx_tile *tile, const lynx_view *view, uint64_t first, u
             take_rows(view, &block, ranks, 2 * (size_t)block.channels);
             ranks += 2 * block.tokens * block.channels;
         } else {
-            last_ranks = write_ranks(&s->streams, table, ranks);
-            ranks += last_ranks;
+            ranks += write_ranks(&s->streams, table, ranks);
         }
         table += RANK_HEADER;
     }

@@ -108,17 +108,16 @@ typedef struct {
 #define X_MAX (BLOCK_VALUES * 2)
 #define SLACK 64
 
-/* What will be read or written soon of three sections, and is fetched with a block's rows: all at once would keep other loads
- * waiting, and hardware follows one page at a time. */
+/* Where three sections will be read or written soon. A line of each is fetched with each of a block's rows: all at once would keep
+ * other loads waiting, and hardware follows one page at a time. Rows are more than the block behind needs: what is left is the next
+ * one's, and there by then. None is null. */
 typedef struct {
     const uint8_t *at[3];
-    uint32_t size[3];
 } lynx_ahead;
 
 static inline void lynx_fetch(const lynx_ahead *ahead, uint32_t row) {
-    for (int i = 0; i < 3; i++) { /* as numbers: a section that is not there is null, from which nothing has an offset */
-        const uintptr_t at = (uintptr_t)ahead->at[i] + (64 * row < ahead->size[i] ? 64 * row : ahead->size[i]);
-        __builtin_prefetch((const void *)at);
+    for (int i = 0; i < 3; i++) { /* as numbers: these lines may lie beyond the section */
+        __builtin_prefetch((const void *)((uintptr_t)ahead->at[i] + 64 * (uintptr_t)row));
     }
 }
 
