@@ -444,3 +444,31 @@ def test_third_parties_register_schemes(tmp_path: Path, monkeypatch: pytest.Monk
     for taken in ("carrier", "tcp"):
         with pytest.raises(ConfigError, match=f"{taken!r} is taken by"):
             register_transport(taken)(type("Other", (carrier,), {}))
+
+
+def test_memory_connections_that_nobody_accepts_any_more() -> None:
+    """Who connects while the listener closes sees an end; all who wait to accept hear of it."""
+
+    async def main() -> None:
+        from lynxproto.transports import open_listener, open_stream
+
+        listener = await open_listener("memory://closing")
+        waiting = [asyncio.ensure_future(listener.accept()) for _ in range(2)]
+        await asyncio.sleep(0)
+        async with await open_stream("memory://closing") as stream:  # it has not arrived yet
+            await listener.aclose()
+            for accepting in waiting:
+                with pytest.raises(StreamClosedError):
+                    await accepting
+            assert await stream.receive_into(memoryview(bytearray(1))) == 0
+
+    run(main())
+
+
+def test_memory_listeners_of_loops_that_are_closed() -> None:
+    from lynxproto.transports import open_listener, open_stream
+
+    listener = asyncio.run(open_listener("memory://left"))
+    with pytest.raises(TransportError, match="its event loop is closed"):
+        asyncio.run(open_stream("memory://left"))
+    asyncio.run(listener.aclose())

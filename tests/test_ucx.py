@@ -355,6 +355,26 @@ def test_what_ucx_does_with_messages(device: str, short: str, long: str | None) 
 
 
 @needs_ucxx
+def test_devices_that_this_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides say so by name, and leave no descriptor."""
+    monkeypatch.setenv("UCX_TLS", "mars")
+
+    async def main() -> None:
+        async with await open_listener("ucx://127.0.0.1:0", insecure=True) as listener:
+            for _ in range(2):
+                dialling = asyncio.ensure_future(open_stream(listener.url, insecure=True))
+                with pytest.raises(TransportError, match=r"UCX cannot start: .*UCX_TLS"):
+                    await listener.accept()
+                with pytest.raises(TransportError, match=r"UCX cannot start: .*UCX_TLS"):
+                    await dialling
+                descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
+        assert descriptors[0] == descriptors[1]
+
+    descriptors: list[int] = []
+    run(main())
+
+
+@needs_ucxx
 def test_a_peer_with_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """UCX would write past the memory of the one with the shorter packets."""
     script = (

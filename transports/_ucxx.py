@@ -183,8 +183,13 @@ class Worker:
         #: UCX trusts that both sides have the same: a peer with longer packets would write past this side's.
         self.settings = zlib.crc32(repr([os.environ.get(f"UCX_{key}", SETTINGS[key]) for key in SETTINGS]).encode())
         config = {key: value for key, value in SETTINGS.items() if f"UCX_{key}" not in os.environ}
-        context = libucxx.UCXContext(config, (libucxx.Feature.AM, libucxx.Feature.WAKEUP))
-        self._worker = libucxx.UCXWorker(context, False, False)
+        try:
+            context = libucxx.UCXContext(config, (libucxx.Feature.AM, libucxx.Feature.WAKEUP))
+            self._worker = libucxx.UCXWorker(context, False, False)
+        except self._api.UCXError as error:
+            raise TransportError(
+                f"UCX cannot start: {error}; UCX_TLS and UCX_NET_DEVICES must name what this machine has"
+            ) from error
         self._worker.init_blocking_progress_mode()
         #: Readable when there is progress to make, if :meth:`arm` was the last call.
         self.fileno: int = self._worker.epoll_file_descriptor

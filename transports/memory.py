@@ -48,8 +48,16 @@ class _MemoryListener(Listener):
     async def accept(self) -> ByteStream:
         sock = None if self._closed else await self.accepted.get()
         if sock is None:
+            self.accepted.put_nowait(None)  # whoever else waits
             raise StreamClosedError(f"{self.url} was closed by this side")
         return SocketStream(sock, self.url)
+
+    def arrive(self, sock: socket.socket) -> None:
+        """A peer has connected; on the listener's loop, which may have closed it meanwhile."""
+        if self._closed:
+            sock.close()
+        else:
+            self.accepted.put_nowait(sock)
 
     async def aclose(self) -> None:
         if self._closed:
@@ -71,7 +79,12 @@ async def connect_memory(name: str) -> ByteStream:
         if listener is None:
             raise TransportError(f"cannot connect to memory://{name}: nobody in this process listens there")
         mine, theirs = _socketpair()
-        listener.loop.call_soon_threadsafe(listener.accepted.put_nowait, theirs)
+        try:
+            listener.loop.call_soon_threadsafe(listener.arrive, theirs)
+        except RuntimeError as error:
+            mine.close()
+            theirs.close()
+            raise TransportError(f"cannot connect to memory://{name}: its event loop is closed") from error
     return SocketStream(mine, listener.url)
 
 

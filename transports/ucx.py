@@ -369,6 +369,15 @@ def _parts(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
         yield short[0] if len(short) == 1 else memoryview(b"".join(short))
 
 
+async def _over_control(control: ByteStream) -> UCXStream:
+    """A stream that is not set up. Raises :class:`~lynxproto.errors.TransportError` if UCX cannot be used here."""
+    try:
+        return UCXStream(control)
+    except BaseException:
+        await control.aclose()
+        raise
+
+
 class UCXListener(Listener):
     """Sets UCX streams up over the control connections that ``listener``, which it owns, accepts."""
 
@@ -383,7 +392,7 @@ class UCXListener(Listener):
 
     async def accept(self) -> ByteStream:
         """See :meth:`Listener.accept`."""
-        return self._over(UCXStream(await self._listener.accept()))
+        return self._over(await _over_control(await self._listener.accept()))
 
     async def aclose(self) -> None:
         """See :meth:`Listener.aclose`."""
@@ -405,7 +414,7 @@ class UCXTransport(Transport):
             raise TransportError(str(error).replace("tcp://", "ucx://")) from error
         if setup.tls is not None:
             control = TLSStream(control, setup.tls, server_hostname=address.host)
-        stream = UCXStream(control)
+        stream = await _over_control(control)
         try:
             await stream.set_up()
         except BaseException:
