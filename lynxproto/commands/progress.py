@@ -48,10 +48,10 @@ class Watch:
         self._bars.start()
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._task is not None:
             self._task.cancel()
-            self._show()
+            self._show(whole=kind is None)
             self._bars.stop()
         elif not self._quiet:
             for level, stats in sorted(self._stats.levels.items()):
@@ -64,7 +64,8 @@ class Watch:
             self._show()
             await asyncio.sleep(self._INTERVAL_S)
 
-    def _show(self) -> None:
+    def _show(self, whole: bool = False) -> None:
+        """``whole``: all has come, though a part of it before a restart of either side."""
         for level, stats in sorted(self._stats.levels.copy().items()):
             if level >= len(self._bars.tasks):
                 self._bars.add_task(_level_name(level), megabytes=0.0, rate=0.0)
@@ -72,7 +73,7 @@ class Watch:
             self._bars.update(
                 self._bars.tasks[level].id,
                 completed=stats.chunks,
-                total=max(stats.total_chunks, stats.chunks),
+                total=stats.chunks if whole else max(stats.total_chunks, stats.chunks),
                 megabytes=stats.bytes / 1e6,
                 rate=stats.bytes / 1e6 / seconds if seconds > 0 else 0.0,
             )
