@@ -14,7 +14,7 @@ _RATE_S: Final = 5e-3
 _SEND_BYTES: Final = (16 << 10, 4 << 20)
 #: The same at first: what a kernel holds unsent anyway.
 _FIRST_BYTES: Final = 128 << 10
-#: A link that had little to carry may be faster than it was seen to be: by so much.
+#: A link that had little to carry may be faster than it was seen to be: pieces by so much (frames are not).
 _HIDDEN: Final = 2.0
 
 
@@ -40,11 +40,9 @@ class Pace:
             self._busy += ended - self._until
         self._until = ended
         if self._busy >= _RATE_S:
-            rate = self._bytes / self._busy
-            self._bytes, self._busy = 0, 0.0
-            if link_rate is not None:
-                rate = min(rate, _HIDDEN * link_rate)
-            if rate:
+            seen, self._bytes, self._busy = self._bytes / self._busy, 0, 0.0
+            known = seen if link_rate is None else min(seen, link_rate)
+            if known:
                 low, high = _SEND_BYTES
-                self.rate = rate
-                self.limit = int(max(low, min(rate * _SEND_S, high)))
+                self.rate = known
+                self.limit = int(max(low, min(seen * _SEND_S, _HIDDEN * known * _SEND_S, high)))
