@@ -164,17 +164,19 @@ static inline void lynx_fetch_row(lynx_scout *scout) {
 }
 
 /* The same row of the next block from memory to that cache. Surveys do so with rows of both halves of a block in turn: two streams
- * come faster than one. */
+ * come faster than one. As a number: it may lie beyond the words. */
 static inline void lynx_fetch_far(const uint16_t *row, ptrdiff_t stride) {
-    __builtin_prefetch(row + ROW * stride, 0, 2);
-    __builtin_prefetch(row + ROW * stride + 32, 0, 2);
+    const uintptr_t at = (uintptr_t)row + (uintptr_t)stride * (ROW * sizeof *row);
+    __builtin_prefetch((const void *)at, 0, 2);
+    __builtin_prefetch((const void *)(at + 64), 0, 2);
 }
 
 /* A row some rows further on, from that cache to the nearest. */
 #define NEARLY 10
 static inline void lynx_fetch_near(const uint16_t *row, ptrdiff_t stride) {
-    __builtin_prefetch(row + NEARLY * stride);
-    __builtin_prefetch(row + NEARLY * stride + 32);
+    const uintptr_t at = (uintptr_t)row + (uintptr_t)stride * (NEARLY * sizeof *row);
+    __builtin_prefetch((const void *)at);
+    __builtin_prefetch((const void *)(at + 64));
 }
 
 typedef struct {
