@@ -491,6 +491,15 @@ def test_a_peer_that_breaks_the_rules_is_cut_off(kind: int, nbytes: int, count: 
     run(main())
 
 
+async def get_to_know(server: Any, send: Any, progress: Any, memory: memoryview) -> None:
+    """Both endpoints have met when a first message is here."""
+    send(0, bytes(100))
+    receiving = asyncio.ensure_future(server.receive_into(memory))
+    while not receiving.done():
+        progress()
+        await asyncio.sleep(0)
+
+
 @needs_ucxx
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_peer_that_stops_half_way_through_a_message(closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,11 +509,7 @@ def test_a_peer_that_stops_half_way_through_a_message(closed: bool, monkeypatch:
     async def main() -> None:
         async with hostile_peer() as (server, send, progress):
             target = np.full(1 << 20, 7, np.uint8)
-            send(0, bytes(100))
-            receiving = asyncio.ensure_future(server.receive_into(memoryview(target)))
-            while not receiving.done():
-                progress()  # as long as they get to know each other
-                await asyncio.sleep(0)
+            await get_to_know(server, send, progress, memoryview(target))
             for _ in range(20):  # with these the queue between both cannot hold all packets of the next
                 send(0, bytes(100))
             send(0, bytes(1 << 19))
@@ -543,11 +548,7 @@ def test_a_peer_that_announces_a_message_and_keeps_it() -> None:
     async def main() -> None:
         async with hostile_peer() as (server, send, progress):
             target = np.full(1 << 20, 7, np.uint8)
-            send(0, bytes(100))
-            receiving = asyncio.ensure_future(server.receive_into(memoryview(target)))
-            while not receiving.done():
-                progress()
-                await asyncio.sleep(0)
+            await get_to_know(server, send, progress, memoryview(target))
             target[:] = 7
             send(0, bytes(1 << 19), kept=True)
             receiving = asyncio.ensure_future(server.receive_into(memoryview(target)))
